@@ -1,0 +1,28 @@
+"""Make a trained convolutional network smaller and faster: find its convolutions, decide, cut, compare, keep."""
+
+from dsconv_surgery.budget import Budget
+from dsconv_surgery.checkpoint import load, save
+from dsconv_surgery.graph import find_convs
+from dsconv_surgery.pipeline import compress
+from dsconv_surgery.plan import Plan, make_plan
+from dsconv_surgery.report import compare
+from dsconv_surgery.schemes import register_scheme
+from dsconv_surgery.separable import DepthwiseConv2d, DepthwiseSeparableConv2d, PointwiseConv2d
+from dsconv_surgery.surgery import apply_plan, fold_back
+
+__all__ = [
+    "Budget",
+    "DepthwiseConv2d",
+    "DepthwiseSeparableConv2d",
+    "Plan",
+    "PointwiseConv2d",
+    "apply_plan",
+    "compare",
+    "compress",
+    "find_convs",
+    "fold_back",
+    "load",
+    "make_plan",
+    "register_scheme",
+    "save",
+]

@@ -1,0 +1,3 @@
+from dsconv_surgery.cli import main
+
+main()

@@ -1,0 +1,191 @@
+"""Keep a cut network in a folder and bring it back: plan.json and safetensors, nothing pickled."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from dsconv_surgery.pipeline import Compressed
+from dsconv_surgery.plan import Plan
+from dsconv_surgery.schemes import is_channels_last
+from dsconv_surgery.surgery import apply_plan, check_cut
+from dsconv_surgery.text import parse_json
+
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What plan.json holds."""
+
+    plan: Plan
+    weights_file: str
+    weights_sha256: str
+    channels_last: tuple[str, ...]  # names of weights stored so; safetensors keeps values only
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+
+_ADAPTER = TypeAdapter(_Saved)
+
+
+def save(compressed: Compressed | nn.Module, folder: str | os.PathLike[str], plan: Plan | None = None) -> None:
+    """Write a cut network to a folder, made if need be.
+
+    The weights go to a file named by their content; plan.json, with its SHA-256, is renamed into place last and older weights
+    are then removed: a crash leaves the old network or the new one, never a mixture.
+
+    Args:
+        compressed: what `compress` returned; or a cut model, fine-tuned perhaps, with its plan.
+        folder: where to.
+        plan: with a model.
+
+    Raises:
+        ValueError: no plan, the model was not cut by it, or its state holds what is not a tensor.
+
+    Example:
+        >>> save(small, "resnet18-half")
+    """
+    model, plan = (compressed.model, plan or compressed.plan) if isinstance(compressed, Compressed) else (compressed, plan)
+    if plan is None:
+        raise ValueError("save: a model alone does not say how it was cut. Pass its plan: save(model, folder, plan).")
+    check_cut(model, plan)
+    state = model.state_dict()
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    meta = [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]
+    if odd or meta:
+        what = "state that is not a tensor, which safetensors cannot hold" if odd else "weights on the meta device, which hold no values"
+        raise ValueError(f"{(odd + meta)[0]}: {what} ({len(odd + meta)} such entries). Nothing was written.")
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    written = _write(target, lambda path: save_model(model, str(path)))
+    digest = _sha256(written)
+    weights = target / f"weights-{digest[:16]}.safetensors"
+    os.replace(written, weights)
+    channels_last = tuple(name for name, value in state.items() if is_channels_last(value))
+    manifest = _ADAPTER.dump_json(_Saved(plan, weights.name, digest, channels_last), indent=1) + b"\n"
+    os.replace(_write(target, lambda path: path.write_bytes(manifest)), target / PLAN_FILE)
+    _sync(target)
+    for old in target.glob("weights-*.safetensors"):
+        if old.name != weights.name:
+            old.unlink()
+
+
+def load(fresh_model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """The cut network that a folder holds, built on a fresh dense one of the user's own class; nothing is factorised.
+
+    Args:
+        fresh_model: as it was before it was cut, with any weights; it is not changed.
+        folder: written by `save`.
+
+    Returns:
+        A new model with the saved weights, in the fresh one's training mode and on its device.
+
+    Raises:
+        FileNotFoundError: no plan.json there, or its weights are missing.
+        ValueError: damaged files, another network, changed layers, another dtype.
+
+    Example:
+        >>> small = load(torchvision.models.resnet18(), "resnet18-half")
+    """
+    saved, weights = _read(Path(folder))
+    with safe_open(str(weights), framework="pt") as stored:
+        names = list(stored.keys())
+        dtypes = {name: stored.get_slice(name).get_dtype() for name in names}
+    cut = apply_plan(fresh_model, saved.plan, init="empty")
+    state = cut.state_dict()
+    if any(value.is_meta for value in state.values() if isinstance(value, Tensor)):
+        raise ValueError(
+            "load: the fresh model is on the meta device: what is not saved (non-persistent buffers) would be lost. Build it on a real one."
+        )
+    for name in names:
+        if name in state and dtypes[name] != _dtype_name(state[name]):
+            found = _dtype_name(state[name])
+            raise ValueError(f"{name}: saved as {dtypes[name]}, the fresh model has {found}. Convert it first, as in fresh_model.half().")
+    for name in saved.channels_last:
+        if name in state:
+            owner, _, leaf = name.rpartition(".")
+            tensor: Any = getattr(cut.get_submodule(owner), leaf)
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
+    try:
+        load_model(cut, weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{weights.name} does not fit the fresh model: {error}. Pass one of the class and settings that was saved."
+        ) from error
+    return cut
+
+
+def read_plan(folder: str | os.PathLike[str]) -> Plan:
+    """The plan of a saved network, its weights checked for damage."""
+    return _read(Path(folder))[0].plan
+
+
+def _read(folder: Path) -> tuple[_Saved, Path]:
+    """plan.json and the path of its weights, once both are known to be whole."""
+    path = folder / PLAN_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not there. Expected a folder written by dsconv_surgery.save.")
+    saved = parse_json(_ADAPTER, path.read_bytes(), str(path))
+    if Path(saved.weights_file).name != saved.weights_file:
+        raise ValueError(f"{path}: weights_file {saved.weights_file!r} is not a plain file name. Save the network again.")
+    weights = folder / saved.weights_file
+    if not weights.exists():
+        raise FileNotFoundError(f"{weights}: not there, though {PLAN_FILE} names it. Copy the whole folder, or save again.")
+    digest = _sha256(weights)
+    if digest != saved.weights_sha256:
+        expected = saved.weights_sha256
+        raise ValueError(
+            f"{weights}: damaged - its SHA-256 is {digest[:16]}..., {PLAN_FILE} says {expected[:16]}... Copy it anew, or save again."
+        )
+    try:
+        with safe_open(str(weights), framework="pt"):
+            return saved, weights
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: not a safetensors file: {error}. Save again.") from error
+
+
+def _write(folder: Path, writer: Callable[[Path], Any]) -> Path:
+    """A finished temporary file in a folder, on the disk for good; none is left behind if writing fails."""
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
+    os.close(handle)
+    path = Path(name)
+    try:
+        writer(path)
+        path.chmod(0o644)
+        _sync(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    """As safetensors writes it."""
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    names |= {torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+    return names.get(tensor.dtype, str(tensor.dtype))

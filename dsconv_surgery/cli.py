@@ -1,0 +1,161 @@
+"""The command line: thin, every command is a call or two of the public names."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import nn
+
+from dsconv_surgery.budget import Budget
+from dsconv_surgery.checkpoint import load, read_plan, save
+from dsconv_surgery.graph import Skip, survey
+from dsconv_surgery.pipeline import compress
+from dsconv_surgery.report import compare
+from dsconv_surgery.text import text_table
+
+app = typer.Typer(help="Make a trained convolutional network smaller and faster.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or package.module:callable (called without arguments)")]
+Input = Annotated[str, typer.Option("--input", help="shape of the example input, batch first")]
+Weights = Annotated[str, typer.Option(help="none, DEFAULT (pretrained, downloaded) or a .safetensors or .pt state_dict")]
+Latency = Annotated[bool, typer.Option("--latency", help="time both networks")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@app.command()
+def inspect(model: Model, input: Input = "1,3,224,224", weights: Weights = "none") -> None:  # noqa: A002
+    """List every convolution and linear layer: what it costs, or why it cannot be cut."""
+    seen = survey(_model(model, weights), _example(input))
+    rows = [
+        (
+            layer.name,
+            layer.reason if isinstance(layer, Skip) else str(layer.spec),
+            f"{seen.costs[layer.name].params:,}",
+            f"{seen.costs[layer.name].macs:,}",
+        )
+        for layer in seen.layers
+    ]
+    _print(
+        text_table(
+            "",
+            ("layer", "geometry, or why it stays", "params", "MACs"),
+            [*rows, ("whole network", "", f"{seen.total.params:,}", f"{seen.total.macs:,}")],
+        )
+    )
+    if seen.remainder_macs:
+        _print(f"outside of layers (functional products): {seen.remainder_macs:,} MACs")
+
+
+@app.command("compress")
+def compress_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the cut network")],
+    input: Input = "1,3,224,224",  # noqa: A002
+    weights: Weights = "none",
+    macs: Annotated[float | None, typer.Option(help="fraction of the MACs to keep")] = None,
+    params: Annotated[float | None, typer.Option(help="fraction of the parameters to keep")] = None,
+    scheme: Annotated[list[str] | None, typer.Option(help="allow only this scheme; may be repeated")] = None,
+    rule: Annotated[str, typer.Option(help="uniform, energy or fixed")] = "uniform",
+    energy: Annotated[float | None, typer.Option(help="for rule energy: share of the weights' squared norm to keep")] = None,
+    rank: Annotated[int | None, typer.Option(help="for rule fixed")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="cut only layers that match; may be repeated")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="leave layers that match; may be repeated")] = None,
+    latency: Latency = False,
+    json: Json = False,
+) -> None:
+    """Cut a network and save it with its plan; prints what that saved."""
+    dense, example = _model(model, weights), _example(input)
+    budget = Budget(macs=macs, params=params) if macs is not None or params is not None else None
+    small = compress(
+        dense,
+        example,
+        budget=budget,
+        schemes=scheme or None,
+        rule=rule,
+        energy=energy,
+        rank=rank,
+        include=include or "*",
+        exclude=exclude or (),
+        progress=True,
+    )
+    save(small, out)
+    report = compare(dense, small.model, example, plan=small.plan, latency=True) if latency else small.report
+    _print(report.to_json() if json else str(report))
+    typer.echo(f"saved to {out}", err=True)
+
+
+@app.command()
+def report(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(help="written by compress")],
+    input: Input = "1,3,224,224",  # noqa: A002
+    weights: Weights = "none",
+    latency: Latency = False,
+    json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print Markdown")] = False,
+) -> None:
+    """Compare a saved network with the dense one; errors are against the weights given."""
+    dense = _model(model, weights)
+    found = compare(dense, load(dense, folder), _example(input), plan=read_plan(folder), latency=latency)
+    _print(found.to_json() if json else found.to_markdown() if markdown else str(found))
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(1)
+
+
+def _print(text: str) -> None:
+    typer.echo(text.rstrip())
+
+
+def _example(shape: str) -> torch.Tensor:
+    try:
+        sizes = [int(part) for part in shape.split(",")]
+        return torch.zeros(sizes)
+    except (ValueError, RuntimeError):
+        raise ValueError(f"--input {shape!r}: expected sizes separated by commas, batch first, such as 1,3,224,224.") from None
+
+
+def _model(name: str, weights: str) -> nn.Module:
+    """The model in evaluation mode."""
+    source, _, rest = name.partition(":")
+    if not rest:
+        raise ValueError(f"model {name!r}: expected torchvision:NAME, timm:NAME or package.module:callable.")
+    pretrained = weights == "DEFAULT"
+    if source == "torchvision":
+        model = _import("torchvision.models", "torchvision").get_model(rest, weights="DEFAULT" if pretrained else None)
+    elif source == "timm":
+        model = _import("timm", "timm").create_model(rest, pretrained=pretrained)
+    else:
+        if pretrained:
+            raise ValueError("--weights DEFAULT is for torchvision and timm; let your callable load its own, or give a file.")
+        sys.path.insert(0, "")
+        model = getattr(_import(source, source), rest)()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model {name!r}: expected an nn.Module, found {type(model).__name__}.")
+    if weights not in ("none", "DEFAULT"):
+        path = Path(weights)
+        if not path.exists():
+            raise FileNotFoundError(f"--weights {weights}: expected none, DEFAULT or a file; there is none of this name.")
+        state: dict[str, Any] = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        model.load_state_dict(state)
+    return model.eval()
+
+
+def _import(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{module} cannot be imported ({error}). Install {package}, or check the name.") from error

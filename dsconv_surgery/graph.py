@@ -1,0 +1,286 @@
+"""Look at a model: which layers are there, which can be cut, on what sizes they run. The only user of torch.fx."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from dsconv_surgery import measure
+from dsconv_surgery.geometry import ConvSpec, Cost, Size
+
+
+@dataclass(frozen=True)
+class ConvSite:
+    """A layer that can be cut: its name, other names of the same module, geometry, and the input size of each call."""
+
+    name: str
+    aliases: tuple[str, ...]
+    spec: ConvSpec
+    sizes: tuple[Size, ...]
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(self.spec.params, sum(self.spec.macs(size) for size in self.sizes))
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A layer that stays as it is, and why, in a sentence."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All that one look gathers: sites and skips in module order, every layer's cost, the whole network's, and what is not in layers."""
+
+    layers: tuple[ConvSite | Skip, ...]
+    costs: dict[str, Cost] = field(repr=False)  # by first name, skipped layers included
+    total: Cost  # all parameters; MACs of convolutions and linear layers
+    remainder_macs: int  # functional matrix products, as in attention
+    how: str  # "traced", "fake" or "real": what the inputs ran through
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise TypeError for a model inside a wrapper that hides or copies its modules, with the way out."""
+    remedies = {
+        "OptimizedModule": "a compiled model: pass the model that was given to torch.compile (`model._orig_mod`) and compile the result",
+        "DistributedDataParallel": "wrapped in DistributedDataParallel: pass `model.module` and wrap the result",
+        "DataParallel": "wrapped in DataParallel: pass `model.module` and wrap the result",
+        "FullyShardedDataParallel": "wrapped in FullyShardedDataParallel: cut the model before it is sharded",
+    }
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, found {type(model).__name__}.")
+    for name, module in model.named_modules():
+        where = f"{name}: " if name else "the model is "
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{where}a TorchScript module, which cannot be edited. Pass the eager model and script the result.")
+        for kind in type(module).__mro__:
+            if kind.__name__ in remedies and kind.__module__.startswith("torch"):
+                raise TypeError(f"{where}{remedies[kind.__name__]}.")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name}: not initialised yet (a lazy module). Run one forward pass first.")
+
+
+def named_layers(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Every convolution (of any kind) and linear layer, with all the names under which it is reached, in module order."""
+    names: dict[nn.Module, tuple[str, ...]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _ConvNd | nn.Linear):
+            names[module] = (*names.get(module, ()), name)
+    return names
+
+
+def find_convs(model: nn.Module, *example_inputs: Any) -> list[ConvSite | Skip]:
+    """Every convolution and linear layer of a model, as a site that can be cut or a skip with its reason.
+
+    The model is traced with torch.fx and the inputs' shapes are sent through it on fake tensors: nothing is computed, so a
+    network larger than memory (or on the meta device) will do. What does not trace is run as it stands, on fake tensors too;
+    where those cannot follow (shapes that depend on data) on a copy of the model for real, once, without gradients.
+
+    Args:
+        model: any nn.Module; its training flag is respected, nothing in it changes.
+        example_inputs: what `model(*example_inputs)` takes; only shapes, dtypes and devices matter.
+
+    Returns:
+        `ConvSite(name, aliases, spec, sizes)` or `Skip(name, reason)` for each layer, in module order.
+
+    Raises:
+        TypeError: the model is compiled, scripted or wrapped for data parallelism.
+        ValueError: the model does not run on the inputs.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ConvTranspose2d(8, 3, 2))
+        >>> for layer in find_convs(model, torch.rand(1, 3, 16, 16)):
+        ...     print(layer)
+        ConvSite(name='0', aliases=(), spec=ConvSpec(in_channels=3, ...), sizes=((1, 16, 16),))
+        Skip(name='1', reason='ConvTranspose2d is not a plain nn.Conv2d or nn.Linear.')
+    """
+    return list(survey(model, *example_inputs).layers)
+
+
+def survey(model: nn.Module, *example_inputs: Any) -> Survey:
+    """`find_convs` with the costs that go with it."""
+    refuse_wrapped(model)
+    names = named_layers(model)
+    record, remainder, how = _watch(model, example_inputs)
+    tied = _tied_layers(names)
+    layers: list[ConvSite | Skip] = []
+    costs: dict[str, Cost] = {}
+    for module, (name, *aliases) in names.items():
+        calls = record.calls.get(name, [])
+        reason = _why_not(module, name in record.reads, tied.get(name), len(calls))
+        params = sum(p.numel() for p in module.parameters())
+        costs[name] = Cost(params, sum(macs for _, macs in calls))
+        layers.append(Skip(name, reason) if reason else ConvSite(name, tuple(aliases), ConvSpec.of(module), tuple(s for s, _ in calls)))
+    total = Cost(measure.count_params(model), sum(cost.macs for cost in costs.values()))
+    return Survey(tuple(layers), costs, total, remainder - total.macs, how)
+
+
+def _why_not(module: nn.Module, read: bool, tied: str | None, calls: int) -> str | None:
+    """The reason to leave a layer alone, or None."""
+    kind = type(module).__name__
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrised: remove_parametrizations first, so that there is a plain weight to replace."
+    if "weight" not in module._parameters:
+        return "its weight is computed by a hook (old-style weight norm, spectral norm or pruning): remove the hook first."
+    if type(module) not in (nn.Conv2d, nn.Linear):
+        return f"{kind} is not a plain nn.Conv2d or nn.Linear."
+    weight = module.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return f"its weights are {getattr(weight, 'dtype', type(weight).__name__)}; only floating point can be factorised."
+    if weight.numel() == 0:
+        return f"it has no weights (shape {tuple(weight.shape)})."
+    if tied:
+        return f"its weight is tied to {tied}: cutting one would untie them."
+    if read:
+        return "its weight is read outside its own call, which needs the dense tensor."
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it carries hooks of its own, which would be lost: remove them first."
+    if not calls:
+        return "it is never called on these inputs (in this mode), so its cost is unknown."
+    return None
+
+
+def _tied_layers(names: dict[nn.Module, tuple[str, ...]]) -> dict[str, str]:
+    """For each layer whose weight shares memory with another layer's, the other one's name."""
+    owners: dict[Any, list[str]] = {}
+    for module, (name, *_) in names.items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            storage = 0 if weight.is_meta else weight.untyped_storage().data_ptr()
+            owners.setdefault(storage or id(weight), []).append(name)
+    return {name: next(n for n in group if n != name) for group in owners.values() if len(group) > 1 for name in group}
+
+
+class _Tracer(fx.Tracer):
+    """Keeps subclasses of convolutions whole, which torch.fx would trace through."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _ConvNd | nn.Linear) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Record(TorchFunctionMode):
+    """Notes each layer's calls, by hooks, and uses of its weight outside them, by seeing every torch function."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: dict[str, list[tuple[Size, int]]] = {}  # name -> (input size, MACs) of each call
+        self.reads: set[str] = set()
+        self._inside: list[str] = []
+        self._owners: dict[int, str] = {}
+        for module, (name, *_) in named_layers(model).items():
+            for weight in (module._parameters.get("weight"), module._parameters.get("bias")):
+                if weight is not None:
+                    self._owners[id(weight)] = name
+            module.register_forward_pre_hook(lambda _module, _inputs, name=name: self._inside.append(name))
+            module.register_forward_hook(lambda *call, name=name: self._called(name, *call), with_kwargs=True)
+
+    def _called(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else kwargs["input"]
+        if isinstance(module, nn.Linear):
+            size, macs = (math.prod(x.shape[:-1]), 1, 1), x.numel() * module.out_features
+        else:
+            conv: Any = module
+            size = (x.shape[0] if x.ndim == 4 else 1, x.shape[-2], x.shape[-1])
+            # Every weight is used once for each pixel: of the output, or of the input where the convolution is transposed.
+            pixels = x.numel() // max(conv.in_channels, 1) if conv.transposed else output.numel() // max(conv.out_channels, 1)
+            macs = conv.weight.numel() * pixels
+        self.calls.setdefault(name, []).append((size, macs))
+        self._inside.pop()
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            owner = self._owners.get(id(leaf))
+            if owner is not None and owner not in self._inside:
+                self.reads.add(owner)
+        return func(*args, **(kwargs or {}))
+
+
+def _watch(model: nn.Module, inputs: Sequence[Any]) -> tuple[_Record, int, str]:
+    """Send the inputs through a copy: traced on fake tensors, else as it stands on fake tensors, else for real."""
+    last: Exception | None = None
+    for how in ("traced", "fake", "real"):
+        try:
+            return _run(model, inputs, how)
+        except Exception as error:  # any failure of one way is the reason to try the next; the last one's is reported
+            last = error
+    shapes = [f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in pytree.tree_leaves(tuple(inputs)) if isinstance(t, Tensor)]
+    raise ValueError(
+        f"the model does not run on the example inputs ({', '.join(shapes) or 'none given'}): {type(last).__name__}: {last} "
+        "Pass inputs for which `model(*example_inputs)` works."
+    ) from last
+
+
+def _run(model: nn.Module, inputs: Sequence[Any], how: str) -> tuple[_Record, int, str]:
+    with torch.no_grad(), torch.random.fork_rng(enabled=how == "real"):
+        if how == "real":
+            clone, given = copy.deepcopy(model), tuple(inputs)
+            record = _Record(clone)
+            with record:
+                macs = measure.count_macs(lambda: clone(*given))
+            return record, macs, how
+        mode, clone, given = measure.fake_copy(model, inputs)
+        record = _Record(clone)
+        with mode, record:
+            runner = fx.Interpreter(fx.GraphModule(clone, _Tracer().trace(clone))).run if how == "traced" else clone
+            macs = measure.count_macs(lambda: runner(*given))
+        return record, macs, how
+
+
+def graph_calls(model: fx.GraphModule, target: str) -> Iterator[fx.Node]:
+    """The nodes that call the submodule of this name."""
+    return (node for node in list(model.graph.nodes) if node.op == "call_module" and node.target == target)
+
+
+def expand_calls(model: nn.Module, name: str, links: Sequence[str]) -> None:
+    """In a GraphModule, write each call of `name` as calls of its links, one node each; any other module calls its chain itself."""
+    if not isinstance(model, fx.GraphModule):
+        return
+    for node in graph_calls(model, name):
+        value = node.args[0] if node.args else node.kwargs["input"]
+        with model.graph.inserting_before(node):
+            for link in links:
+                value = model.graph.call_module(f"{name}.{link}", (value,))
+        value.meta = dict(node.meta)
+        node.replace_all_uses_with(value)
+        model.graph.erase_node(node)
+    _settle(model)
+
+
+def collapse_calls(model: nn.Module, name: str, links: Sequence[str]) -> None:
+    """The reverse of `expand_calls`."""
+    if not isinstance(model, fx.GraphModule):
+        return
+    for last in graph_calls(model, f"{name}.{links[-1]}"):
+        run = [last]
+        for link in reversed(links[:-1]):
+            before = run[-1].args[0]
+            if not isinstance(before, fx.Node) or before.target != f"{name}.{link}":
+                raise ValueError(f"{name}: its links no longer run one after the other in the graph, found {before} before {run[-1]}.")
+            run.append(before)
+        with model.graph.inserting_before(last):
+            whole = model.graph.call_module(name, run[-1].args)
+        whole.meta = dict(last.meta)
+        last.replace_all_uses_with(whole)
+        for node in run:
+            model.graph.erase_node(node)
+    _settle(model)
+
+
+def _settle(model: fx.GraphModule) -> None:
+    model.graph.lint()
+    model.recompile()

@@ -1,0 +1,99 @@
+"""What a network costs, counted and timed: parameters, MACs, latency. Imports nothing of ours."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_params(model: nn.Module) -> int:
+    """All parameters; one that is shared counts once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules hold as plain attributes, as old-style weight norm does with the weights that it computes."""
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
+def fake_copy(model: nn.Module, inputs: Sequence[Any]) -> tuple[FakeTensorMode, nn.Module, tuple[Any, ...]]:
+    """The model and its inputs with fake tensors for data: shapes run through it, no memory is taken and nothing is computed."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tensors: dict[int, Any] = {id(t): mode.from_tensor(t) for t in chain(model.parameters(), model.buffers(), loose_tensors(model))}
+    fake_inputs = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(inputs))
+    return mode, copy.deepcopy(model, tensors), fake_inputs
+
+
+def count_macs(run: Callable[[], Any]) -> int:
+    """Multiply-accumulates of everything that `run` computes, functional matrix products included (torch's flop counter halved)."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median milliseconds of whole forward passes, taken in turn, and the conditions that they hold for."""
+
+    before: float
+    after: float
+    threads: int
+    batch: int
+    dtype: str
+    device: str
+    memory_format: str
+    rounds: int
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every module has the training flag that it had."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def latency(before: nn.Module, after: nn.Module, inputs: Sequence[Any], rounds: int = 15) -> Latency:
+    """Time two networks side by side, end to end in evaluation mode, on the inputs' device and torch's current thread count."""
+    threads = torch.get_num_threads()
+    first = next(t for t in pytree.tree_leaves(tuple(inputs)) if isinstance(t, Tensor))
+    times: dict[str, list[float]] = {"before": [], "after": []}
+    timers = {
+        name: Timer("model(*inputs)", globals={"model": model, "inputs": tuple(inputs)}, num_threads=threads)
+        for name, model in (("before", before), ("after", after))
+    }
+    with _evaluating(before, after), torch.inference_mode():
+        for timer in timers.values():  # warm-up; Timer synchronises CUDA itself
+            timer.timeit(2)
+        for _ in range(rounds):  # in turn, so that a busy moment of the machine hits both
+            for name, timer in timers.items():
+                times[name].append(1e3 * timer.timeit(1).median)
+    channels_last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
+    return Latency(
+        before=statistics.median(times["before"]),
+        after=statistics.median(times["after"]),
+        threads=threads,
+        batch=first.shape[0] if first.ndim else 1,
+        dtype=str(first.dtype).removeprefix("torch."),
+        device=str(first.device),
+        memory_format="channels_last" if channels_last else "contiguous",
+        rounds=rounds,
+    )

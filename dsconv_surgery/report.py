@@ -1,0 +1,155 @@
+"""Before and after, as numbers; text is a function of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import TypeAdapter
+from torch import nn
+
+from dsconv_surgery import graph, measure, schemes
+from dsconv_surgery.geometry import Cost, Rank
+from dsconv_surgery.graph import Skip
+from dsconv_surgery.measure import Latency
+from dsconv_surgery.plan import Plan
+from dsconv_surgery.surgery import chain_kernel
+from dsconv_surgery.text import parse_json, text_table
+
+COLUMNS = ("layer", "scheme", "rank", "params", "-> params", "MACs", "-> MACs", "error", "left dense because")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer: `error` is the squared relative error of its weights, None where no plan says how it was cut."""
+
+    name: str
+    before: Cost
+    after: Cost
+    scheme: str | None = None
+    rank: Rank | None = None
+    error: float | None = None
+    skipped: str | None = None
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Two networks compared: parameters (all), MACs (convolutions and linear layers as called, for the whole example batch)."""
+
+    rows: tuple[Row, ...]
+    before: Cost
+    after: Cost
+    remainder_macs_before: int  # functional matrix products, as in attention: not part of the totals
+    remainder_macs_after: int
+    latency: Latency | None = None
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    @property
+    def params_saved(self) -> float:
+        return 1 - self.after.params / self.before.params
+
+    @property
+    def macs_saved(self) -> float:
+        return 1 - self.after.macs / self.before.macs if self.before.macs else 0.0
+
+    def to_json(self) -> str:
+        return _ADAPTER.dump_json(self, indent=1).decode() + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Report:
+        return parse_json(_ADAPTER, text, "report")
+
+    def to_markdown(self) -> str:
+        """The table and the totals for a README or an issue."""
+        lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+        lines += [f"| {' | '.join(cells).replace('->', '→')} |" for cells in self._cells()]
+        return "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in self._totals()) + "\n"
+
+    def __str__(self) -> str:
+        return text_table("", COLUMNS, self._cells()) + "\n" + "\n".join(self._totals())
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        body = [
+            (
+                row.name,
+                row.scheme or ("cut" if row.after != row.before else ""),
+                "" if row.rank is None else str(row.rank),
+                f"{row.before.params:,}",
+                f"{row.after.params:,}",
+                f"{row.before.macs:,}",
+                f"{row.after.macs:,}",
+                "" if row.error is None else f"{row.error:.4f}",
+                row.skipped or "",
+            )
+            for row in self.rows
+        ]
+        ends = (self.before.params, self.after.params, self.before.macs, self.after.macs)
+        return [*body, ("whole network", "", "", *(f"{n:,}" for n in ends), "", "")]
+
+    def _totals(self) -> list[str]:
+        lines = [
+            f"parameters {self.before.params:,} -> {self.after.params:,} ({-100 * self.params_saved:+.1f} %)",
+            f"MACs {self.before.macs:,} -> {self.after.macs:,} ({-100 * self.macs_saved:+.1f} %)",
+        ]
+        if self.remainder_macs_before or self.remainder_macs_after:
+            lines.append(f"outside of layers (functional products) MACs {self.remainder_macs_before:,} -> {self.remainder_macs_after:,}")
+        if self.latency:
+            t = self.latency
+            settings = f"batch {t.batch}, {t.threads} threads, {t.dtype}, {t.memory_format}, {t.device}, median of {t.rounds}"
+            lines.append(f"latency {t.before:.2f} -> {t.after:.2f} ms ({t.before / t.after:.2f}x faster; {settings})")
+        return lines
+
+
+def compare(before: nn.Module, after: nn.Module, *example_inputs: Any, plan: Plan | None = None, latency: bool = False) -> Report:
+    """What a cut saved and what it cost, layer by layer and in all.
+
+    Both networks are looked at on fake tensors, so their state stays as it is; the cut one is counted anew, not predicted.
+
+    Args:
+        before, after: the dense network and the one made from it.
+        example_inputs: what both take.
+        plan: how `after` was cut; adds schemes, ranks, the weights' relative errors and reasons for skips.
+        latency: time both, in turn, in evaluation mode, on the inputs' device with torch's current thread count.
+
+    Returns:
+        A `Report`; print it, or see `to_markdown()` and `to_json()`.
+
+    Raises:
+        ValueError: a model does not run on the inputs, or `after` was not cut by `plan`.
+
+    Example:
+        >>> print(compare(model, small, torch.rand(1, 3, 32, 32), plan=plan))
+    """
+    dense, cut = graph.survey(before, *example_inputs), graph.survey(after, *example_inputs)
+    timing = measure.latency(before, after, example_inputs) if latency else None
+    cuts = {c.name: c for c in plan.cuts} if plan else {}
+    reasons = {skip.name: skip.reason for skip in (*(plan.skips if plan else ()), *(s for s in dense.layers if isinstance(s, Skip)))}
+    rows: list[Row] = []
+    for layer in dense.layers:
+        name = layer.name
+        now = _cost_under(name, cut.costs)
+        if name not in cuts:
+            rows.append(Row(name, dense.costs[name], now, skipped=reasons.get(name)))
+            continue
+        chosen = cuts[name]
+        chain = after.get_submodule(name)
+        if not schemes.links_of(chosen.chain, chain):
+            raise ValueError(f"{name}: not cut as the plan says ({chosen.scheme} at rank {chosen.rank}). Pass the plan that came with it.")
+        weight = before.get_submodule(name).get_parameter("weight")
+        known = not weight.is_meta and not next(chain.parameters()).is_meta
+        error = schemes.relative_error(weight, chain_kernel(chosen, chain)) if known else None
+        rows.append(Row(name, dense.costs[name], now, chosen.scheme, chosen.rank, error))
+    return Report(tuple(rows), dense.total, cut.total, dense.remainder_macs, cut.remainder_macs, timing)
+
+
+def _cost_under(name: str, costs: dict[str, Cost]) -> Cost:
+    """A layer's cost, or that of the links that took its place."""
+    links: Sequence[Cost] = [cost for other, cost in costs.items() if other == name or other.startswith(f"{name}." if name else "")]
+    return sum(links, Cost(0, 0))
+
+
+_ADAPTER = TypeAdapter(Report)

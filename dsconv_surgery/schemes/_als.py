@@ -1,0 +1,210 @@
+"""Alternating least squares for the CP schemes: batched over groups, warm-started along ascending ranks.
+
+Written here and not with tensorly's `parafac`, which takes several times as long to the same error (tests/benchmarks/factorize.py):
+we start at an SVD of the depthwise slices, which is close already; one large product serves the updates of two factors; steps
+are extrapolated (Ang & Gillis 2019); and all groups of a layer go at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SWEEPS = 200  # at most
+STALL = 3e-4  # stop when the last ten sweeps lowered the squared error by less than this share of it per sweep
+RIDGE = 1e-9  # of the mean diagonal; pulls towards the previous iterate, so that a solve never makes matters worse
+MOMENTUM_START, MOMENTUM_GROWTH, MOMENTUM_CAP = 0.5, 1.05, 2.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """`V[g,o,i,k] = sum_r outputs[g,o,r] inputs[g,i,r] taps[g,k,r]`; taps as one factor, or as two whose outer product they are."""
+
+    outputs: Tensor
+    inputs: Tensor
+    taps: tuple[Tensor, ...]
+
+    @property
+    def all_taps(self) -> Tensor:
+        return self.taps[0] if len(self.taps) == 1 else torch.einsum("gyr,gxr->gyxr", *self.taps).flatten(1, 2)
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        return (self.outputs, self.inputs, *self.taps)
+
+    def kernel(self) -> Tensor:
+        return (self.outputs @ torch.einsum("gir,gkr->grik", self.inputs, self.all_taps).flatten(2)).unflatten(
+            2, (self.inputs.shape[1], -1)
+        )
+
+    def balanced(self) -> Terms:
+        """The same sum, each term's norm shared evenly by its factors."""
+        norms = [torch.linalg.vector_norm(factor, dim=1, keepdim=True).clamp(min=1e-150) for factor in self.factors]
+        share = torch.stack(norms).log().mean(0).exp()
+        return _terms(factor * (share / norm) for factor, norm in zip(self.factors, norms, strict=True))
+
+
+def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full_rank: int) -> Iterator[Terms]:
+    """CP terms of (g, o, i, k) for each of the ascending ranks, never worse than those of the rank before.
+
+    Args:
+        tensor: float64 kernels, taps merged into one dimension.
+        tap_shape: (k,) for one factor of taps, (height, width) for two.
+        ranks: terms per group.
+        full_rank: from here on the exact, unfactored form is written down.
+    """
+    found: Terms | None = None
+    for rank in ranks:
+        if rank >= full_rank:
+            yield _exact(tensor, tap_shape, full_rank)
+            continue
+        if found is not None and rank == found.inputs.shape[-1]:
+            yield found
+            continue
+        if found is None:
+            start = _slice_terms(tensor, tap_shape, rank)
+        else:  # what is there already, and the strongest of what it leaves
+            further = _slice_terms(tensor - found.kernel(), tap_shape, rank - found.inputs.shape[-1])
+            start = _terms(torch.cat(both, -1) for both in zip(found.factors, further.factors, strict=True))
+        found = _sweep_until_stalled(tensor, start.balanced())
+        yield found
+
+
+def _terms(factors: Iterator[Tensor]) -> Terms:
+    outputs, inputs, *taps = factors
+    return Terms(outputs, inputs, tuple(taps))
+
+
+def _slice_terms(tensor: Tensor, tap_shape: tuple[int, ...], count: int) -> Terms:
+    """The `count` strongest singular components among all depthwise slices: by input channel or by output channel, the better."""
+    by_input = _strongest(tensor.transpose(1, 2), tap_shape, count)
+    by_output = _strongest(tensor, tap_shape, count)
+    if by_input[0] >= by_output[0]:
+        _, inputs, outputs, taps = by_input
+    else:
+        _, outputs, inputs, taps = by_output
+    return Terms(outputs, inputs, taps)
+
+
+def _strongest(slices: Tensor, tap_shape: tuple[int, ...], count: int) -> tuple[float, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Of slices (g, s, c, k): energy explained, one-hot (g, s, r), scaled left vectors (g, c, r), taps."""
+    left, values, right = torch.linalg.svd(slices, full_matrices=False)  # g s c j, g s j, g s j k
+    taps: tuple[Tensor, ...] = (right,)
+    strength = values
+    if len(tap_shape) == 2:  # the best outer product inside each tap vector
+        u, s, v = torch.linalg.svd(right.unflatten(-1, tap_shape), full_matrices=False)
+        taps = (u[..., 0] * s[..., :1], v[..., 0, :])
+        strength = values * s[..., 0]
+    chosen = strength.flatten(1).topk(count).indices  # g r
+    energy = float(strength.flatten(1).gather(1, chosen).square().sum())
+    scaled = (left * values.unsqueeze(-2)).transpose(-1, -2).flatten(1, 2)  # g (s j) c
+    one_hot = torch.nn.functional.one_hot(chosen // values.shape[2], values.shape[1]).to(slices.dtype)
+    picked = tuple(_pick(tap.flatten(1, 2), chosen) for tap in taps)
+    return energy, one_hot.mT, _pick(scaled, chosen), picked
+
+
+def _pick(rows: Tensor, chosen: Tensor) -> Tensor:
+    """(g, n, c) rows at (g, r) -> columns (g, c, r)."""
+    return rows.gather(1, chosen.unsqueeze(-1).expand(-1, -1, rows.shape[2])).mT
+
+
+def _sweep_until_stalled(tensor: Tensor, start: Terms) -> Terms:
+    """Extrapolated alternating least squares; what is returned explains the tensor at least as well as the start."""
+    norm = float(tensor.square().sum())
+    if norm == 0:
+        return start
+    best, best_error = start, float((tensor - start.kernel()).square().sum()) / norm
+    point, momentum, history = start, MOMENTUM_START, [best_error]
+    for _ in range(SWEEPS):
+        found, explained = _sweep(tensor, point)
+        error = 1 - explained / norm
+        if error < best_error:
+            found = found.balanced()
+            point = _terms(new + momentum * (new - old) for new, old in zip(found.factors, best.factors, strict=True))
+            best, best_error = found, error
+            momentum = min(momentum * MOMENTUM_GROWTH, MOMENTUM_CAP)
+        elif point is best:
+            break  # not even a plain sweep helps: rounding is all that is left
+        else:
+            point, momentum = best, momentum / 2
+        history.append(best_error)
+        if len(history) > 10 and history[-11] - best_error < 10 * STALL * best_error:
+            break
+    return best
+
+
+def _sweep(tensor: Tensor, terms: Terms) -> tuple[Terms, float]:
+    """One round over all factors, and the part of the squared norm that the result explains."""
+    outputs, inputs, taps = terms.outputs, terms.inputs, terms.taps
+    seen = torch.einsum("goik,gir->gokr", tensor, inputs)
+    for _ in range(2):  # twice, as it costs little once `seen` is there
+        taps = _update_taps(taps, torch.einsum("gor,gokr->gkr", outputs, seen), _gram(outputs) * _gram(inputs))
+        every = Terms(outputs, inputs, taps).all_taps
+        outputs = _solve(torch.einsum("gkr,gokr->gor", every, seen), _gram(every) * _gram(inputs), outputs)
+    seen = torch.einsum("goik,gor->gikr", tensor, outputs)
+    for _ in range(2):
+        taps = _update_taps(taps, torch.einsum("gir,gikr->gkr", inputs, seen), _gram(outputs) * _gram(inputs))
+        every = Terms(outputs, inputs, taps).all_taps
+        matched = torch.einsum("gkr,gikr->gir", every, seen)
+        inputs = _solve(matched, _gram(every) * _gram(outputs), inputs)
+    product = float((matched * inputs).sum())
+    square = float((_gram(outputs) * _gram(inputs) * _gram(every)).sum())
+    return Terms(outputs, inputs, taps), 2 * product - square
+
+
+def _update_taps(taps: tuple[Tensor, ...], matched: Tensor, gram: Tensor) -> tuple[Tensor, ...]:
+    if len(taps) == 1:
+        return (_solve(matched, gram, taps[0]),)
+    along_height, along_width = taps
+    matched = matched.unflatten(1, (along_height.shape[1], along_width.shape[1]))
+    along_height = _solve(torch.einsum("gyxr,gxr->gyr", matched, along_width), gram * _gram(along_width), along_height)
+    along_width = _solve(torch.einsum("gyxr,gyr->gxr", matched, along_height), gram * _gram(along_height), along_width)
+    return along_height, along_width
+
+
+def _gram(factor: Tensor) -> Tensor:
+    return factor.mT @ factor
+
+
+def _solve(matched: Tensor, gram: Tensor, previous: Tensor) -> Tensor:
+    """`X gram = matched`, with a ridge towards the previous X: (g, n, r)."""
+    ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
+    regular = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_solve((matched + ridge * previous).mT, torch.linalg.cholesky(regular)).mT
+
+
+def _exact(tensor: Tensor, tap_shape: tuple[int, ...], full_rank: int) -> Terms:
+    """The tensor itself, written as one-hot factors and its own entries along the dimension that makes fewest terms."""
+    g, o, i, k = tensor.shape
+    like = {"dtype": tensor.dtype, "device": tensor.device}
+
+    def one_hots(first: int, second: int) -> tuple[Tensor, Tensor]:
+        """Columns that count through (first, second), the second fastest."""
+        return (
+            torch.eye(first, **like).repeat_interleave(second, 1).expand(g, -1, -1),
+            torch.eye(second, **like).repeat(1, first).expand(g, -1, -1),
+        )
+
+    if full_rank in (k * i, k * o):
+        channels = i if full_rank == k * i else o
+        side, every = one_hots(channels, k)
+        taps: tuple[Tensor, ...] = (every,)
+        if len(tap_shape) == 2:
+            height, width = one_hots(*tap_shape)
+            taps = (height.repeat(1, 1, channels), width.repeat(1, 1, channels))
+        if full_rank == k * i:
+            return Terms(tensor.flatten(2), side, taps)
+        return Terms(side, tensor.permute(0, 2, 1, 3).flatten(2), taps)
+    outputs, inputs = one_hots(o, i)
+    if len(tap_shape) == 1:
+        return Terms(outputs, inputs, (tensor.flatten(1, 2).mT,))
+    height, width = tap_shape
+    grid = tensor.unflatten(3, tap_shape)
+    short = min(height, width)
+    rows = (grid if height <= width else grid.transpose(3, 4)).flatten(1, 3).mT  # g, long side, (o i short)
+    hot = torch.eye(short, **like).repeat(1, o * i).expand(g, -1, -1)
+    pair = (hot, rows) if height <= width else (rows, hot)
+    return Terms(outputs.repeat_interleave(short, 2), inputs.repeat_interleave(short, 2), pair)

@@ -1,0 +1,43 @@
+"""Channel decomposition: a k x k convolution to few channels, then a 1x1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from torch import Tensor
+
+from dsconv_surgery.geometry import ConvSpec, Rank
+from dsconv_surgery.schemes import _low_rank
+from dsconv_surgery.schemes._protocol import Factors, one_tap, whole
+
+
+class Channel:
+    """`V[o,i,y,x] = sum_r E[o,r] R[r,i,y,x]`: the SVD of the O x (I K) unfolding (Zhang et al. 2015, without data)."""
+
+    name = "channel"
+    exact_spectrum = True
+
+    def refuses(self, spec: ConvSpec) -> str | None:
+        return one_tap(spec)
+
+    def full_rank(self, spec: ConvSpec) -> int:
+        return min(spec.out_channels, spec.in_channels * spec.taps)
+
+    def ranks(self, spec: ConvSpec) -> Iterable[int]:
+        return range(1, self.full_rank(spec) + 1)
+
+    def chain(self, spec: ConvSpec, rank: Rank) -> dict[str, ConvSpec]:
+        r = whole(rank)
+        return {"reduce": replace(spec, out_channels=r), "expand": ConvSpec(r, spec.out_channels)}
+
+    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank]) -> Iterator[Factors]:
+        for left, right in _low_rank.truncated(weight.flatten(2), [whole(rank) for rank in ranks]):
+            yield {"reduce": right.unflatten(2, weight.shape[2:]), "expand": left[..., None, None]}
+
+    def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
+        reduce, expand = factors["reduce"], factors["expand"]
+        return (expand.flatten(2) @ reduce.flatten(2)).unflatten(2, reduce.shape[2:])
+
+    def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor:
+        return _low_rank.energies(weight.flatten(2)).sum(0)

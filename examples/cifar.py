@@ -1,0 +1,111 @@
+"""What the CIFAR-10 examples share: the ResNet of He et al. (2016), images kept as lossless sheets, and the accuracy."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+ASSETS = Path(__file__).parent / "assets"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions; the shortcut takes every second pixel and pads channels with zeros, so it has no parameters."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
+        self.new_channels = out_channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.stride != 1 or self.new_channels:
+            half = self.new_channels // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.new_channels - half))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """ResNet-20 has `depth=20`, ResNet-56 `depth=56`: three stages of (depth - 2) / 6 blocks, 16, 32 and 64 channels wide."""
+
+    def __init__(self, depth: int = 20, classes: int = 10) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, blocks, stride=1)
+        self.layer2 = self._stage(16, 32, blocks, stride=2)
+        self.layer3 = self._stage(32, 64, blocks, stride=2)
+        self.linear = nn.Linear(64, classes)
+
+    @staticmethod
+    def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(in_channels, out_channels, stride)
+        return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+
+
+def load_resnet(path: Path, depth: int = 20) -> CifarResNet:
+    """A ResNet in evaluation mode with the weights of a safetensors file, whatever precision they are stored in."""
+    model = CifarResNet(depth)
+    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()})
+    return model.eval()
+
+
+def demo_resnet20() -> CifarResNet:
+    """The network that this repository ships, trained by examples/train_cifar.py."""
+    return load_resnet(ASSETS / "resnet20_cifar10.safetensors")
+
+
+def read_sheet(path: Path) -> np.ndarray:
+    """The 32 x 32 tiles of one sheet, row by row, as uint8 of shape (n, 32, 32, 3)."""
+    sheet = np.asarray(Image.open(path).convert("RGB"))
+    rows, columns = sheet.shape[0] // 32, sheet.shape[1] // 32
+    return sheet.reshape(rows, 32, columns, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3)
+
+
+def to_input(images: np.ndarray) -> Tensor:
+    """uint8 (n, 32, 32, 3) -> normalised float32 (n, 3, 32, 32)."""
+    x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float().div_(255)
+    return x.sub_(torch.tensor(MEAN).view(3, 1, 1)).div_(torch.tensor(STD).view(3, 1, 1))
+
+
+def demo_images(split: str) -> tuple[Tensor, Tensor]:
+    """The shipped images, normalised, and their labels: `split` is "train" (5,000) or "test" (1,000)."""
+    labels = np.load(ASSETS / "labels.npz")[split]
+    return to_input(read_sheet(ASSETS / f"{split}.webp")), torch.from_numpy(labels.astype(np.int64))
+
+
+def cifar10(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """All of CIFAR-10's "train" or "test" images and labels, from sheets in `folder` or else through torchvision (downloads once)."""
+    if (folder / "labels.npz").exists():
+        names = [f"train_{i}" for i in range(5)] if split == "train" else ["test"]
+        images = np.concatenate([read_sheet(folder / f"{name}.webp") for name in names])
+        return images, np.load(folder / "labels.npz")[split].astype(np.int64)
+    from torchvision.datasets import CIFAR10
+
+    dataset = CIFAR10(str(folder), train=split == "train", download=True)
+    return dataset.data, np.asarray(dataset.targets, dtype=np.int64)
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:
+    """Top-1 accuracy in percent, in evaluation mode; the model's mode is put back."""
+    training = model.training
+    model.eval()
+    hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(batch), labels.split(batch), strict=True))
+    model.train(training)
+    return 100 * hits / len(labels)
