@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,42 @@ def smallest_total(tables: Mapping[str, Table], measures: Sequence[str]) -> dict
     """By measure, what the layers cost together with the cheapest offer of each."""
     least = [table.smallest(measures)[1][1] for table in tables.values()]
     return {m: sum(getattr(cost, m) for cost in least) for m in measures}
+
+
+def check_settings(rule: str | Rule, budget: Budget | None, energy: float | None, rank: Rank | None) -> None:
+    """Raise ValueError unless a rule is known and has the settings that go with it, and no others."""
+    if not callable(rule) and rule not in ("uniform", "energy", "fixed"):
+        raise ValueError(f"unknown rule {rule!r}. Known: uniform, energy, fixed, or a callable on option tables.")
+    for key, value, owner in (("energy", energy, "energy"), ("rank", rank, "fixed")):
+        if (value is not None) != (rule == owner):
+            raise ValueError(f"{key}= goes with rule={owner!r}, and only with it (found rule={rule!r}, {key}={value!r}).")
+    if energy is not None and (isinstance(energy, bool) or not isinstance(energy, int | float) or not 0 < energy < 1):
+        raise ValueError(f"energy={energy!r} is not a share of the squared norm to keep, in (0, 1).")
+    sides = rank if isinstance(rank, tuple | list) and len(rank) == 2 else (rank,)
+    if rank is not None and any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+        raise ValueError(f"rank={rank!r} is not a rank: expected 1 or more, or a pair of them for tucker, as in rank=(8, 8).")
+    if rule in ("energy", "fixed") and budget is not None:
+        raise ValueError(f"rule {rule!r} takes no budget. Use rule='uniform', or leave out budget=.")
+
+
+def allowance(tables: Mapping[str, Table], total: Cost, budget: Budget) -> dict[str, int]:
+    """By measure, what the layers with options may cost together so that the whole network keeps its budget.
+
+    Raises:
+        ValueError: not even the cheapest option of every layer comes down to it; the smallest reachable budget is named.
+    """
+    limits = budget.limits()
+    rest = {m: getattr(total, m) - sum(getattr(table.dense, m) for table in tables.values()) for m in limits}
+    allowed = {m: int(fraction * getattr(total, m)) - rest[m] for m, fraction in limits.items()}
+    least = smallest_total(tables, tuple(limits))
+    if any(least[m] > allowed[m] for m in limits):
+        # Rounded up, so that the budget named can be given and met.
+        reach = ", ".join(f"{m}={min(math.ceil(1e4 * (least[m] + rest[m]) / getattr(total, m) + 1e-6) / 1e4, 1.0)}" for m in limits)
+        raise ValueError(
+            f"{budget} is out of reach: with every layer at its cheapest the network still keeps {reach} "
+            f"({len(tables)} layers can be cut). Raise the budget, exclude fewer layers or allow more schemes."
+        )
+    return allowed
 
 
 def uniform(tables: Mapping[str, Table], allowed: Mapping[str, int]) -> Choice:

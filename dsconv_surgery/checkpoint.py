@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -69,13 +70,16 @@ def save(compressed: Compressed | nn.Module, folder: str | os.PathLike[str], pla
         raise ValueError(f"{(odd + meta)[0]}: {what} ({len(odd + meta)} such entries). Nothing was written.")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    written = _write(target, lambda path: save_model(model, str(path)))
-    digest = _sha256(written)
-    weights = target / f"weights-{digest[:16]}.safetensors"
-    os.replace(written, weights)
-    channels_last = tuple(name for name, value in state.items() if is_channels_last(value))
-    manifest = _ADAPTER.dump_json(_Saved(plan, weights.name, digest, channels_last), indent=1) + b"\n"
-    os.replace(_write(target, lambda path: path.write_bytes(manifest)), target / PLAN_FILE)
+    with _temporary(target) as written, _temporary(target) as manifest:
+        save_model(model, str(written))
+        digest = _sha256(written)
+        weights = target / f"weights-{digest[:16]}.safetensors"
+        channels_last = tuple(name for name, value in state.items() if is_channels_last(value))
+        manifest.write_bytes(_ADAPTER.dump_json(_Saved(plan, weights.name, digest, channels_last), indent=1) + b"\n")
+        for source, place in ((written, weights), (manifest, target / PLAN_FILE)):
+            source.chmod(0o644)
+            _sync(source)
+            os.replace(source, place)
     _sync(target)
     for old in target.glob("weights-*.safetensors"):
         if old.name != weights.name:
@@ -156,19 +160,15 @@ def _read(folder: Path) -> tuple[_Saved, Path]:
         raise ValueError(f"{weights}: not a safetensors file: {error}. Save again.") from error
 
 
-def _write(folder: Path, writer: Callable[[Path], Any]) -> Path:
-    """A finished temporary file in a folder, on the disk for good; none is left behind if writing fails."""
+@contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A new file in a folder, removed at the end unless it was renamed."""
     handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
     os.close(handle)
-    path = Path(name)
     try:
-        writer(path)
-        path.chmod(0o644)
-        _sync(path)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return path
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

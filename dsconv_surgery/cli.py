@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,7 +20,7 @@ from dsconv_surgery.checkpoint import load, read_plan, save
 from dsconv_surgery.graph import Skip, survey
 from dsconv_surgery.pipeline import compress
 from dsconv_surgery.report import compare
-from dsconv_surgery.text import text_table
+from dsconv_surgery.text import nearest, text_table
 
 app = typer.Typer(help="Make a trained convolutional network smaller and faster.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -111,8 +113,8 @@ def main() -> None:
     """Run the command line; a user's mistake is one line, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+    except (ValueError, TypeError, OSError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {' '.join(str(error).split())}", markup=False, highlight=False)
         sys.exit(1)
 
 
@@ -137,20 +139,29 @@ def _model(name: str, weights: str) -> nn.Module:
     if source == "torchvision":
         model = _import("torchvision.models", "torchvision").get_model(rest, weights="DEFAULT" if pretrained else None)
     elif source == "timm":
-        model = _import("timm", "timm").create_model(rest, pretrained=pretrained)
+        try:
+            model = _import("timm", "timm").create_model(rest, pretrained=pretrained)
+        except RuntimeError as error:  # timm's word for a name that it does not know
+            raise ValueError(f"model {name!r}: {error}. See timm.list_models().") from error
     else:
         if pretrained:
             raise ValueError("--weights DEFAULT is for torchvision and timm; let your callable load its own, or give a file.")
         sys.path.insert(0, "")
-        model = getattr(_import(source, source), rest)()
+        home = _import(source, source)
+        if not callable(getattr(home, rest, None)):
+            raise ValueError(f"model {name!r}: {source} has no callable {rest!r}.{nearest(rest, vars(home))}")
+        model = getattr(home, rest)()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model {name!r}: expected an nn.Module, found {type(model).__name__}.")
     if weights not in ("none", "DEFAULT"):
         path = Path(weights)
         if not path.exists():
             raise FileNotFoundError(f"--weights {weights}: expected none, DEFAULT or a file; there is none of this name.")
-        state: dict[str, Any] = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-        model.load_state_dict(state)
+        try:
+            state: dict[str, Any] = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            model.load_state_dict(state)
+        except (RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
+            raise ValueError(f"--weights {weights}: not a state_dict of {name}: {error}") from error
     return model.eval()
 
 

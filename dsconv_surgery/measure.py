@@ -24,7 +24,8 @@ def count_params(model: nn.Module) -> int:
 
 
 def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that modules hold as plain attributes, as old-style weight norm does with the weights that it computes."""
+    """Buffers, and tensors that modules hold as plain attributes, as old-style weight norm does with the weights that it computes."""
+    yield from model.buffers()
     for module in model.modules():
         yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
@@ -32,7 +33,7 @@ def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
 def fake_copy(model: nn.Module, inputs: Sequence[Any]) -> tuple[FakeTensorMode, nn.Module, tuple[Any, ...]]:
     """The model and its inputs with fake tensors for data: shapes run through it, no memory is taken and nothing is computed."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensors: dict[int, Any] = {id(t): mode.from_tensor(t) for t in chain(model.parameters(), model.buffers(), loose_tensors(model))}
+    tensors: dict[int, Any] = {id(t): mode.from_tensor(t) for t in chain(model.parameters(), loose_tensors(model))}
     fake_inputs = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(inputs))
     return mode, copy.deepcopy(model, tensors), fake_inputs
 

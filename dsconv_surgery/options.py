@@ -18,14 +18,15 @@ from dsconv_surgery.schemes import Factors
 class Workings:
     """Measures a layer's options, each once, and keeps the factors that it had to find on the way."""
 
-    def __init__(self, spec: ConvSpec, weight: Tensor) -> None:
-        self.spec, self.weight = spec, weight
+    def __init__(self, layer: str, spec: ConvSpec, weight: Tensor) -> None:
+        self.layer, self.spec, self.weight = layer, spec, weight
         self.made: dict[tuple[str, Rank], Factors] = {}
         self._errors: dict[tuple[str, Rank], float] = {}
         self._explained: dict[str, Tensor | None] = {}
 
     def bounds(self, name: str, ranks: Sequence[Rank]) -> list[float] | None:
         """Errors from the scheme's spectrum, upper bounds where that is not exact."""
+        self._refuse_meta()
         if name not in self._explained:
             spectrum = schemes.spectrum(schemes.get_scheme(name), self.spec, self.weight)
             if spectrum is not None:
@@ -53,6 +54,13 @@ class Workings:
                 self.made[name, rank] = {link: factor.to(self.weight.dtype) for link, factor in factors.items()}
                 self._errors[name, rank] = schemes.relative_error(self.weight, schemes.kernel_of(scheme, self.spec, factors))
         return self._errors[name, rank]
+
+    def _refuse_meta(self) -> None:
+        if self.weight.is_meta:
+            raise ValueError(
+                f"{self.layer}: its weights are on the meta device: there is nothing to measure an option's error on. Plan on a model "
+                "that has its weights; that plan then fits this one too, with apply_plan(model, plan, init='empty')."
+            )
 
 
 def options_of(site: ConvSite, module: nn.Module, names: Sequence[str], measures: Sequence[str]) -> tuple[Table, Workings] | Skip:
@@ -87,7 +95,7 @@ def options_of(site: ConvSite, module: nn.Module, names: Sequence[str], measures
         cost, name, rank = least
         costs_text = f"costs {cost.macs:,} MACs and {cost.params:,} parameters, the layer {site.cost.macs:,} and {site.cost.params:,}."
         return Skip(site.name, f"left dense - {name} at rank {rank} already {costs_text}")
-    workings = Workings(site.spec, weight)
+    workings = Workings(site.name, site.spec, weight)
     return Table(site.name, site.cost, offers, workings.measure, workings.bounds), workings
 
 

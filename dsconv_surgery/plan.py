@@ -199,16 +199,8 @@ class Settings:
             raise ValueError("schemes: none given. Pass None for all, or names.")
         for name in self.names:
             get_scheme(name)
-        if not callable(rule) and rule not in ("uniform", "energy", "fixed"):
-            raise ValueError(f"unknown rule {rule!r}. Known: uniform, energy, fixed, or a callable on option tables.")
-        for key, value, owner in (("energy", energy, "energy"), ("rank", rank, "fixed")):
-            if (value is not None) != (rule == owner):
-                raise ValueError(f"{key}= goes with rule={owner!r}, and only with it (found rule={rule!r}, {key}={value!r}).")
-        if energy is not None and not 0 < energy < 1:
-            raise ValueError(f"energy={energy!r} is not a share of the squared norm to keep, in (0, 1).")
-        if rule in ("energy", "fixed") and budget is not None:
-            raise ValueError(f"rule {rule!r} takes no budget. Use rule='uniform', or leave out budget=.")
-        self.rule, self.energy, self.rank = rule, energy, rank
+        rules.check_settings(rule, budget, energy, rank)
+        self.rule, self.energy, self.rank = rule, energy, tuple(rank) if isinstance(rank, list) else rank
         self.budget = None if rule in ("energy", "fixed") else budget or Budget(macs=0.5)
         self.include, self.exclude = _as_tuple(include), _as_tuple(exclude)
 
@@ -279,16 +271,7 @@ def _choose(tables: dict[str, Table], seen: Survey, settings: Settings) -> rules
         return rules.energy(tables, settings.energy or 0.0)
     if settings.rule == "fixed":
         return rules.fixed(tables, settings.rank or 0)
-    limits = settings.budget.limits() if settings.budget else {}
-    rest = {m: getattr(seen.total, m) - sum(getattr(table.dense, m) for table in tables.values()) for m in limits}
-    allowed = {m: int(fraction * getattr(seen.total, m)) - rest[m] for m, fraction in limits.items()}
-    least = rules.smallest_total(tables, tuple(limits))
-    if any(least[m] > allowed[m] for m in limits):
-        reach = ", ".join(f"{m}={(least[m] + rest[m]) / getattr(seen.total, m):.4f}" for m in limits)
-        raise ValueError(
-            f"{settings.budget} is out of reach: with every layer at its cheapest the network still keeps {reach} "
-            f"({len(tables)} layers can be cut). Raise the budget, exclude fewer layers or allow more schemes."
-        )
+    allowed = rules.allowance(tables, seen.total, settings.budget or Budget(macs=0.5))
     chosen = (settings.rule if callable(settings.rule) else rules.uniform)(tables, allowed)
     for name in chosen:
         if name not in tables:

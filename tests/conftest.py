@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -47,3 +48,28 @@ def shared() -> Path:
     if not (SHARED / "weights").exists():
         pytest.skip("the shared data (CIFAR-10 and pretrained networks) is not on this machine")
     return SHARED
+
+
+@pytest.fixture
+def nms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Non-maximum suppression in plain Python, where torchvision's compiled operators did not load; RoIAlign has one of its own."""
+    extension = pytest.importorskip("torchvision.extension")
+    if extension._has_ops():
+        yield
+        return
+    library = torch.library.Library("torchvision", "IMPL")  # noqa: TOR901
+    library.impl("nms", _plain_nms, "CPU")
+    monkeypatch.setattr("torchvision.ops.boxes._assert_has_ops", lambda: None)
+    yield
+    library._destroy()
+
+
+def _plain_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    from torchvision.ops import box_iou
+
+    overlap = box_iou(boxes, boxes) > iou_threshold
+    kept: list[int] = []
+    for at in scores.argsort(descending=True, stable=True).tolist():
+        if not overlap[at, kept].any():
+            kept.append(at)
+    return torch.tensor(kept, dtype=torch.int64)

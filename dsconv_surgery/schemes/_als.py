@@ -92,18 +92,18 @@ def _slice_terms(tensor: Tensor, tap_shape: tuple[int, ...], count: int) -> Term
 def _strongest(slices: Tensor, tap_shape: tuple[int, ...], count: int) -> tuple[float, Tensor, Tensor, tuple[Tensor, ...]]:
     """Of slices (g, s, c, k): energy explained, one-hot (g, s, r), scaled left vectors (g, c, r), taps."""
     left, values, right = torch.linalg.svd(slices, full_matrices=False)  # g s c j, g s j, g s j k
+    slice_count = values.shape[1]
+    scaled = (left * values.unsqueeze(-2)).mT  # g s j c
     taps: tuple[Tensor, ...] = (right,)
-    strength = values
-    if len(tap_shape) == 2:  # the best outer product inside each tap vector
-        u, s, v = torch.linalg.svd(right.unflatten(-1, tap_shape), full_matrices=False)
-        taps = (u[..., 0] * s[..., :1], v[..., 0, :])
-        strength = values * s[..., 0]
-    chosen = strength.flatten(1).topk(count).indices  # g r
-    energy = float(strength.flatten(1).gather(1, chosen).square().sum())
-    scaled = (left * values.unsqueeze(-2)).transpose(-1, -2).flatten(1, 2)  # g (s j) c
-    one_hot = torch.nn.functional.one_hot(chosen // values.shape[2], values.shape[1]).to(slices.dtype)
-    picked = tuple(_pick(tap.flatten(1, 2), chosen) for tap in taps)
-    return energy, one_hot.mT, _pick(scaled, chosen), picked
+    if len(tap_shape) == 2:  # each tap vector as a sum of outer products, a term each
+        u, s, v = torch.linalg.svd(right.unflatten(-1, tap_shape), full_matrices=False)  # g s j y t, g s j t, g s j t x
+        scaled = scaled.unsqueeze(3).expand(*s.shape, -1).flatten(2, 3)
+        taps = ((u * s.unsqueeze(-2)).mT.flatten(2, 3), v.flatten(2, 3))
+        values = (values.unsqueeze(-1) * s).flatten(2)
+    chosen = values.flatten(1).topk(count).indices  # g r, counting through s and j
+    energy = float(values.flatten(1).gather(1, chosen).square().sum())
+    one_hot = torch.nn.functional.one_hot(chosen // values.shape[2], slice_count).to(slices.dtype)
+    return energy, one_hot.mT, _pick(scaled.flatten(1, 2), chosen), tuple(_pick(tap.flatten(1, 2), chosen) for tap in taps)
 
 
 def _pick(rows: Tensor, chosen: Tensor) -> Tensor:

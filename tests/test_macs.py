@@ -1,0 +1,181 @@
+"""The MACs and parameters that a look predicts, against torch's own flop counter and numel: equal as integers, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsconv_surgery import Plan, apply_plan, make_plan
+from dsconv_surgery.graph import ConvSite, Skip, survey
+from dsconv_surgery.plan import Cut
+from dsconv_surgery.schemes import get_scheme, refusal, scheme_names
+
+models = pytest.importorskip("torchvision.models")
+
+FAMILIES = {  # the smallest member of each family, and a side that it takes
+    "alexnet": 64,
+    "convnext_tiny": 64,
+    "densenet121": 64,
+    "efficientnet_b0": 64,
+    "efficientnet_v2_s": 64,
+    "googlenet": 64,
+    "inception_v3": 96,
+    "maxvit_t": 224,
+    "mnasnet0_5": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "regnet_x_400mf": 64,
+    "regnet_y_400mf": 64,
+    "resnet18": 64,
+    "resnext50_32x4d": 64,
+    "shufflenet_v2_x0_5": 64,
+    "squeezenet1_1": 64,
+    "swin_t": 64,
+    "swin_v2_t": 64,
+    "vgg11": 64,
+    "vit_b_32": 224,
+    "wide_resnet50_2": 64,
+}
+ATTENTION = {"maxvit_t", "swin_t", "swin_v2_t", "vit_b_32"}
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def on_meta(name: str, **settings: Any) -> nn.Module:
+    """A torchvision network without memory for its weights."""
+    if name in ("googlenet", "inception_v3"):
+        settings["init_weights"] = False
+    if name.startswith("regnet"):  # computes its widths with tensors
+        return models.get_model(name, weights=None, **settings).eval().to("meta")
+    with torch.device("meta"):
+        return models.get_model(name, weights=None, **settings).eval()
+
+
+def counted(model: nn.Module, *inputs: Any) -> tuple[dict[str, int], int]:
+    """MACs by layer name, and in all, as torch's flop counter sees them with gradients on (so that attention takes no fused path)."""
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    by_module = counter.get_flop_counts()
+    root = type(model).__name__
+    macs: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            flops = sum(by_module.get(f"{root}.{name}" if name else root, {}).values())
+            assert flops % 2 == 0
+            macs[name] = flops // 2
+    return macs, counter.get_total_flops() // 2
+
+
+def check(model: nn.Module, *inputs: Any) -> int:
+    """Compare every layer and the totals; returns the remainder."""
+    seen = survey(model, *inputs)
+    macs, total = counted(model, *inputs)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    assert [layer.name for layer in seen.layers] == list(layers)
+    assert {name: cost.macs for name, cost in seen.costs.items()} == macs
+    assert {name: cost.params for name, cost in seen.costs.items()} == {
+        name: sum(p.numel() for p in layer.parameters()) for name, layer in layers.items()
+    }
+    for layer in seen.layers:  # from geometry alone, what counting says
+        if isinstance(layer, ConvSite):
+            assert layer.cost == seen.costs[layer.name]
+    assert seen.total.params == sum(p.numel() for p in model.parameters())
+    assert seen.total.macs == sum(macs.values())
+    assert seen.total.macs + seen.remainder_macs == total
+    return seen.remainder_macs
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_predicted_costs_are_the_counted_ones(name: str) -> None:
+    """On one network of every torchvision classifier family; attention's functional products are the remainder, and nothing else is."""
+    remainder = check(on_meta(name), torch.empty(2, 3, FAMILIES[name], FAMILIES[name], device="meta"))
+    assert (remainder > 0) == (name in ATTENTION)
+
+
+def test_every_family_is_there() -> None:
+    """A family that a later torchvision adds is noticed: its builders come from a module that the table above does not reach."""
+    plain = [name for name in models.list_models(models) if not name.startswith("quantized")]
+    modules = {models.get_model_builder(name).__module__ for name in plain}
+    assert modules == {models.get_model_builder(name).__module__ for name in FAMILIES}
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_count_only_where_they_run(name: str) -> None:
+    """In training mode they do, in evaluation mode they cost nothing and are skips."""
+    x = torch.empty(2, 3, 96, 96, device="meta")
+    model = on_meta(name, aux_logits=True)
+    heads = [n for n, module in model.named_modules() if isinstance(module, LAYERS) and n.lower().startswith("aux")]
+    assert heads
+    check(model, x)
+    quiet = survey(model, x)
+    assert {layer.name for layer in quiet.layers if isinstance(layer, Skip)} == set(heads)
+    assert all(quiet.costs[head].macs == 0 for head in heads)
+    model.train()
+    if name == "inception_v3":
+        x = torch.empty(2, 3, 299, 299, device="meta")  # its auxiliary head pools 5x5
+    check(model, x)
+    assert not [layer for layer in survey(model, x).layers if isinstance(layer, Skip)]
+
+
+def test_a_layer_that_runs_twice_counts_twice() -> None:
+    """And on each call's own size."""
+
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Conv2d(3, 5, (3, 1), stride=(2, 1), padding="valid", bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x).sum() + self.head(x[..., ::2, ::3]).sum()
+
+    model, x = Pyramid(), torch.rand(2, 3, 17, 12)
+    assert check(model, x) == 0
+    assert survey(model, x).total.macs == 2 * 5 * 9 * (8 * 12 + 4 * 4)
+
+
+def test_transposed_and_one_dimensional_convolutions_count_too() -> None:
+    """They cannot be cut, but belong to the whole network that a budget is a fraction of."""
+    model = nn.Sequential(
+        nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.Flatten(2), nn.Conv1d(6, 3, 5, dilation=2), nn.Unflatten(2, (1, -1, 1))
+    )
+    model.append(nn.Conv3d(3, 2, (1, 3, 1)))
+    assert check(model, torch.rand(2, 4, 5, 7)) == 0
+    assert survey(model, torch.rand(2, 4, 5, 7)).total.macs > 0
+
+
+def hand_made(model: nn.Module, x: torch.Tensor, scheme: str) -> Plan:
+    """A plan that cuts all that a scheme can cut, cheaper or not, at half the full rank."""
+    seen = survey(model, x)
+    cuts: list[Cut] = []
+    for layer in seen.layers:
+        if isinstance(layer, ConvSite) and not refusal(get_scheme(scheme), layer.spec):
+            full: Any = get_scheme(scheme).full_rank(layer.spec.one_group())
+            rank = max(1, full // 2) if isinstance(full, int) else (max(1, full[0] // 2), max(1, full[1] // 3))
+            cuts.append(Cut(layer.name, scheme, rank, layer.spec, layer.sizes))
+    return Plan(tuple(cuts), (), (tuple(x.shape),), "by hand", None, seen.total)
+
+
+@pytest.mark.parametrize("scheme", scheme_names())
+@pytest.mark.parametrize("name", ["resnext50_32x4d", "mobilenet_v3_small", "convnext_tiny"])
+def test_a_plan_foretells_the_cut_network(name: str, scheme: str) -> None:
+    """What a plan says the cut network costs is what looking at it gives, and what the flop counter counts."""
+    model, x = on_meta(name), torch.empty(1, 3, 64, 64, device="meta")
+    plan = hand_made(model, x, scheme)
+    cut = apply_plan(model, plan, init="empty")
+    assert len(plan.cuts) > 5
+    assert survey(cut, x).total == plan.total_after != plan.total
+    assert check(cut, x) == 0
+    assert sum(counted(cut, x)[0].values()) == plan.total_after.macs
+
+
+def test_a_plan_of_make_plan_foretells_the_cut_network() -> None:
+    """With real weights, a rule's own choice among all schemes and the budget kept as counted."""
+    model, x = models.shufflenet_v2_x0_5(weights=None).eval(), torch.rand(2, 3, 64, 64)
+    plan = make_plan(model, x, schemes=["depthwise", "spatial", "channel", "bottleneck"])
+    cut = apply_plan(model, plan)
+    assert survey(cut, x).total == plan.total_after
+    macs, total = counted(cut, x)
+    assert sum(macs.values()) == total == plan.total_after.macs <= plan.total.macs / 2

@@ -1,0 +1,243 @@
+"""Whole networks: found, cut, forward, backward, saved, loaded, with equal outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from dsconv_surgery import Budget, Plan, apply_plan, find_convs, fold_back, load, make_plan, save
+from dsconv_surgery.graph import ConvSite, Skip, survey
+
+models = pytest.importorskip("torchvision.models")
+
+
+@dataclass(frozen=True)
+class Network:
+    """One of the zoo: how to build it, what to cut it with, how much of its MACs to keep."""
+
+    builder: Callable[..., nn.Module]
+    schemes: tuple[str, ...]
+    settings: tuple[tuple[str, Any], ...] = ()
+    exclude: tuple[str, ...] = ()
+    keep: float = 0.6
+
+    def build(self) -> nn.Module:
+        return self.builder(weights=None, **dict(self.settings))
+
+
+ZOO = {
+    "mobilenet_v2": Network(models.mobilenet_v2, ("spatial", "bottleneck")),
+    "resnext50": Network(models.resnext50_32x4d, ("pointwise_depthwise", "bottleneck")),
+    "googlenet": Network(models.googlenet, ("tucker", "bottleneck"), (("init_weights", False), ("aux_logits", True))),
+    "deeplabv3": Network(
+        models.segmentation.deeplabv3_resnet50, ("spatial", "bottleneck"), (("weights_backbone", None), ("num_classes", 3))
+    ),
+    "resnet50": Network(models.resnet50, ("channel", "bottleneck")),
+    "densenet121": Network(models.densenet121, ("depthwise", "bottleneck")),
+    "convnext_tiny": Network(models.convnext_tiny, ("cp_split", "bottleneck")),
+    "vgg16_bn": Network(models.vgg16_bn, ("cp", "channel"), exclude=("classifier.*",)),  # 25088 x 4096: for time
+}
+QUICK = ("mobilenet_v2", "resnext50", "googlenet", "deeplabv3")
+
+
+def zoo() -> list[Any]:
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ZOO]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def equal(one: Any, other: Any) -> bool:
+    ours, theirs = tensors_of(one), tensors_of(other)
+    return len(ours) == len(theirs) > 0 and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def graded(model: nn.Module) -> set[str]:
+    """The parameters that a gradient reached."""
+    return {name for name, p in model.named_parameters() if p.grad is not None}
+
+
+def layer_names(model: nn.Module) -> set[str]:
+    return {name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)}
+
+
+def check_cut(model: nn.Module, cut: nn.Module, plan: Plan) -> None:
+    """Same class and flags; every cut a Sequential of plain layers with the bias on the last; all layers accounted for."""
+    assert type(cut) is type(model)
+    assert cut.training == model.training
+    for at in plan.cuts:
+        chain: Any = cut.get_submodule(at.name)
+        assert type(chain) is nn.Sequential
+        assert {type(link) for link in chain} == {type(model.get_submodule(at.name))}
+        assert [link.bias is not None for link in chain] == [False] * (len(chain) - 1) + [at.spec.bias]
+    assert {at.name for at in (*plan.cuts, *plan.skips)} == layer_names(model)
+
+
+@pytest.mark.parametrize("name", zoo())
+def test_zoo(name: str, tmp_path: Path) -> None:
+    """From a dense network to a loaded cut one, in training mode; outputs compared in evaluation mode, bit for bit."""
+    network = ZOO[name]
+    model, x = network.build(), torch.rand(2, 3, 64, 64)
+    before = snapshot(model)
+    plan = make_plan(model, x, schemes=network.schemes, exclude=network.exclude, budget=Budget(macs=network.keep))
+    cut = apply_plan(model, plan)
+    check_cut(model, cut, plan)
+    assert {at.scheme for at in plan.cuts} == set(network.schemes)
+    after = survey(cut, x).total
+    assert after == plan.total_after
+    assert after.macs <= network.keep * plan.total.macs
+    assert sum(p.numel() for p in cut.parameters()) == after.params
+
+    dense_shapes = [t.shape for t in tensors_of(model(x))]
+    model.load_state_dict(before)  # batch norm counted
+    outputs = tensors_of(cut(x))
+    assert [t.shape for t in outputs] == dense_shapes
+    sum(t.square().mean() for t in outputs).backward()
+    assert graded(cut) == {n for n, _ in cut.named_parameters()}
+    assert all(bool(p.grad.isfinite().all()) for p in cut.parameters())
+    assert not graded(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    save(cut, tmp_path, plan)
+    torch.manual_seed(1)
+    loaded = load(network.build(), tmp_path)
+    assert type(loaded) is type(model)
+    cut.eval()
+    loaded.eval()
+    with torch.no_grad():
+        assert equal(loaded(x), cut(x))
+        assert not equal(loaded(x), model.eval()(x))  # so that the line above says something
+
+
+def test_geometry_of_the_special_ones() -> None:
+    """The zoo has what it is there for: groups in ResNeXt, dilation in DeepLab, depthwise layers in MobileNet."""
+    x = torch.rand(2, 3, 64, 64)
+    specs = {
+        name: [layer.spec for layer in find_convs(ZOO[name].build(), x) if isinstance(layer, ConvSite)]
+        for name in ("resnext50", "deeplabv3", "mobilenet_v2")
+    }
+    assert sum(spec.groups == 32 for spec in specs["resnext50"]) == 16
+    assert {spec.dilation for spec in specs["deeplabv3"]} == {(n, n) for n in (1, 2, 4, 12, 24, 36)}
+    assert sum(spec.groups == spec.in_channels > 1 for spec in specs["mobilenet_v2"]) == 17
+
+
+def test_googlenet_keeps_its_auxiliary_heads() -> None:
+    """A plan made in training mode cuts them and they still answer; one made in evaluation mode says that they never run."""
+    model, x = ZOO["googlenet"].build(), torch.rand(2, 3, 64, 64)
+    heads = {name for name in layer_names(model) if name.startswith("aux")}
+    plan = make_plan(model, x, schemes="bottleneck", include=["aux*", "fc"], budget=Budget(macs=0.999))
+    assert {at.name for at in plan.cuts} > heads
+    cut = apply_plan(model, plan)
+    logits, aux2, aux1 = cut(x)
+    assert logits.shape == aux2.shape == aux1.shape == (2, 1000)
+
+    model.eval()
+    skips = {layer.name: layer.reason for layer in find_convs(model, x) if isinstance(layer, Skip)}
+    assert set(skips) == heads
+    assert all("never called" in reason for reason in skips.values())
+    quiet = apply_plan(model, make_plan(model, x, schemes="bottleneck", include="inception3a*"))
+    assert isinstance(quiet(x), Tensor)
+    assert len(quiet.train()(x)) == 3  # the heads are still there for training
+
+
+def detector() -> nn.Module:
+    """Faster R-CNN with few proposals, so that one image takes a moment."""
+    return models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64,
+        rpn_pre_nms_top_n_train=50, rpn_pre_nms_top_n_test=50, rpn_post_nms_top_n_train=20, rpn_post_nms_top_n_test=20,
+        box_batch_size_per_image=16, box_score_thresh=0.0, box_detections_per_img=5,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nms")
+def test_faster_rcnn(tmp_path: Path) -> None:
+    """A network that neither traces nor runs on fake tensors, whose heads run at five sizes."""
+    model, images = detector().eval(), [torch.rand(3, 64, 64)]
+    before = snapshot(model)
+    seen = survey(model, images)
+    assert seen.how == "real"
+    sites = {layer.name: layer for layer in seen.layers if isinstance(layer, ConvSite)}
+    assert set(sites) == layer_names(model)
+    assert sites["rpn.head.conv.0.0"].sizes == tuple((1, side, side) for side in (16, 8, 4, 2, 1))
+
+    plan = make_plan(model, images, schemes=["spatial", "bottleneck"], budget=Budget(macs=0.6))
+    cut = apply_plan(model, plan)
+    check_cut(model, cut, plan)
+    assert "rpn.head.conv.0.0" in {at.name for at in plan.cuts}
+    assert survey(cut, images).total.params == plan.total_after.params
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    targets = [{"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]), "labels": torch.tensor([1])}]
+    for network in (model, cut):
+        sum(network.train()(images, targets).values()).backward()
+    reached = graded(model)
+    assert reached
+    chains = {at.name: list(at.chain) for at in plan.cuts}
+    expected: set[str] = set()
+    for name in reached:
+        layer, _, kind = name.rpartition(".")
+        links = chains.get(layer)
+        if links is None:
+            expected.add(name)
+        else:
+            expected |= {f"{layer}.{link}.weight" for link in links} if kind == "weight" else {f"{layer}.{links[-1]}.bias"}
+    assert graded(cut) == expected
+
+    save(cut, tmp_path, plan)
+    torch.manual_seed(1)
+    loaded = load(detector(), tmp_path).eval()
+    cut.eval()
+    with torch.no_grad():
+        assert tensors_of(cut(images))[0].numel()  # boxes were found, so that equality says something
+        assert equal(loaded(images), cut(images))
+
+
+def targets_of(graph: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+
+
+def test_a_graph_module_is_cut_node_by_node(tmp_path: Path) -> None:
+    """Links become nodes, the graph holds, outputs are those of the cut eager network; fold_back collapses, load rebuilds."""
+    model, x = models.resnet18(weights=None).eval(), torch.rand(2, 3, 64, 64)
+    graph = fx.symbolic_trace(model)
+    original = targets_of(graph)
+    plan = make_plan(graph, x, schemes=["tucker", "depthwise", "bottleneck"])
+    assert plan == make_plan(model, x, schemes=["tucker", "depthwise", "bottleneck"])
+    assert {at.scheme for at in plan.cuts} == {"tucker", "depthwise", "bottleneck"}
+    cut = apply_plan(graph, plan)
+    assert isinstance(cut, fx.GraphModule)
+    cut.graph.lint()
+    chains = {at.name: [f"{at.name}.{link}" for link in at.chain] for at in plan.cuts}
+    assert targets_of(cut) == [link for target in original for link in chains.get(target, [target])]
+    assert targets_of(graph) == original
+    eager = apply_plan(model, plan)
+    assert set(cut.state_dict()) == set(eager.state_dict())
+    with torch.no_grad():
+        expected = eager(x)
+        assert torch.equal(cut(x), expected)
+        assert not torch.equal(expected, model(x))
+
+    save(cut, tmp_path, plan)
+    with torch.no_grad():
+        assert torch.equal(load(fx.symbolic_trace(models.resnet18(weights=None).eval()), tmp_path)(x), expected)
+        assert torch.equal(load(models.resnet18(weights=None).eval(), tmp_path)(x), expected)
+
+    dense = fold_back(cut, plan)
+    dense.graph.lint()
+    assert targets_of(dense) == original
+    assert [type(m) for _, m in dense.named_modules()][1:] == [type(m) for _, m in graph.named_modules()][1:]
+    with torch.no_grad():
+        torch.testing.assert_close(dense(x), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(fold_back(eager, plan)(x), dense(x))
