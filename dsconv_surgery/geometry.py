@@ -55,7 +55,7 @@ class ConvSpec:
         bias = layer.bias is not None
         if hasattr(layer, "in_features"):
             return cls(layer.in_features, layer.out_features, bias=bias, kind="linear")
-        padding = {"same": "same", "valid": (0, 0)}.get(layer.padding) if isinstance(layer.padding, str) else layer.padding
+        padding: Any = (0, 0) if layer.padding == "valid" else layer.padding
         return cls(
             in_channels=layer.in_channels,
             out_channels=layer.out_channels,

@@ -251,7 +251,7 @@ def expand_calls(model: nn.Module, name: str, links: Sequence[str]) -> None:
     if not isinstance(model, fx.GraphModule):
         return
     for node in graph_calls(model, name):
-        value = node.args[0] if node.args else node.kwargs["input"]
+        value: Any = node.args[0] if node.args else node.kwargs["input"]
         with model.graph.inserting_before(node):
             for link in links:
                 value = model.graph.call_module(f"{name}.{link}", (value,))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from dsconv_surgery.geometry import ConvSpec
 from dsconv_surgery.schemes import build, chain_of, check_rank, factorize, get_scheme
 
 IntOrPair = int | tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -43,7 +44,7 @@ class DepthwiseConv2d(nn.Conv2d):
         padding: IntOrPair | str = 0,
         dilation: IntOrPair = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -58,7 +59,7 @@ class DepthwiseConv2d(nn.Conv2d):
             dilation,
             groups=in_channels,
             bias=bias,
-            padding_mode=padding_mode,  # pyright: ignore[reportArgumentType]
+            padding_mode=padding_mode,
             device=device,
             dtype=dtype,
         )
@@ -125,7 +126,7 @@ class DepthwiseSeparableConv2d(nn.Sequential):
         padding: IntOrPair | str = 0,
         dilation: IntOrPair = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: Any = None,
         dtype: Any = None,
     ) -> None:

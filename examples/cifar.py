@@ -92,8 +92,7 @@ def demo_images(split: str) -> tuple[Tensor, Tensor]:
 def cifar10(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """All of CIFAR-10's "train" or "test" images and labels, from sheets in `folder` or else through torchvision (downloads once)."""
     if (folder / "labels.npz").exists():
-        names = [f"train_{i}" for i in range(5)] if split == "train" else ["test"]
-        images = np.concatenate([read_sheet(folder / f"{name}.webp") for name in names])
+        images = np.concatenate([read_sheet(sheet) for sheet in sorted(folder.glob(f"{split}*.webp"))])
         return images, np.load(folder / "labels.npz")[split].astype(np.int64)
     from torchvision.datasets import CIFAR10
 

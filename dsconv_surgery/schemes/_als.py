@@ -172,20 +172,23 @@ def _gram(factor: Tensor) -> Tensor:
 def _solve(matched: Tensor, gram: Tensor, previous: Tensor) -> Tensor:
     """`X gram = matched`, with a ridge towards the previous X: (g, n, r)."""
     ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
-    regular = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    regular = gram + ridge * _identity(gram.shape[-1], gram)
     return torch.cholesky_solve((matched + ridge * previous).mT, torch.linalg.cholesky(regular)).mT
+
+
+def _identity(side: int, like: Tensor) -> Tensor:
+    return torch.eye(side, dtype=like.dtype, device=like.device)
 
 
 def _exact(tensor: Tensor, tap_shape: tuple[int, ...], full_rank: int) -> Terms:
     """The tensor itself, written as one-hot factors and its own entries along the dimension that makes fewest terms."""
     g, o, i, k = tensor.shape
-    like = {"dtype": tensor.dtype, "device": tensor.device}
 
     def one_hots(first: int, second: int) -> tuple[Tensor, Tensor]:
         """Columns that count through (first, second), the second fastest."""
         return (
-            torch.eye(first, **like).repeat_interleave(second, 1).expand(g, -1, -1),
-            torch.eye(second, **like).repeat(1, first).expand(g, -1, -1),
+            _identity(first, tensor).repeat_interleave(second, 1).expand(g, -1, -1),
+            _identity(second, tensor).repeat(1, first).expand(g, -1, -1),
         )
 
     if full_rank in (k * i, k * o):
@@ -201,10 +204,10 @@ def _exact(tensor: Tensor, tap_shape: tuple[int, ...], full_rank: int) -> Terms:
     outputs, inputs = one_hots(o, i)
     if len(tap_shape) == 1:
         return Terms(outputs, inputs, (tensor.flatten(1, 2).mT,))
-    height, width = tap_shape
+    upright = tap_shape[0] > tap_shape[1]
+    short = min(tap_shape)
     grid = tensor.unflatten(3, tap_shape)
-    short = min(height, width)
-    rows = (grid if height <= width else grid.transpose(3, 4)).flatten(1, 3).mT  # g, long side, (o i short)
-    hot = torch.eye(short, **like).repeat(1, o * i).expand(g, -1, -1)
-    pair = (hot, rows) if height <= width else (rows, hot)
+    rows = (grid.transpose(3, 4) if upright else grid).flatten(1, 3).mT  # g, long side, (o i short)
+    hot = _identity(short, tensor).repeat(1, o * i).expand(g, -1, -1)
+    pair = (rows, hot) if upright else (hot, rows)
     return Terms(outputs.repeat_interleave(short, 2), inputs.repeat_interleave(short, 2), pair)

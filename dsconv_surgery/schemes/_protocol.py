@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -80,9 +80,8 @@ def one_tap(spec: ConvSpec) -> str | None:
 
 def split_taps(spec: ConvSpec) -> tuple[ConvSpec, ConvSpec]:
     """The geometry along height alone and along width alone; channels are left as they are."""
-    along_height, along_width = "same", "same"
-    if spec.padding != "same":
-        along_height, along_width = (spec.padding[0], 0), (0, spec.padding[1])
+    along_height: Pair | Literal["same"] = "same" if spec.padding == "same" else (spec.padding[0], 0)
+    along_width: Pair | Literal["same"] = "same" if spec.padding == "same" else (0, spec.padding[1])
     (kh, kw), (sh, sw), (dh, dw) = spec.kernel, spec.stride, spec.dilation
     return (
         replace(spec, kernel=(kh, 1), stride=(sh, 1), dilation=(dh, 1), padding=along_height),
