@@ -69,7 +69,9 @@ def test_full_rank_reproduces_the_layer(name: str, conv: nn.Conv2d, seed: int) -
     chain = cut(name, conv)
     expected = conv(x)
     assert relative(chain(x), expected) <= 1e-10
-    assert sum(p.numel() for p in chain.parameters()) == sum(s.params for s in schemes.chain_of(schemes.get_scheme(name), spec, full_rank(name, spec)).values())
+    assert sum(p.numel() for p in chain.parameters()) == sum(
+        s.params for s in schemes.chain_of(schemes.get_scheme(name), spec, full_rank(name, spec)).values()
+    )
     assert spec.out_size((2, 23, 21)) == (2, *expected.shape[2:])
 
 
@@ -172,14 +174,19 @@ def test_closed_forms_are_optimal(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "rank"), [("cp", 6), ("cp_split", 6), ("tucker", (3, 4))])
 def test_iterative_schemes_find_a_planted_structure(name: str, rank: Rank) -> None:
-    """A kernel that has the scheme's form at a rank is recovered at that rank, groups too."""
+    """A kernel that has the scheme's form at a rank is recovered exactly in most of eight draws, and nearly in the others; groups too."""
     scheme = schemes.get_scheme(name)
     spec = ConvSpec(16, 20, (3, 3), groups=2)
-    chain = schemes.chain_of(scheme, spec, rank)
-    planted = {link: grouped(spec, torch.randn(s.weight_shape, dtype=torch.float64)) for link, s in chain.items()}
-    weight = schemes.kernel_of(scheme, spec, planted)
-    found = next(schemes.factorize(scheme, spec, weight, [rank]))
-    assert schemes.relative_error(weight, schemes.kernel_of(scheme, spec, found)) <= 5e-3
+    errors: list[float] = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        chain = schemes.chain_of(scheme, spec, rank)
+        planted = {link: grouped(spec, torch.randn(s.weight_shape, dtype=torch.float64)) for link, s in chain.items()}
+        weight = schemes.kernel_of(scheme, spec, planted)
+        found = next(schemes.factorize(scheme, spec, weight, [rank]))
+        errors.append(schemes.relative_error(weight, schemes.kernel_of(scheme, spec, found)))
+    assert sum(error <= 1e-12 for error in errors) >= 6
+    assert max(errors) <= 0.1
 
 
 def test_cp_is_no_worse_than_depthwise_of_the_same_rank() -> None:

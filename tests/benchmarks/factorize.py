@@ -119,13 +119,25 @@ def main() -> None:
                 assert isinstance(cut.rank, int)
                 mine = ours_to_error(sites[cut.name], w, cut.rank, its_error)
             rival, ours, worst = rival + its, ours + mine, max(worst, error / its_error - 1)
-            print(f"{name:10} {cut.name:24} rank {cut.rank!s:12} ours {mine:7.3f} s {error:.6f}   rival {its:7.3f} s {its_error:.6f}", flush=True)
+            print(
+                f"{name:10} {cut.name:24} rank {cut.rank!s:12} ours {mine:7.3f} s {error:.6f}   rival {its:7.3f} s {its_error:.6f}",
+                flush=True,
+            )
         kept = sum(chain_cost(cut.chain, cut.sizes).macs for cut in plan.cuts) / sum(sites[cut.name].cost.macs for cut in plan.cuts)
-        table[name] = {"ours_s": ours, "rival_s": rival, "ratio": rival / ours, "ours_whole_s": whole, "worst_error_excess": worst, "macs_kept": kept}
+        table[name] = {
+            "ours_s": ours,
+            "rival_s": rival,
+            "ratio": rival / ours,
+            "ours_whole_s": whole,
+            "worst_error_excess": worst,
+            "macs_kept": kept,
+        }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\n{'scheme':10} {'ours':>8} {'rival':>8} {'faster':>7} {'whole':>8} {'error, relative to rival, at worst':>36}")
     for name, row in table.items():
-        print(f"{name:10} {row['ours_s']:7.2f}s {row['rival_s']:7.2f}s {row['ratio']:6.2f}x {row['ours_whole_s']:7.2f}s {row['worst_error_excess']:+36.2e}")
+        print(
+            f"{name:10} {row['ours_s']:7.2f}s {row['rival_s']:7.2f}s {row['ratio']:6.2f}x {row['ours_whole_s']:7.2f}s {row['worst_error_excess']:+36.2e}"
+        )
     print(f"peak memory {peak:.2f} GiB, {options.threads} threads")
     if options.json:
         settings = {"threads": options.threads, "torch": torch.__version__, "tensorly": tensorly.__version__, "peak_gib": round(peak, 3)}
