@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dsconv_surgery.pipeline import Compressed
@@ -71,7 +71,9 @@ def save(compressed: Compressed | nn.Module, folder: str | os.PathLike[str], pla
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with _temporary(target) as written, _temporary(target) as manifest:
-        save_model(model, str(written))
+        # Cloned, for safetensors takes neither overlapping nor channels-last tensors; one that has several names is written once.
+        kept = {names[0]: state[names[0]] for names in _by_tensor(state)}
+        save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in kept.items()}, written)
         digest = _sha256(written)
         weights = target / f"weights-{digest[:16]}.safetensors"
         channels_last = tuple(name for name, value in state.items() if is_channels_last(value))
@@ -104,31 +106,55 @@ def load(fresh_model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         >>> small = load(torchvision.models.resnet18(), "resnet18-half")
     """
     saved, weights = _read(Path(folder))
-    with safe_open(str(weights), framework="pt") as stored:
-        names = list(stored.keys())
-        dtypes = {name: stored.get_slice(name).get_dtype() for name in names}
     cut = apply_plan(fresh_model, saved.plan, init="empty")
     state = cut.state_dict()
     if any(value.is_meta for value in state.values() if isinstance(value, Tensor)):
         raise ValueError(
             "load: the fresh model is on the meta device: what is not saved (non-persistent buffers) would be lost. Build it on a real one."
         )
-    for name in names:
-        if name in state and dtypes[name] != _dtype_name(state[name]):
-            found = _dtype_name(state[name])
-            raise ValueError(f"{name}: saved as {dtypes[name]}, the fresh model has {found}. Convert it first, as in fresh_model.half().")
-    for name in saved.channels_last:
-        if name in state:
-            owner, _, leaf = name.rpartition(".")
-            tensor: Any = getattr(cut.get_submodule(owner), leaf)
-            tensor.data = tensor.data.to(memory_format=torch.channels_last)
-    try:
-        load_model(cut, weights)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{weights.name} does not fit the fresh model: {error}. Pass one of the class and settings that was saved."
-        ) from error
+    _check_state(state, weights)
+    for name in state.keys() & set(saved.channels_last):
+        owner, _, leaf = name.rpartition(".")
+        tensor: Any = getattr(cut.get_submodule(owner), leaf)
+        tensor.data = tensor.data.to(memory_format=torch.channels_last)
+    cut.load_state_dict(load_file(weights), strict=False)  # strict but for further names of a shared tensor, as checked
     return cut
+
+
+def _check_state(state: dict[str, Any], weights: Path) -> None:
+    """Raise ValueError unless a file holds each tensor of a state once, with its shape and dtype, and nothing else."""
+    with safe_open(str(weights), framework="pt") as file:
+        stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        problems = [f"{name}: saved, but not in the fresh model" for name in stored if name not in state]
+        for names in _by_tensor(state):
+            found = [name for name in names if name in stored]
+            if not found:
+                problems.append(f"{names[0]}: in the fresh model, but not saved")
+            elif len(found) > 1:
+                problems.append(f"{' and '.join(found)}: saved apart, one tensor in the fresh model")
+            elif stored[found[0]].get_shape() != list(state[found[0]].shape):
+                problems.append(f"{found[0]}: saved as {stored[found[0]].get_shape()}, the fresh model has {list(state[found[0]].shape)}")
+        if problems:
+            more = f" ... and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError(
+                f"{weights.name} does not fit the fresh model. {'; '.join(problems[:5])}{more}. "
+                "Pass one of the class and settings that was saved."
+            )
+        for name, its in stored.items():
+            if its.get_dtype() != _dtype_name(state[name]):
+                expected = _dtype_name(state[name])
+                raise ValueError(
+                    f"{name}: saved as {its.get_dtype()}, the fresh model has {expected}. Convert it first, as in fresh_model.half()."
+                )
+
+
+def _by_tensor(state: dict[str, Any]) -> list[list[str]]:
+    """The names of a state, those of one and the same tensor together."""
+    groups: dict[Any, list[str]] = {}
+    for name, value in state.items():
+        known = isinstance(value, Tensor) and value.data_ptr()
+        groups.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype) if known else name, []).append(name)
+    return list(groups.values())
 
 
 def read_plan(folder: str | os.PathLike[str]) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,7 +122,7 @@ def survey(model: nn.Module, *example_inputs: Any) -> Survey:
     costs: dict[str, Cost] = {}
     for module, (name, *aliases) in names.items():
         calls = record.calls.get(name, [])
-        reason = _why_not(module, name in record.reads, tied.get(name), len(calls))
+        reason = _why_not(module, record.reads.get(name), tied.get(name), len(calls))
         params = sum(p.numel() for p in module.parameters())
         costs[name] = Cost(params, sum(macs for _, macs in calls))
         layers.append(Skip(name, reason) if reason else ConvSite(name, tuple(aliases), ConvSpec.of(module), tuple(s for s, _ in calls)))
@@ -130,7 +130,7 @@ def survey(model: nn.Module, *example_inputs: Any) -> Survey:
     return Survey(tuple(layers), costs, total, remainder - total.macs, how)
 
 
-def _why_not(module: nn.Module, read: bool, tied: str | None, calls: int) -> str | None:
+def _why_not(module: nn.Module, read: str | None, tied: str | None, calls: int) -> str | None:
     """The reason to leave a layer alone, or None."""
     kind = type(module).__name__
     if parametrize.is_parametrized(module):
@@ -147,7 +147,7 @@ def _why_not(module: nn.Module, read: bool, tied: str | None, calls: int) -> str
     if tied:
         return f"its weight is tied to {tied}: cutting one would untie them."
     if read:
-        return "its weight is read outside its own call, which needs the dense tensor."
+        return f"its {read} is read outside its own call, which needs the dense {'tensor' if read in ('weight', 'bias') else 'layer'}."
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it carries hooks of its own, which would be lost: remove them first."
     if not calls:
@@ -173,21 +173,46 @@ class _Tracer(fx.Tracer):
         return isinstance(m, _ConvNd | nn.Linear) or super().is_leaf_module(m, module_qualified_name)
 
 
+# What only a layer has, not the nn.Sequential that takes its place, as in `x.view(-1, self.fc.in_features)`.
+_OWN = frozenset(("weight", "bias", *nn.Conv2d.__constants__, *nn.Linear.__constants__))
+# What tensors are asked without a need for their values, as in `next(self.parameters()).dtype`.
+_ASKED: frozenset[Any] = frozenset(
+    (Tensor.dtype.__get__, Tensor.device.__get__, Tensor.requires_grad.__get__, Tensor.is_cuda.__get__, Tensor.is_floating_point)  # type: ignore[attr-defined]
+)
+
+
 class _Record(TorchFunctionMode):
-    """Notes each layer's calls, by hooks, and uses of its weight outside them, by seeing every torch function."""
+    """Notes each layer's calls, by hooks, and what is read of it outside them: attributes, and weights by seeing every torch function."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.calls: dict[str, list[tuple[Size, int]]] = {}  # name -> (input size, MACs) of each call
-        self.reads: set[str] = set()
+        self.reads: dict[str, str] = {}  # name -> the first thing read
         self._inside: list[str] = []
-        self._owners: dict[int, str] = {}
+        self._owners: dict[int, tuple[str, str]] = {}
         for module, (name, *_) in named_layers(model).items():
-            for weight in (module._parameters.get("weight"), module._parameters.get("bias")):
-                if weight is not None:
-                    self._owners[id(weight)] = name
+            for kind in ("weight", "bias"):
+                tensor = module._parameters.get(kind)
+                if tensor is not None:
+                    self._owners[id(tensor)] = (name, kind)
             module.register_forward_pre_hook(lambda _module, _inputs, name=name: self._inside.append(name))
             module.register_forward_hook(lambda *call, name=name: self._called(name, *call), with_kwargs=True)
+            self._notice_attributes(name, module)
+
+    def _notice_attributes(self, name: str, module: nn.Module) -> None:
+        """Give a layer of the copy a class of its own, alike but for noting who asks."""
+        kind: Any = type(module)
+
+        def getattribute(layer: nn.Module, attribute: str) -> Any:
+            if attribute in _OWN:
+                self._read(name, attribute)
+            return kind.__getattribute__(layer, attribute)
+
+        module.__class__ = type(kind.__name__, (kind,), {"__getattribute__": getattribute})
+
+    def _read(self, name: str, what: str) -> None:
+        if name not in self._inside:
+            self.reads.setdefault(name, what)
 
     def _called(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else kwargs["input"]
@@ -203,10 +228,11 @@ class _Record(TorchFunctionMode):
         self._inside.pop()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            owner = self._owners.get(id(leaf))
-            if owner is not None and owner not in self._inside:
-                self.reads.add(owner)
+        if func not in _ASKED:
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                owner = self._owners.get(id(leaf))
+                if owner is not None:
+                    self._read(*owner)
         return func(*args, **(kwargs or {}))
 
 
@@ -246,41 +272,49 @@ def graph_calls(model: fx.GraphModule, target: str) -> Iterator[fx.Node]:
     return (node for node in list(model.graph.nodes) if node.op == "call_module" and node.target == target)
 
 
-def expand_calls(model: nn.Module, name: str, links: Sequence[str]) -> None:
-    """In a GraphModule, write each call of `name` as calls of its links, one node each; any other module calls its chain itself."""
+def expand_calls(model: nn.Module, chains: Mapping[str, Sequence[str]]) -> None:
+    """In a GraphModule, write each call of a cut layer as calls of its links, one node each; any other module calls its chain itself.
+
+    Args:
+        model: holds the chains already.
+        chains: layer name -> its links' names, in running order.
+    """
     if not isinstance(model, fx.GraphModule):
         return
-    for node in graph_calls(model, name):
-        value: Any = node.args[0] if node.args else node.kwargs["input"]
-        with model.graph.inserting_before(node):
-            for link in links:
-                value = model.graph.call_module(f"{name}.{link}", (value,))
-        value.meta = dict(node.meta)
-        node.replace_all_uses_with(value)
-        model.graph.erase_node(node)
-    _settle(model)
-
-
-def collapse_calls(model: nn.Module, name: str, links: Sequence[str]) -> None:
-    """The reverse of `expand_calls`."""
-    if not isinstance(model, fx.GraphModule):
-        return
-    for last in graph_calls(model, f"{name}.{links[-1]}"):
-        run = [last]
-        for link in reversed(links[:-1]):
-            before = run[-1].args[0]
-            if not isinstance(before, fx.Node) or before.target != f"{name}.{link}":
-                raise ValueError(f"{name}: its links no longer run one after the other in the graph, found {before} before {run[-1]}.")
-            run.append(before)
-        with model.graph.inserting_before(last):
-            whole = model.graph.call_module(name, run[-1].args)
-        whole.meta = dict(last.meta)
-        last.replace_all_uses_with(whole)
-        for node in run:
+    for name, links in chains.items():
+        for node in graph_calls(model, name):
+            value: Any = node.args[0] if node.args else node.kwargs["input"]
+            with model.graph.inserting_before(node):
+                for link in links:
+                    value = model.graph.call_module(f"{name}.{link}", (value,))
+            value.meta = dict(node.meta)
+            node.replace_all_uses_with(value)
             model.graph.erase_node(node)
     _settle(model)
 
 
+def collapse_calls(model: nn.Module, chains: Mapping[str, Sequence[str]]) -> None:
+    """The reverse of `expand_calls`; `model` holds the single layers already."""
+    if not isinstance(model, fx.GraphModule):
+        return
+    for name, links in chains.items():
+        for last in graph_calls(model, f"{name}.{links[-1]}"):
+            run = [last]
+            for link in reversed(links[:-1]):
+                before = run[-1].args[0]
+                if not isinstance(before, fx.Node) or before.target != f"{name}.{link}":
+                    raise ValueError(f"{name}: its links no longer run one after the other in the graph, found {before} before {run[-1]}.")
+                run.append(before)
+            with model.graph.inserting_before(last):
+                whole = model.graph.call_module(name, run[-1].args)
+            whole.meta = dict(last.meta)
+            last.replace_all_uses_with(whole)
+            for node in run:
+                model.graph.erase_node(node)
+    _settle(model)
+
+
 def _settle(model: fx.GraphModule) -> None:
+    # Once, at the end: halfway through, the graph still calls modules that are no longer there.
     model.graph.lint()
     model.recompile()

@@ -53,8 +53,7 @@ def cut_model(model: nn.Module, plan: Plan, init: str, made: Mapping[str, Factor
         factors = None if init == "empty" else made[cut.name] if cut.name in made else _factors(cut, layer.get_parameter("weight"))
         replacements[cut.name] = build(cut.chain, layer, factors)
     result = _copy_with(model, replacements)
-    for cut in plan.cuts:
-        graph.expand_calls(result, cut.name, list(cut.chain))
+    graph.expand_calls(result, {cut.name: list(cut.chain) for cut in plan.cuts})
     return result
 
 
@@ -77,8 +76,7 @@ def fold_back(model: nn.Module, plan: Plan) -> nn.Module:
     for cut in plan.cuts:
         replacements[cut.name] = _dense(cut, model.get_submodule(cut.name))
     result = _copy_with(model, replacements)
-    for cut in plan.cuts:
-        graph.collapse_calls(result, cut.name, list(cut.chain))
+    graph.collapse_calls(result, {cut.name: list(cut.chain) for cut in plan.cuts})
     return result
 
 

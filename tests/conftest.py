@@ -25,7 +25,7 @@ def _define_torchvision_operators() -> None:
     except RuntimeError:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")  # noqa: TOR901
+        library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _define_torchvision_operators.library = library  # type: ignore[attr-defined]  # kept alive: its end would undefine them
@@ -57,7 +57,7 @@ def nms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if extension._has_ops():
         yield
         return
-    library = torch.library.Library("torchvision", "IMPL")  # noqa: TOR901
+    library = torch.library.Library("torchvision", "IMPL")
     library.impl("nms", _plain_nms, "CPU")
     monkeypatch.setattr("torchvision.ops.boxes._assert_has_ops", lambda: None)
     yield

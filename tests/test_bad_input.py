@@ -81,7 +81,7 @@ def test_weights_that_are_not_finite(value: float, x: Tensor) -> None:
     plan = make_plan(net(), x, rule="fixed", rank=2, schemes="channel")
     with unchanged(model):
         for attempt in (lambda: make_plan(model, x), lambda: compress(model, x), lambda: apply_plan(model, plan)):
-            with pytest.raises(ValueError, match="2: 1 of 864 weights are NaN or infinite, expected finite ones.*exclude the layer"):
+            with pytest.raises(ValueError, match=r"2: 1 of 864 weights are NaN or infinite, expected finite ones.*exclude the layer"):
                 attempt()
         assert {cut.name for cut in make_plan(model, x, rule="fixed", rank=1, schemes="channel", exclude="2").cuts} == {"0"}
 
@@ -171,15 +171,15 @@ def test_an_unknown_scheme_names_the_nearest(x: Tensor) -> None:
     model = net()
     with unchanged(model):
         for attempt in (make_plan, compress):
-            with pytest.raises(ValueError, match="unknown scheme 'depthwize'. Did you mean 'depthwise'"):
+            with pytest.raises(ValueError, match=r"unknown scheme 'depthwize'. Did you mean 'depthwise'"):
                 attempt(model, x, schemes=["channel", "depthwize"])
-        with pytest.raises(ValueError, match="unknown scheme 'xyz'. Known: depthwise, "):
+        with pytest.raises(ValueError, match=r"unknown scheme 'xyz'. Known: depthwise, "):
             make_plan(model, x, schemes="xyz")
 
 
 def test_no_schemes_at_all(x: Tensor) -> None:
     model = net()
-    with unchanged(model), pytest.raises(ValueError, match="schemes: none given. Pass None for all, or names"):
+    with unchanged(model), pytest.raises(ValueError, match=r"schemes: none given. Pass None for all, or names"):
         make_plan(model, x, schemes=[])
 
 
@@ -204,7 +204,7 @@ def test_a_plan_with_a_mistake_in_its_json(edit: Any, message: str, x: Tensor) -
 
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", b"\xff\xfe", "{} trailing"])
 def test_a_plan_that_is_no_json(text: Any) -> None:
-    with pytest.raises(ValueError, match="^plan: at "):
+    with pytest.raises(ValueError, match=r"^plan: at "):
         Plan.from_json(text)
 
 
@@ -226,7 +226,7 @@ def test_a_budget_out_of_reach_names_one_within(measures: tuple[str, ...], seed:
     """The fractions named can be given and are met; less is out of reach again."""
     model = nn.Sequential(net(), nn.Flatten(), nn.Linear(8 * 63, 5 + seed))
     with unchanged(model):
-        with pytest.raises(ValueError, match="is out of reach.*Raise the budget") as caught:
+        with pytest.raises(ValueError, match=r"is out of reach.*Raise the budget") as caught:
             make_plan(model, x, budget=Budget(**dict.fromkeys(measures, 0.001)), exclude="2")
         named = {measure: float(value) for measure, value in re.findall(r"(macs|params)=([\d.]+)", str(caught.value).split("keeps")[1])}
         assert set(named) == set(measures)
@@ -306,7 +306,7 @@ def test_a_plan_for_another_network_names_the_nearest_layer(x: Tensor) -> None:
     model.add_module("conv_one", nn.Conv2d(3, 8, 3))
     other.add_module("conv_two", nn.Conv2d(3, 8, 3))
     plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel")
-    with pytest.raises(ValueError, match="conv_one: .*no such layer. Did you mean 'conv_two'"):
+    with pytest.raises(ValueError, match=r"conv_one: .*no such layer. Did you mean 'conv_two'"):
         apply_plan(other, plan)
 
 
@@ -335,7 +335,7 @@ def test_a_layer_changed_after_planning(change: Any, x: Tensor) -> None:
     model = net()
     plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel")
     change(model)
-    with unchanged(model), pytest.raises(ValueError, match="made for another network. 2: expected 3x3 8 -> 12, padding 1x1, found"):
+    with unchanged(model), pytest.raises(ValueError, match=r"made for another network. 2: expected 3x3 8 -> 12, padding 1x1, found"):
         apply_plan(model, plan)
 
 
@@ -419,7 +419,7 @@ def test_a_scripted_model(x: Tensor) -> None:
 @pytest.mark.parametrize("model", [None, "resnet18", nn.Conv2d, torch.rand(3), lambda x: x])
 def test_not_a_module(model: Any, x: Tensor) -> None:
     for attempt in (lambda: find_convs(model, x), lambda: make_plan(model, x), lambda: compress(model, x)):
-        with pytest.raises(TypeError, match="expected an nn.Module, found "):
+        with pytest.raises(TypeError, match=r"expected an nn.Module, found "):
             attempt()
 
 
@@ -442,23 +442,17 @@ def test_example_inputs_that_do_not_fit(inputs: tuple[Any, ...], found: str) -> 
                 attempt(model, *inputs)
 
 
-@pytest.mark.xfail(strict=True, reason="fx.Interpreter, with which graph runs a traced model, passes over inputs that there is no place for")
+@pytest.mark.xfail(strict=True, reason="fx.Interpreter, on which graph runs a traced model, ignores inputs too many")
 def test_more_example_inputs_than_the_model_takes(x: Tensor) -> None:
     with pytest.raises(ValueError, match="does not run on the example inputs"):
         find_convs(net(), x, x)
 
 
 def test_example_inputs_on_another_device(x: Tensor) -> None:
-    """A meta input for a model on the CPU: an error that names the device, or a right count; never a wrong one."""
+    """A meta input for a model on the CPU is as good as any: only its shape is looked at."""
     model = net()
-    expected = find_convs(model, x)
     with unchanged(model):
-        try:
-            found = find_convs(model, x.to("meta"))
-        except ValueError as error:
-            assert "on meta" in str(error)
-        else:
-            assert found == expected
+        assert find_convs(model, x.to("meta")) == find_convs(model, x)
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
@@ -488,7 +482,7 @@ def test_the_meta_device(x: Tensor) -> None:
         for settings in ({}, {"rule": "energy", "energy": 0.9}, {"rule": "fixed", "rank": 2}):
             with pytest.raises(ValueError, match=r"^\d: its weights are on the meta device.*apply_plan\(model, plan, init='empty'\)"):
                 make_plan(empty, inputs, **settings)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="0: its weights are on the meta device: nothing to factorise.*use init='empty'"):
+        with pytest.raises(ValueError, match=r"0: its weights are on the meta device: nothing to factorise.*use init='empty'"):
             apply_plan(empty, plan)
         small = apply_plan(empty, plan, init="empty")
     assert all(p.is_meta for p in small.parameters())
@@ -517,7 +511,7 @@ def test_parametrised_convolutions(wrap: Any, x: Tensor) -> None:
     cuts_elsewhere(model, x, "2")
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "prune"])
 def test_convolutions_whose_weight_a_hook_computes(kind: str, x: Tensor) -> None:
     """Old-style weight norm, spectral norm, pruning."""
@@ -530,6 +524,37 @@ def test_convolutions_whose_weight_a_hook_computes(kind: str, x: Tensor) -> None
     model.eval()
     assert "computed by a hook" in reasons(model, x)["2"]
     cuts_elsewhere(model, x, "2")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.xfail(strict=True, reason="measure.fake_copy passes non-leaf tensors to from_tensor, which looks at their .grad: detach them")
+def test_old_style_weight_norm_without_a_warning(x: Tensor) -> None:
+    """Warnings are errors here: none of torch's may come of looking at a model."""
+    model = net()
+    nn.utils.weight_norm(model[2])
+    model(x)
+    assert list(reasons(model, x)) == ["2"]
+
+
+class DataDependent(nn.Module):
+    """Runs neither traced nor on fake tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.normed = nn.utils.weight_norm(nn.Conv2d(8, 8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.normed(y) if float(x.sum()) > 0 else y
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:The .grad attribute:UserWarning")
+@pytest.mark.xfail(strict=True, reason="graph._run copies without the memo of loose tensors that surgery uses, where it runs for real")
+def test_old_style_weight_norm_in_a_model_that_only_runs_for_real(x: Tensor) -> None:
+    model = DataDependent()
+    model(x)
+    assert list(reasons(model, x)) == ["normed"]
 
 
 class Tied(nn.Module):
@@ -558,7 +583,7 @@ def test_tied_weights(x: Tensor) -> None:
     assert small.report.after.params == sum(p.numel() for p in small.model.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="graph._tied_layers compares layers' weights with each other only: biases and other owners are not seen")
+@pytest.mark.xfail(strict=True, reason="graph._tied_layers compares layers' weights only: biases and other owners are not seen")
 @pytest.mark.parametrize("what", ["bias", "alias"])
 def test_tied_in_other_ways(what: str, x: Tensor) -> None:
     """A bias that two layers share, a weight that the model holds under a second name: cutting unties both."""

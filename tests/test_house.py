@@ -54,7 +54,17 @@ def test_six_lines_print_what_the_readme_shows(tmp_path: Path) -> None:
 
 
 def test_torchvision_example(tmp_path: Path) -> None:
-    command = ("examples/torchvision_resnet.py", "--weights", "none", "--size", "64", "--schemes", "channel", "--out", str(tmp_path / "out"))
+    command = (
+        "examples/torchvision_resnet.py",
+        "--weights",
+        "none",
+        "--size",
+        "64",
+        "--schemes",
+        "channel",
+        "--out",
+        str(tmp_path / "out"),
+    )
     printed = run(sys.executable, *command)
     assert "same outputs: True" in printed
     assert re.search(r"latency [\d.]+ -> [\d.]+ ms", printed)
@@ -65,7 +75,20 @@ def test_training_example_learns(tmp_path: Path) -> None:
     from cifar import accuracy, demo_images, load_resnet
 
     out = tmp_path / "net.safetensors"
-    run(sys.executable, "examples/train_cifar.py", "--data", "examples/assets", "--out", str(out), "--epochs", "2", "--depth", "8", "--batch", "64")
+    run(
+        sys.executable,
+        "examples/train_cifar.py",
+        "--data",
+        "examples/assets",
+        "--out",
+        str(out),
+        "--epochs",
+        "2",
+        "--depth",
+        "8",
+        "--batch",
+        "64",
+    )
     assert accuracy(load_resnet(out, depth=8), *demo_images("test")) > 25
 
 

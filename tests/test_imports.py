@@ -166,13 +166,13 @@ def test_only_few_modules_write_files() -> None:
                 pytest.fail(f"{name} opens a file: {ast.unparse(node)}")
             if last in WRITING_METHODS - {"replace"} or text == "os.replace":
                 pytest.fail(f"{name} writes a file: {ast.unparse(node)}")
-    assert "save_model" in _calls("checkpoint")
+    assert "save_file" in _calls("checkpoint")
 
 
 def test_nothing_is_unpickled() -> None:
-    """No module imports pickle but for its exception, and torch.load runs with weights_only."""
+    """No module imports pickle, and torch.load runs with weights_only."""
     for name, tree in TREES.items():
-        assert [dotted for dotted in _imports(name) if dotted.startswith("pickle")] in ([], ["pickle.UnpicklingError"]), name
+        assert not any(dotted.startswith("pickle") for dotted in _imports(name)), name
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert "weights_only=True" in ast.unparse(node), name

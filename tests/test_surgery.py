@@ -56,7 +56,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     return {
         "bytes": {name: t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors.items()},
-        "tensors": {name: (id(t), t.data_ptr(), t.dtype, t.shape, t.stride(), t.requires_grad, t.grad is None) for name, t in tensors.items()},
+        "tensors": {n: (id(t), t.data_ptr(), t.dtype, t.shape, t.stride(), t.requires_grad, t.grad is None) for n, t in tensors.items()},
         "state": list(model.state_dict()),
         "tree": [(name, id(module), type(module), module.training) for name, module in model.named_modules(remove_duplicate=False)],
         "hooks": [(list(m._forward_hooks.values()), list(m._forward_pre_hooks.values())) for m in model.modules()],
@@ -240,7 +240,7 @@ def test_fold_back_with_another_plan_is_an_error(x: Tensor) -> None:
     for wrong in (plan.replace("mid", rank=1), plan.replace("mid", scheme="spatial")):
         with pytest.raises(ValueError, match=r"mid: expected the links .*found Sequential.*Pass the plan that came with it"):
             fold_back(small, wrong)
-    with pytest.raises(ValueError, match="stem: expected the links reduce, expand of 'channel'.*found Conv2d"):
+    with pytest.raises(ValueError, match=r"stem: expected the links reduce, expand of 'channel'.*found Conv2d"):
         fold_back(model, plan)
     assert snapshot(small) == before
 
@@ -381,7 +381,7 @@ def test_a_callable_rule_decides(x: Tensor) -> None:
 
 
 def test_a_callable_rule_that_names_no_layer_of_ours(x: Tensor) -> None:
-    with pytest.raises(ValueError, match="chose for 'midd'.*Did you mean 'mid'"):
+    with pytest.raises(ValueError, match=r"chose for 'midd'.*Did you mean 'mid'"):
         make_plan(Net(), x, rule=lambda tables, _: {"midd": None}, schemes="channel")
 
 
@@ -409,13 +409,13 @@ def test_replace_and_without(x: Tensor) -> None:
 
 def test_replace_and_without_name_what_is_wrong(x: Tensor) -> None:
     plan = make_plan(Net(), x, rule="fixed", rank=3, schemes="channel", exclude="stem")
-    with pytest.raises(ValueError, match="mod: no cut of this name. Did you mean 'mid'"):
+    with pytest.raises(ValueError, match=r"mod: no cut of this name. Did you mean 'mid'"):
         plan.replace("mod", rank=1)
-    with pytest.raises(ValueError, match="stem: no cut of this name.*It was skipped: excluded by 'stem'"):
+    with pytest.raises(ValueError, match=r"stem: no cut of this name.*It was skipped: excluded by 'stem'"):
         plan.replace("stem", rank=1)
     with pytest.raises(ValueError, match=r"mid: rank 99 is above the full rank 12 .*Choose 1\.\.12"):
         plan.replace("mid", rank=99)
-    with pytest.raises(ValueError, match="unknown scheme 'chanel'. Did you mean 'channel'"):
+    with pytest.raises(ValueError, match=r"unknown scheme 'chanel'. Did you mean 'channel'"):
         plan.replace("mid", scheme="chanel")
     with pytest.raises(ValueError, match=r"no cut matches 'layer\*'"):
         plan.without("layer*")

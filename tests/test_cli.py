@@ -1,0 +1,260 @@
+"""The command line: the three commands on networks from each source, and every mistake as one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
+
+from dsconv_surgery import cli, compress, find_convs, load
+from dsconv_surgery.checkpoint import read_plan
+from dsconv_surgery.report import Report
+
+RESNET = ["torchvision:resnet18", "--input", "1,3,64,64"]
+HOME_MADE = """
+import torch
+from torch import nn
+
+def small():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1))
+
+class Wide(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 32, 3))
+
+not_a_model = dict
+constant = 3
+"""
+INPUT = ["--input", "1,3,12,12"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module in the current folder, as a user has one."""
+    name = f"home_made_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(HOME_MADE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return name
+
+
+def run(*words: Any) -> str:
+    """What a command that works prints on the standard output."""
+    result = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Runs `main` on a mistake: exit status 1, one line on the standard error, which is returned."""
+
+    def fail(*words: Any) -> str:
+        monkeypatch.setattr(sys, "argv", ["dsconv-surgery", *(str(word) for word in words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert caught.value.code == 1
+        assert out == ""
+        assert "Traceback" not in err
+        lines = [line for line in err.splitlines() if line.strip() and "layer/s" not in line and "options:" not in line]
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return fail
+
+
+# ---- what works
+
+
+def test_inspect_a_network_of_torchvision() -> None:
+    """Every layer once, the whole network at the end."""
+    import torchvision
+
+    text = run("inspect", *RESNET)
+    model = torchvision.models.resnet18()
+    layers = find_convs(model, torch.zeros(1, 3, 64, 64))
+    assert len(layers) == 21
+    for layer in layers:
+        assert sum(line.split()[:1] == [layer.name] for line in text.splitlines()) == 1
+    assert "7x7 3 -> 64, stride 2x2, padding 3x3" in text
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in text.splitlines()[-1]
+
+
+def test_compress_and_report_a_network_of_torchvision(tmp_path: Path) -> None:
+    """The saved network loads into torchvision's class, and report tells the same as compress did."""
+    import torchvision
+
+    out = tmp_path / "cut"
+    torch.manual_seed(1)
+    said = Report.from_json(run("compress", *RESNET, "-o", out, "--macs", 0.6, "--scheme", "channel", "--exclude", "conv1", "--json"))
+    assert said.after.macs <= 0.6 * said.before.macs
+    plan = read_plan(out)
+    assert {cut.scheme for cut in plan.cuts} == {"channel"}
+    assert "excluded by 'conv1'." in {skip.reason for skip in plan.skips}
+    small = load(torchvision.models.resnet18(), out)
+    assert sum(p.numel() for p in small.parameters()) == said.after.params
+    torch.manual_seed(1)  # the same random weights, so that the errors agree as well
+    again = Report.from_json(run("report", *RESNET[:1], out, *RESNET[1:], "--json"))
+    assert (again.before, again.after) == (said.before, said.after)
+    for row, other in zip(again.rows, said.rows, strict=True):
+        assert (row.name, row.scheme, row.rank, row.skipped) == (other.name, other.scheme, other.rank, other.skipped)
+        assert row.error == (None if other.error is None else pytest.approx(other.error, abs=1e-6))
+
+
+def test_a_network_of_timm(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    words = ["timm:lcnet_035", "--input", "1,3,64,64"]
+    assert "conv_stem" in run("inspect", *words)
+    text = run("compress", *words, "--out", tmp_path, "--rule", "energy", "--energy", 0.8, "--scheme", "bottleneck")
+    assert "bottleneck" in text
+    assert "whole network" in run("report", words[0], tmp_path, *words[1:])
+
+
+def test_a_callable_of_ones_own(home: str, tmp_path: Path) -> None:
+    """From the current folder; a function or a class."""
+    assert "3x3 8 -> 12" in run("inspect", f"{home}:small", *INPUT)
+    assert "3x3 3 -> 32" in run("inspect", f"{home}:Wide", *INPUT)
+    text = run("compress", f"{home}:small", *INPUT, "--out", tmp_path / "out", "--rule", "fixed", "--rank", 2, "--include", "2")
+    assert [(cut.name, cut.rank) for cut in read_plan(tmp_path / "out").cuts] == [("2", 2)]
+    assert "MACs" in text
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_from_a_file(suffix: str, home: str, tmp_path: Path) -> None:
+    """The network that is cut is the one with these weights, and its errors are against them."""
+    cli._model(f"{home}:small", "none")  # so that it can be imported
+    model = cli._model(f"{home}:small", "none")
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save(model.state_dict(), path)
+    else:
+        save_file(model.state_dict(), path)
+    words = [*INPUT, "--weights", path]
+    said = Report.from_json(
+        run("compress", f"{home}:small", *words, "--out", tmp_path / "out", "--macs", 0.6, "--scheme", "channel", "--json")
+    )
+    expected = compress(model, torch.zeros(1, 3, 12, 12), schemes="channel", budget=cli.Budget(macs=0.6))
+    assert said == expected.report
+    x = torch.rand(1, 3, 12, 12)
+    assert torch.equal(load(cli._model(f"{home}:small", "none"), tmp_path / "out")(x), expected.model(x))
+    again = Report.from_json(run("report", f"{home}:small", tmp_path / "out", *words, "--json"))
+    assert again == said
+    other = Report.from_json(run("report", f"{home}:small", tmp_path / "out", *INPUT, "--json"))
+    assert other.after == said.after
+    assert any(row.error is not None and row.error > 0.5 for row in other.rows)  # other, random weights: nothing to do with these
+
+
+def test_json_and_markdown(home: str, tmp_path: Path) -> None:
+    """JSON is a Report, whole; Markdown is its table; nothing else is on the standard output."""
+    text = run("compress", f"{home}:small", *INPUT, "--out", tmp_path / "out", "--macs", 0.6, "--params", 0.7, "--json")
+    report = Report.from_json(text)
+    assert json.loads(text) == json.loads(report.to_json())
+    markdown = run("report", f"{home}:small", tmp_path / "out", *INPUT, "--markdown")
+    assert markdown.startswith("| layer | scheme |")
+    assert f"{report.after.macs:,}" in markdown
+    latency = Report.from_json(run("report", f"{home}:small", tmp_path / "out", *INPUT, "--latency", "--json")).latency
+    assert latency is not None
+    assert latency.batch == 1
+
+
+def test_it_runs_as_a_module(home: str) -> None:
+    """`python -m dsconv_surgery`, in a process of its own, on a mistake."""
+    environment = {"PYTHONPATH": str(Path(cli.__file__).parent.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+
+    words = [sys.executable, "-m", "dsconv_surgery", "inspect", f"{home}:smal", *INPUT]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: model '{home}:smal': {home} has no callable 'smal'. Did you mean 'small'?\n"
+
+
+# ---- what does not
+
+
+def test_names_that_are_wrong(fails: Fails, home: str) -> None:
+    for name, message in (
+        ("resnet18", "model 'resnet18': expected torchvision:NAME, timm:NAME or package.module:callable."),
+        ("torchvision:resnet19", "resnet19"),
+        ("timm:resnet19", "model 'timm:resnet19': Unknown model (resnet19)"),
+        ("nowhere_at_all:net", "nowhere_at_all cannot be imported"),
+        (f"{home}:smal", f"{home} has no callable 'smal'. Did you mean 'small'?"),
+        (f"{home}:constant", "has no callable 'constant'."),
+        (f"{home}:not_a_model", "expected an nn.Module, found dict."),
+    ):
+        if name.startswith("timm"):
+            pytest.importorskip("timm")
+        assert message in fails("inspect", name, *INPUT)
+
+
+def test_inputs_that_do_not_fit(fails: Fails, home: str) -> None:
+    for shape in ("1,3", "1,4,12,12", "1,3,1,1,1"):
+        assert "does not run on the example inputs" in fails("inspect", f"{home}:Wide", "--input", shape)
+    for shape in ("", "1,3,x", "1 3 12 12", "-1,3,12,12"):
+        assert "expected sizes separated by commas" in fails("inspect", f"{home}:small", f"--input={shape}")
+
+
+def test_settings_that_are_wrong(fails: Fails, home: str, tmp_path: Path) -> None:
+    """Each message is the library's own; nothing is written."""
+    start = ["compress", f"{home}:small", *INPUT, "--out", tmp_path / "out"]
+    for words, message in (
+        (["--scheme", "chanel"], "unknown scheme 'chanel'. Did you mean 'channel'?"),
+        (["--macs", 1.5], "budget: macs=1.5 is not a fraction to keep"),
+        (["--params", 0], "budget: params=0.0 is not a fraction to keep"),
+        (["--macs", 0.001], "is out of reach: with every layer at its cheapest"),
+        (["--rule", "best"], "unknown rule 'best'. Known: uniform, energy, fixed"),
+        (["--rule", "fixed"], "rank= goes with rule='fixed'"),
+        (["--rule", "fixed", "--rank", 0], "rank=0 is not a rank"),
+        (["--energy", 0.9], "energy= goes with rule='energy'"),
+        (["--include", "layer9*"], "include: no layer matches 'layer9*'"),
+        (["--exclude", "x"], "exclude: no layer matches 'x'"),
+    ):
+        assert message in fails(*start, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_do_not_fit(fails: Fails, home: str, tmp_path: Path) -> None:
+    """No such file, files of no kind, another network's, and pretrained ones where there are none."""
+    (tmp_path / "bad.pt").write_bytes(b"rubbish")
+    (tmp_path / "none.pt").write_bytes(b"")
+    (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
+    torch.save({"state_dict": {}}, tmp_path / "nested.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(nn.Conv2d(3, 8, 3), tmp_path / "model.pt")
+    save_file({"0.weight": torch.rand(2, 2)}, tmp_path / "other.safetensors")
+    for weights in ("bad.pt", "none.pt", "bad.safetensors", "nested.pt", "list.pt", "model.pt", "other.safetensors"):
+        assert f"--weights {weights}: not a state_dict of {home}:small" in fails("inspect", f"{home}:small", *INPUT, "--weights", weights)
+    assert "--weights gone.pt: expected none, DEFAULT or a file" in fails("inspect", f"{home}:small", *INPUT, "--weights", "gone.pt")
+    assert "--weights DEFAULT is for torchvision and timm" in fails("inspect", f"{home}:small", *INPUT, "--weights", "DEFAULT")
+
+
+def test_folders_that_are_wrong(fails: Fails, home: str, tmp_path: Path) -> None:
+    """Nothing there, another network's, and a file where a folder should be made."""
+    assert "plan.json: not there" in fails("report", f"{home}:small", tmp_path / "none", *INPUT)
+    run("compress", f"{home}:small", *INPUT, "--out", tmp_path / "out", "--scheme", "channel")
+    assert "the plan was made for another network" in fails("report", f"{home}:Wide", tmp_path / "out", *INPUT)
+    (tmp_path / "file").write_text("in the way")
+    assert "file" in fails("compress", f"{home}:small", *INPUT, "--out", tmp_path / "file", "--scheme", "channel")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_words_that_are_wrong() -> None:
+    """Unknown options and commands are typer's to refuse: status 2, with the usage."""
+    for words in (["inspect"], ["cut"], ["inspect", "torchvision:resnet18", "--imput", "1"]):
+        result = CliRunner().invoke(cli.app, words)
+        assert result.exit_code == 2
+        assert "Usage" in result.output
