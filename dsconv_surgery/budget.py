@@ -161,7 +161,8 @@ def _least_error(table: Table, f: float, measures: Sequence[str]) -> Option:
     for scheme, offers in table.offers.items():
         within = [offer for offer in offers if table.fraction(offer[1], measures) <= f]
         if within:
-            bounds = table.bounds(scheme, [rank for rank, _ in within])
+            # A larger rank never does worse; of pairs, which do not all compare, the bounds tell the best.
+            bounds = None if isinstance(within[-1][0], int) else table.bounds(scheme, [rank for rank, _ in within])
             best = within[-1] if bounds is None else within[min(range(len(within)), key=bounds.__getitem__)]
             options.append(table.option(scheme, best))
     return min(options, key=lambda option: option.error) if options else table.option(*table.smallest(measures))

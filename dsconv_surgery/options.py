@@ -45,14 +45,11 @@ class Workings:
 
     def measure(self, name: str, rank: Rank) -> float:
         if (name, rank) not in self._errors:
+            self._refuse_meta()
             scheme = schemes.get_scheme(name)
-            bounds = self.bounds(name, [rank])
-            if bounds is not None and scheme.exact_spectrum:
-                self._errors[name, rank] = bounds[0]
-            else:
-                factors = next(schemes.factorize(scheme, self.spec, self.weight, [rank]))
-                self.made[name, rank] = {link: factor.to(self.weight.dtype) for link, factor in factors.items()}
-                self._errors[name, rank] = schemes.relative_error(self.weight, schemes.kernel_of(scheme, self.spec, factors))
+            factors = next(schemes.factorize(scheme, self.spec, self.weight, [rank]))
+            self.made[name, rank] = {link: factor.to(self.weight.dtype) for link, factor in factors.items()}
+            self._errors[name, rank] = schemes.relative_error(self.weight, schemes.kernel_of(scheme, self.spec, factors))
         return self._errors[name, rank]
 
     def _refuse_meta(self) -> None:

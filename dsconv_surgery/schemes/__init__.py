@@ -79,15 +79,19 @@ def check_rank(name: str, scheme: Scheme, spec: ConvSpec, rank: Rank) -> None:
     full = scheme.full_rank(_block(spec))
     per_group = f" per group ({spec.groups} groups)" if spec.groups > 1 else ""
     if isinstance(full, int):
-        if not isinstance(rank, int) or isinstance(rank, bool):
+        if not _whole(rank):
             raise ValueError(f"{name}: {scheme.name!r} has one rank, found {rank!r}. Choose 1..{full}.")
         if not 1 <= rank <= full:
             side = "above the full rank" if rank > full else "below 1; the full rank is"
             raise ValueError(f"{name}: rank {rank} is {side} {full} of {scheme.name!r} ({spec}){per_group}. Choose 1..{full}.")
-    elif isinstance(rank, int) or len(rank) != 2:
+    elif not (isinstance(rank, tuple) and len(rank) == 2 and all(map(_whole, rank))):
         raise ValueError(f"{name}: scheme {scheme.name!r} has a pair of ranks, found {rank!r}. Choose (1..{full[0]}, 1..{full[1]}).")
     elif not (1 <= rank[0] <= full[0] and 1 <= rank[1] <= full[1]):
         raise ValueError(f"{name}: rank {rank} is outside (1..{full[0]}, 1..{full[1]}) of {scheme.name!r} ({spec}){per_group}.")
+
+
+def _whole(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def chain_of(scheme: Scheme, spec: ConvSpec, rank: Rank) -> dict[str, ConvSpec]:

@@ -49,12 +49,10 @@ class Scheme(Protocol):
     def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor | None:
         """The squared norm that each further rank explains, summed over groups: (full rank,), for a pair (first, second).
 
-        Where one decomposition is optimal for every rank this gives all errors at once; where it bounds them from above,
-        `exact_spectrum` is False; None where there is nothing of the kind.
+        All errors from one decomposition: exact where it is optimal for every rank, bounds from above elsewhere; None where
+        there is nothing of the kind.
         """
         ...
-
-    exact_spectrum: bool
 
 
 def whole(rank: Rank) -> int:

@@ -16,7 +16,6 @@ class Bottleneck:
     """`V[o,i] = sum_r E[o,r] R[r,i]`: the matrix SVD (Denil et al. 2013, Denton et al. 2014)."""
 
     name = "bottleneck"
-    exact_spectrum = True
 
     def refuses(self, spec: ConvSpec) -> str | None:
         return None if spec.taps == 1 else f"only for 1x1 convolutions and linear layers, not {spec.kernel[0]}x{spec.kernel[1]}."

@@ -16,7 +16,6 @@ class Channel:
     """`V[o,i,y,x] = sum_r E[o,r] R[r,i,y,x]`: the SVD of the O x (I K) unfolding (Zhang et al. 2015, without data)."""
 
     name = "channel"
-    exact_spectrum = True
 
     def refuses(self, spec: ConvSpec) -> str | None:
         return one_tap(spec)

@@ -17,7 +17,6 @@ class CP:
     """`V[o,i,y,x] = sum_r E[o,r] R[r,i] D[r,y,x]` by alternating least squares (Lebedev et al. 2015, taps kept together)."""
 
     name = "cp"
-    exact_spectrum = False
 
     def refuses(self, spec: ConvSpec) -> str | None:
         return one_tap(spec)
@@ -58,7 +57,6 @@ class SplitCP:
     """`V[o,i,y,x] = sum_r E[o,r] R[r,i] Y[r,y] X[r,x]` by alternating least squares (Lebedev et al. 2015)."""
 
     name = "cp_split"
-    exact_spectrum = False
 
     def refuses(self, spec: ConvSpec) -> str | None:
         if spec.taps > 1 and 1 in spec.kernel:

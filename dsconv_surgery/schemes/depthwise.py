@@ -17,7 +17,6 @@ class Depthwise:
     (Guo et al. 2018, network decoupling)."""
 
     name = "depthwise"
-    exact_spectrum = True
 
     def refuses(self, spec: ConvSpec) -> str | None:
         return one_tap(spec)
@@ -62,7 +61,6 @@ class PointwiseDepthwise:
     (Guo et al. 2018; blueprint separable, Haase & Amthor 2020)."""
 
     name = "pointwise_depthwise"
-    exact_spectrum = True
 
     def refuses(self, spec: ConvSpec) -> str | None:
         return one_tap(spec)

@@ -16,7 +16,6 @@ class Spatial:
     """`V[o,i,y,x] = sum_r H[o,r,x] V[r,i,y]`: the SVD of the (I Kh) x (O Kw) unfolding (Jaderberg et al. 2014)."""
 
     name = "spatial"
-    exact_spectrum = True
 
     def refuses(self, spec: ConvSpec) -> str | None:
         return one_tap(spec)

@@ -25,7 +25,6 @@ class Tucker:
     """
 
     name = "tucker"
-    exact_spectrum = False
 
     def refuses(self, spec: ConvSpec) -> str | None:
         return one_tap(spec)

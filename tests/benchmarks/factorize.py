@@ -24,7 +24,6 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 from tensorly.decomposition import parafac, partial_tucker
-from tensorly.tenalg import backend_context
 from torch import Tensor, nn
 
 from dsconv_surgery import Budget, compress, make_plan, schemes
@@ -33,8 +32,8 @@ from dsconv_surgery.graph import ConvSite, find_convs
 from dsconv_surgery.schemes import _als
 
 
-def svd_rival(scheme: str, w: Tensor, rank: int) -> Tensor:
-    """The kernel that a plain truncated SVD gives, in float32."""
+def svd_rival(scheme: str, w: Tensor, rank: int) -> tuple[Tensor, ...]:
+    """A plain truncated SVD in float32."""
     o, i, kh, kw = w.shape
     unfolded = {
         "spatial": lambda: w.permute(1, 2, 0, 3).reshape(i * kh, o * kw),
@@ -42,7 +41,13 @@ def svd_rival(scheme: str, w: Tensor, rank: int) -> Tensor:
         "depthwise": lambda: w.transpose(0, 1).reshape(i, o, kh * kw),
     }[scheme]()
     u, s, v = torch.linalg.svd(unfolded, full_matrices=False)
-    v = (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
+    return u[..., :rank] * s[..., None, :rank], v[..., :rank, :]
+
+
+def svd_kernel(scheme: str, factors: tuple[Tensor, ...], shape: torch.Size) -> Tensor:
+    """The kernel of `svd_rival`'s factors."""
+    o, i, kh, kw = shape
+    v = factors[0] @ factors[1]
     return {
         "spatial": lambda: v.reshape(i, kh, o, kw).permute(2, 0, 1, 3),
         "channel": lambda: v.reshape(o, i, kh, kw),
@@ -50,18 +55,20 @@ def svd_rival(scheme: str, w: Tensor, rank: int) -> Tensor:
     }[scheme]()
 
 
-def tensorly_rival(scheme: str, w: Tensor, rank: Rank) -> Tensor:
-    with backend_context("pytorch"):
+def tensorly_rival(scheme: str, w: Tensor, rank: Rank) -> tuple[Tensor, ...]:
+    """tensorly's factors, float32 on the pytorch back end; its backends are put back."""
+    with tensorly.backend_context("pytorch"):
         if scheme == "tucker":
             assert isinstance(rank, tuple)
             (core, (out, inner)), _ = partial_tucker(w, rank=[rank[1], rank[0]], modes=[0, 1])
-            return torch.einsum("qpyx,oq,ip->oiyx", core, out, inner)
-        tensorly.tenalg.set_backend("einsum")
-        try:
+            return core, out, inner
+        with tensorly.tenalg.backend_context("einsum"):
             weights, factors = parafac(w.flatten(2), rank=rank, init="svd", n_iter_max=50)
-        finally:
-            tensorly.tenalg.set_backend("core")
-        return torch.einsum("r,or,ir,kr->oik", weights, *factors).reshape(w.shape)
+        return weights, *factors
+
+
+def tensorly_kernel(scheme: str, factors: tuple[Tensor, ...], shape: torch.Size) -> Tensor:
+    return torch.einsum("qpyx,oq,ip->oiyx" if scheme == "tucker" else "r,or,ir,kr->oik", *factors).reshape(shape)
 
 
 def ours_to_error(site: ConvSite, w: Tensor, rank: int, error: float) -> float:
@@ -108,9 +115,10 @@ def main() -> None:
             w = model.get_submodule(cut.name).get_parameter("weight").detach()
             scheme = schemes.get_scheme(name)
             start = time.perf_counter()
-            other = svd_rival(name, w, cut.rank) if isinstance(cut.rank, int) and name != "cp" else tensorly_rival(name, w, cut.rank)
+            plain = isinstance(cut.rank, int) and name != "cp"
+            other = svd_rival(name, w, cut.rank) if plain else tensorly_rival(name, w, cut.rank)
             its = time.perf_counter() - start
-            its_error = schemes.relative_error(w, other)
+            its_error = schemes.relative_error(w, (svd_kernel if plain else tensorly_kernel)(name, other, w.shape))
             start = time.perf_counter()
             factors = next(schemes.factorize(scheme, cut.spec, w, [cut.rank]))
             mine = time.perf_counter() - start
