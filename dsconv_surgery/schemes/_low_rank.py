@@ -14,7 +14,7 @@ def energies(matrix: Tensor) -> Tensor:
 
     From the smaller Gram matrix: cheaper by far than an SVD, and exact to rounding in float64 as only squares are wanted.
     """
-    return torch.linalg.eigvalsh(_small_gram(matrix)).flip(-1).clamp(min=0)
+    return torch.linalg.eigvalsh(_small_gram(matrix), UPLO="U").flip(-1).clamp(min=0)
 
 
 def truncated(matrix: Tensor, ranks: list[int]) -> list[tuple[Tensor, Tensor]]:
@@ -24,6 +24,7 @@ def truncated(matrix: Tensor, ranks: list[int]) -> list[tuple[Tensor, Tensor]]:
     enters the error as e squared, which is why float32 eigenvectors do for wide layers: 1e-12 of error for half the time.
     """
     basis = leading(matrix, max(ranks))
+    precise, matrix = matrix.dtype, matrix.to(basis.dtype)
     wide = matrix.shape[-2] <= matrix.shape[-1]
     left, right = (basis, basis.mT @ matrix) if wide else (matrix @ basis, basis.mT)
     norms = torch.linalg.vector_norm(left, dim=-2) * torch.linalg.vector_norm(right, dim=-1)
@@ -31,18 +32,27 @@ def truncated(matrix: Tensor, ranks: list[int]) -> list[tuple[Tensor, Tensor]]:
     up, down = (left, right) if wide else (right.mT, left.mT)
     up, down = up * share.unsqueeze(-2), down / share.unsqueeze(-1)
     left, right = (up, down) if wide else (down.mT, up.mT)
+    left, right = left.to(precise), right.to(precise)
     return [(left[..., :rank], right[..., :rank, :]) for rank in ranks]
 
 
 def leading(matrix: Tensor, count: int) -> Tensor:
-    """Leading singular vectors of the shorter side, as columns: (..., min(a, b), count)."""
-    if min(matrix.shape[-2:]) > SMALL:
-        scale = matrix.abs().amax().clamp(min=1e-300)  # squares must neither overflow nor vanish
-        values, vectors = torch.linalg.eigh(_small_gram((matrix / scale).float()))
+    """Leading singular vectors of the shorter side, as columns: (..., min(a, b), count), in float32 where that is enough."""
+    if min(matrix.shape[-2:]) > SMALL and 1e-12 < float(matrix.abs().amax()) < 1e12:  # squares neither vanish nor overflow
+        values, vectors = torch.linalg.eigh(_small_gram(matrix.float()), UPLO="U")
         if bool((values[..., -count] > GRADED * values[..., -1]).all()):
-            return vectors.flip(-1)[..., :count].to(matrix.dtype)
-    return torch.linalg.eigh(_small_gram(matrix))[1].flip(-1)[..., :count]
+            return vectors[..., -count:].flip(-1)
+    return torch.linalg.eigh(_small_gram(matrix), UPLO="U")[1][..., -count:].flip(-1)
 
 
 def _small_gram(matrix: Tensor) -> Tensor:
-    return matrix @ matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT @ matrix
+    """The Gram matrix of the shorter side; of a wide one only the upper blocks, all that eigh is told to read."""
+    rows = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+    side = rows.shape[-2]
+    if side <= 4 * SMALL:
+        return rows @ rows.mT
+    gram = rows.new_zeros(*rows.shape[:-1], side)
+    for start in range(0, side, SMALL):
+        stop = start + SMALL
+        gram[..., start:stop, start:] = rows[..., start:stop, :] @ rows[..., start:, :].mT
+    return gram
