@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SWEEPS = 200  # at most
+SWEEPS = 200  # at most,
+WIDE_SWEEPS = 40  # or this many in wide layers, in float32, where a sweep takes long:
+WIDE = 2 * 10**7  # multiply-accumulates of one of its two large products
 STALL = 3e-4  # stop when the last ten sweeps lowered the squared error by less than this share of it per sweep
 COMMON = 0.1  # part of the inputs' second moment that all channels share
+SINGLE_RIDGE = 1e-5  # the same in float32
 RIDGE = 1e-9  # of the mean diagonal; pulls towards the previous iterate, so that a solve never makes matters worse
 MOMENTUM_START, MOMENTUM_GROWTH, MOMENTUM_CAP = 0.5, 1.05, 2.0
 
@@ -43,7 +46,7 @@ class Terms:
 
     def balanced(self) -> Terms:
         """The same sum, each term's norm shared evenly by its factors."""
-        norms = [torch.linalg.vector_norm(factor, dim=1, keepdim=True).clamp(min=1e-150) for factor in self.factors]
+        norms = [torch.linalg.vector_norm(factor, dim=1, keepdim=True).clamp(min=1e-30) for factor in self.factors]
         share = torch.stack(norms).log().mean(0).exp()
         return _terms(factor * (share / norm) for factor, norm in zip(self.factors, norms, strict=True))
 
@@ -139,10 +142,15 @@ def _sweep_until_stalled(tensor: Tensor, start: Terms) -> Terms:
     norm = float(tensor.square().sum())
     if norm == 0:
         return start
-    best, best_error = start, _error(tensor, start) / norm
+    work = tensor.numel() * start.inputs.shape[-1]
+    wide = work > WIDE
+    tensor = tensor.float() if wide and 1e-12 < norm < 1e12 else tensor
+    by_output, by_input = tensor.permute(0, 3, 1, 2).contiguous(), tensor.permute(0, 3, 2, 1).contiguous()  # g k o i, g k i o
+    best = start = _terms(factor.to(tensor.dtype) for factor in start.factors)
+    first_error = best_error = _error(tensor, start) / norm
     point, momentum, history = start, MOMENTUM_START, [best_error]
-    for _ in range(SWEEPS):
-        found, explained = _sweep(tensor, point)
+    for _ in range(WIDE_SWEEPS if wide else SWEEPS):
+        found, explained = _sweep(by_output, by_input, point, 1 if wide else 2)
         error = 1 - explained / norm
         if error < best_error:
             found = found.balanced()
@@ -156,25 +164,28 @@ def _sweep_until_stalled(tensor: Tensor, start: Terms) -> Terms:
         history.append(best_error)
         if len(history) > 10 and history[-11] - best_error < 10 * STALL * best_error:
             break
-    return best
+    return _terms(factor.double() for factor in (best if best_error < first_error else start).factors)
 
 
-def _sweep(tensor: Tensor, terms: Terms) -> tuple[Terms, float]:
-    """One round over all factors, and the part of the squared norm that the result explains."""
+def _sweep(by_output: Tensor, by_input: Tensor, terms: Terms, repeats: int) -> tuple[Terms, float]:
+    """One round over all factors, and the part of the squared norm that the result explains.
+
+    `repeats`: how often taps and channels take turns on one large product; a second time costs little in narrow layers.
+    """
     outputs, inputs, taps = terms.outputs, terms.inputs, terms.taps
-    seen = torch.einsum("goik,gir->gokr", tensor, inputs)
-    for _ in range(2):  # twice, as it costs little once `seen` is there
-        taps = _update_taps(taps, torch.einsum("gor,gokr->gkr", outputs, seen), _gram(outputs) * _gram(inputs))
+    seen = inputs.mT.unsqueeze(1) @ by_input  # g k r o
+    for _ in range(repeats):
+        taps = _update_taps(taps, (seen * outputs.mT.unsqueeze(1)).sum(-1), _gram(outputs) * _gram(inputs))
         every = Terms(outputs, inputs, taps).all_taps
-        outputs = _solve(torch.einsum("gkr,gokr->gor", every, seen), _gram(every) * _gram(inputs), outputs)
-    seen = torch.einsum("goik,gor->gikr", tensor, outputs)
-    for _ in range(2):
-        taps = _update_taps(taps, torch.einsum("gir,gikr->gkr", inputs, seen), _gram(outputs) * _gram(inputs))
+        outputs = _solve((seen * every.unsqueeze(-1)).sum(1).mT, _gram(every) * _gram(inputs), outputs)
+    seen = outputs.mT.unsqueeze(1) @ by_output  # g k r i
+    for _ in range(repeats):
+        taps = _update_taps(taps, (seen * inputs.mT.unsqueeze(1)).sum(-1), _gram(outputs) * _gram(inputs))
         every = Terms(outputs, inputs, taps).all_taps
-        matched = torch.einsum("gkr,gikr->gir", every, seen)
+        matched = (seen * every.unsqueeze(-1)).sum(1).mT
         inputs = _solve(matched, _gram(every) * _gram(outputs), inputs)
-    product = float((matched * inputs).sum())
-    square = float((_gram(outputs) * _gram(inputs) * _gram(every)).sum())
+    product = float((matched * inputs).sum(dtype=torch.float64))
+    square = float((_gram(outputs) * _gram(inputs) * _gram(every)).sum(dtype=torch.float64))
     return Terms(outputs, inputs, taps), 2 * product - square
 
 
@@ -194,7 +205,8 @@ def _gram(factor: Tensor) -> Tensor:
 
 def _solve(matched: Tensor, gram: Tensor, previous: Tensor) -> Tensor:
     """`X gram = matched`, with a ridge towards the previous X: (g, n, r)."""
-    ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
+    share = RIDGE if gram.dtype == torch.float64 else SINGLE_RIDGE
+    ridge = share * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
     regular = gram + ridge * _identity(gram.shape[-1], gram)
     return torch.cholesky_solve((matched + ridge * previous).mT, torch.linalg.cholesky(regular)).mT
 
