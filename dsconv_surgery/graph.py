@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dsconv_surgery import measure
 from dsconv_surgery.geometry import ConvSpec, Cost, Size
+from dsconv_surgery.layers import irreplaceable, is_layer, named_layers, refuse_wrapped
 
 
 @dataclass(frozen=True)
@@ -53,37 +53,6 @@ class Survey:
     how: str  # "traced", "fake" or "real": what the inputs ran through
 
 
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise TypeError for a model inside a wrapper that hides or copies its modules, with the way out."""
-    remedies = {
-        "OptimizedModule": "a compiled model: pass the model that was given to torch.compile (`model._orig_mod`) and compile the result",
-        "DistributedDataParallel": "wrapped in DistributedDataParallel: pass `model.module` and wrap the result",
-        "DataParallel": "wrapped in DataParallel: pass `model.module` and wrap the result",
-        "FullyShardedDataParallel": "wrapped in FullyShardedDataParallel: cut the model before it is sharded",
-    }
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an nn.Module, found {type(model).__name__}.")
-    for name, module in model.named_modules():
-        where = f"{name}: " if name else "the model is "
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"{where}a TorchScript module, which cannot be edited. Pass the eager model and script the result.")
-        for kind in type(module).__mro__:
-            if kind.__name__ in remedies and kind.__module__.startswith("torch"):
-                raise TypeError(f"{where}{remedies[kind.__name__]}.")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise ValueError(f"{name}: not initialised yet (a lazy module). Run one forward pass first.")
-
-
-def named_layers(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """Every convolution (of any kind) and linear layer, with all the names under which it is reached, in module order."""
-    names: dict[nn.Module, tuple[str, ...]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _ConvNd | nn.Linear):
-            names[module] = (*names.get(module, ()), name)
-    return names
-
-
 def find_convs(model: nn.Module, *example_inputs: Any) -> list[ConvSite | Skip]:
     """Every convolution and linear layer of a model, as a site that can be cut or a skip with its reason.
 
@@ -117,12 +86,12 @@ def survey(model: nn.Module, *example_inputs: Any) -> Survey:
     refuse_wrapped(model)
     names = named_layers(model)
     record, remainder, how = _watch(model, example_inputs)
-    tied = _tied_layers(names)
+    fixed = irreplaceable(model)
     layers: list[ConvSite | Skip] = []
     costs: dict[str, Cost] = {}
     for module, (name, *aliases) in names.items():
         calls = record.calls.get(name, [])
-        reason = _why_not(module, record.reads.get(name), tied.get(name), len(calls))
+        reason = fixed.get(module) or _why_not_here(record.reads.get(name), len(calls))
         params = sum(p.numel() for p in module.parameters())
         costs[name] = Cost(params, sum(macs for _, macs in calls))
         layers.append(Skip(name, reason) if reason else ConvSite(name, tuple(aliases), ConvSpec.of(module), tuple(s for s, _ in calls)))
@@ -130,47 +99,20 @@ def survey(model: nn.Module, *example_inputs: Any) -> Survey:
     return Survey(tuple(layers), costs, total, remainder - total.macs, how)
 
 
-def _why_not(module: nn.Module, read: str | None, tied: str | None, calls: int) -> str | None:
-    """The reason to leave a layer alone, or None."""
-    kind = type(module).__name__
-    if parametrize.is_parametrized(module):
-        return "its weight is parametrised: remove_parametrizations first, so that there is a plain weight to replace."
-    if "weight" not in module._parameters:
-        return "its weight is computed by a hook (old-style weight norm, spectral norm or pruning): remove the hook first."
-    if type(module) not in (nn.Conv2d, nn.Linear):
-        return f"{kind} is not a plain nn.Conv2d or nn.Linear."
-    weight = module.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return f"its weights are {getattr(weight, 'dtype', type(weight).__name__)}; only floating point can be factorised."
-    if weight.numel() == 0:
-        return f"it has no weights (shape {tuple(weight.shape)})."
-    if tied:
-        return f"its weight is tied to {tied}: cutting one would untie them."
+def _why_not_here(read: str | None, calls: int) -> str | None:
+    """What this model does with a layer that stands against replacing it, or None."""
     if read:
         return f"its {read} is read outside its own call, which needs the dense {'tensor' if read in ('weight', 'bias') else 'layer'}."
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it carries hooks of its own, which would be lost: remove them first."
     if not calls:
         return "it is never called on these inputs (in this mode), so its cost is unknown."
     return None
-
-
-def _tied_layers(names: dict[nn.Module, tuple[str, ...]]) -> dict[str, str]:
-    """For each layer whose weight shares memory with another layer's, the other one's name."""
-    owners: dict[Any, list[str]] = {}
-    for module, (name, *_) in names.items():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            storage = 0 if weight.is_meta else weight.untyped_storage().data_ptr()
-            owners.setdefault(storage or id(weight), []).append(name)
-    return {name: next(n for n in group if n != name) for group in owners.values() if len(group) > 1 for name in group}
 
 
 class _Tracer(fx.Tracer):
     """Keeps subclasses of convolutions whole, which torch.fx would trace through."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _ConvNd | nn.Linear) or super().is_leaf_module(m, module_qualified_name)
+        return is_layer(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 # What only a layer has, not the nn.Sequential that takes its place, as in `x.view(-1, self.fc.in_features)`.
@@ -239,9 +181,11 @@ class _Record(TorchFunctionMode):
 def _watch(model: nn.Module, inputs: Sequence[Any]) -> tuple[_Record, int, str]:
     """Send the inputs through a copy: traced on fake tensors, else as it stands on fake tensors, else for real."""
     last: Exception | None = None
-    for how in ("traced", "fake", "real"):
+    for how in ("fake", "real") if is_layer(model) else ("traced", "fake", "real"):  # tracing a lone layer would go into it
         try:
-            return _run(model, inputs, how)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the model's own: it is the user's run that they are for
+                return _run(model, inputs, how)
         except Exception as error:  # any failure of one way is the reason to try the next; the last one's is reported
             last = error
     shapes = [f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in pytree.tree_leaves(tuple(inputs)) if isinstance(t, Tensor)]
@@ -254,7 +198,7 @@ def _watch(model: nn.Module, inputs: Sequence[Any]) -> tuple[_Record, int, str]:
 def _run(model: nn.Module, inputs: Sequence[Any], how: str) -> tuple[_Record, int, str]:
     with torch.no_grad(), torch.random.fork_rng(enabled=how == "real"):
         if how == "real":
-            clone, given = copy.deepcopy(model), tuple(inputs)
+            clone, given = copy.deepcopy(model, measure.detached(model)), tuple(inputs)
             record = _Record(clone)
             with record:
                 macs = measure.count_macs(lambda: clone(*given))
@@ -263,6 +207,7 @@ def _run(model: nn.Module, inputs: Sequence[Any], how: str) -> tuple[_Record, in
         record = _Record(clone)
         with mode, record:
             runner = fx.Interpreter(fx.GraphModule(clone, _Tracer().trace(clone))).run if how == "traced" else clone
+            inspect.signature(clone.forward).bind(*given)  # the interpreter would ignore inputs too many
             macs = measure.count_macs(lambda: runner(*given))
         return record, macs, how
 

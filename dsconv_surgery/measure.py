@@ -30,10 +30,17 @@ def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
         yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
+def detached(model: nn.Module) -> dict[int, Any]:
+    """A memo for copy.deepcopy, which refuses tensors that autograd computed: copies of those that the model holds."""
+    return {id(t): t.detach().clone() for t in loose_tensors(model) if not t.is_leaf}
+
+
 def fake_copy(model: nn.Module, inputs: Sequence[Any]) -> tuple[FakeTensorMode, nn.Module, tuple[Any, ...]]:
     """The model and its inputs with fake tensors for data: shapes run through it, no memory is taken and nothing is computed."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensors: dict[int, Any] = {id(t): mode.from_tensor(t) for t in chain(model.parameters(), loose_tensors(model))}
+    tensors: dict[int, Any] = {
+        id(t): mode.from_tensor(t if t.is_leaf else t.detach()) for t in chain(model.parameters(), loose_tensors(model))
+    }
     fake_inputs = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(inputs))
     return mode, copy.deepcopy(model, tensors), fake_inputs
 

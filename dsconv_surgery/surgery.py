@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dsconv_surgery import graph, measure
 from dsconv_surgery.geometry import ConvSpec
+from dsconv_surgery.layers import irreplaceable, is_layer, named_layers, refuse_wrapped
 from dsconv_surgery.options import check_finite
 from dsconv_surgery.plan import Cut, Plan
 from dsconv_surgery.schemes import Factors, build, factorize, get_scheme, is_channels_last, kernel_of, links_of, make_layer
@@ -45,7 +46,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, init: Literal["factorize", "empt
 
 def cut_model(model: nn.Module, plan: Plan, init: str, made: Mapping[str, Factors], progress: bool) -> nn.Module:
     """`apply_plan`, with factors that are known already."""
-    graph.refuse_wrapped(model)
+    refuse_wrapped(model)
     _check_fit(model, plan)
     replacements: dict[str, nn.Module] = {}
     for cut in tqdm(plan.cuts, desc="cut", unit="layer", disable=not progress):
@@ -70,7 +71,7 @@ def fold_back(model: nn.Module, plan: Plan) -> nn.Module:
     Example:
         >>> dense = fold_back(small, plan)
     """
-    graph.refuse_wrapped(model)
+    refuse_wrapped(model)
     check_cut(model, plan)
     replacements: dict[str, nn.Module] = {}
     for cut in plan.cuts:
@@ -128,12 +129,15 @@ def _factors(cut: Cut, weight: Tensor) -> Factors:
 
 def _check_fit(model: nn.Module, plan: Plan) -> None:
     """Raise ValueError, with every mismatch, unless each cut's layer is there as the plan knew it."""
-    names = {name for every in graph.named_layers(model).values() for name in every}
+    names = {name for every in named_layers(model).values() for name in every}
+    fixed = irreplaceable(model)
     problems: list[str] = []
     for cut in plan.cuts:
         layer = _at(model, cut.name)
-        if type(layer) not in (nn.Conv2d, nn.Linear):
-            problems.append(f"{cut.name}: expected {cut.spec}, found {_found(model, cut.name)}.{'' if layer else nearest(cut.name, names)}")
+        if not is_layer(layer):
+            problems.append(f"{cut.name}: expected {cut.spec}, found {_found(model, cut.name)}.{nearest(cut.name, names - {cut.name})}")
+        elif layer in fixed:
+            problems.append(f"{cut.name}: {fixed[layer]}")
         elif ConvSpec.of(layer) != cut.spec:
             problems.append(f"{cut.name}: expected {cut.spec}, found {ConvSpec.of(layer)}.")
     if problems:
@@ -157,8 +161,7 @@ def _found(model: nn.Module, name: str) -> str:
 
 def _copy_with(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     """A deep copy in which some submodules are others, wherever and however the model refers to them."""
-    memo: dict[int, Any] = {id(t): t.detach().clone() for t in measure.loose_tensors(model) if not t.is_leaf}
-    memo |= {id(model.get_submodule(name)): module for name, module in replacements.items()}
+    memo: dict[int, Any] = measure.detached(model) | {id(model.get_submodule(name)): module for name, module in replacements.items()}
     if id(model) in memo:
         return memo[id(model)]
     result = copy.deepcopy(model, memo)

@@ -34,7 +34,7 @@ def text_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
 def parse_json(adapter: TypeAdapter[T], text: str | bytes, what: str) -> T:
     """Validate JSON into plain data, or raise a ValueError that names the place, what was found, and the nearest known key."""
     try:
-        return adapter.validate_json(text)
+        return adapter.validate_json(text, strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in problem["loc"]) or "the whole file"

@@ -79,7 +79,7 @@ def check_rank(name: str, scheme: Scheme, spec: ConvSpec, rank: Rank) -> None:
     full = scheme.full_rank(_block(spec))
     per_group = f" per group ({spec.groups} groups)" if spec.groups > 1 else ""
     if isinstance(full, int):
-        if not _whole(rank):
+        if not isinstance(rank, int) or not _whole(rank):
             raise ValueError(f"{name}: {scheme.name!r} has one rank, found {rank!r}. Choose 1..{full}.")
         if not 1 <= rank <= full:
             side = "above the full rank" if rank > full else "below 1; the full rank is"

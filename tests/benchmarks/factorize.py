@@ -4,8 +4,9 @@ python tests/benchmarks/factorize.py [--threads 2] [--weights FILE] [--json FILE
 
 Each scheme is cut at half of every layer's MACs, without data. Rivals: for spatial, channel and depthwise a plain float32
 `torch.linalg.svd` of the same unfolding; for Tucker tensorly's `partial_tucker`, for CP tensorly's `parafac(init="svd",
-n_iter_max=50)` on three modes with the einsum back end and opt_einsum, which is its fastest (25 times slower without opt_einsum). For CP ours is timed until it reaches the rival's
-error, layer by layer. "ours, whole" is make_plan + apply_plan of the whole network through `compress`, look and report included.
+n_iter_max=50)` on three
+modes with the einsum back end and opt_einsum, its fastest (25 times slower without opt_einsum). For CP ours is timed until it
+reaches the rival's error, layer by layer. "ours, whole" is make_plan + apply_plan of the whole network through `compress`.
 """
 
 from __future__ import annotations
@@ -147,9 +148,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\n{'scheme':10} {'ours':>8} {'rival':>8} {'faster':>7} {'whole':>8} {'error, relative to rival, at worst':>36}")
     for name, row in table.items():
-        print(
-            f"{name:10} {row['ours_s']:7.2f}s {row['rival_s']:7.2f}s {row['ratio']:6.2f}x {row['ours_whole_s']:7.2f}s {row['worst_error_excess']:+36.2e}"
-        )
+        excess = f"{row['worst_error_excess']:+36.2e}"
+        print(f"{name:10} {row['ours_s']:7.2f}s {row['rival_s']:7.2f}s {row['ratio']:6.2f}x {row['ours_whole_s']:7.2f}s {excess}")
     print(f"peak memory {peak:.2f} GiB, {options.threads} threads")
     if options.json:
         settings = {"threads": options.threads, "torch": torch.__version__, "tensorly": tensorly.__version__, "peak_gib": round(peak, 3)}
