@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +21,7 @@ class Workings:
     def __init__(self, layer: str, spec: ConvSpec, weight: Tensor) -> None:
         self.layer, self.spec, self.weight = layer, spec, weight
         self.made: dict[tuple[str, Rank], Factors] = {}
+        self.begun: Callable[[], object] = lambda: None  # called when a layer's first option is measured
         self._errors: dict[tuple[str, Rank], float] = {}
         self._explained: dict[str, Tensor | None] = {}
 
@@ -46,6 +47,8 @@ class Workings:
     def measure(self, name: str, rank: Rank) -> float:
         if (name, rank) not in self._errors:
             self._refuse_meta()
+            if not self._errors:
+                self.begun()
             scheme = schemes.get_scheme(name)
             factors = next(schemes.factorize(scheme, self.spec, self.weight, [rank]))
             self.made[name, rank] = {link: factor.to(self.weight.dtype) for link, factor in factors.items()}

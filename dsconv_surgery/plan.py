@@ -218,13 +218,16 @@ def decide(model: nn.Module, inputs: Sequence[Any], settings: Settings, progress
     measures = tuple(settings.budget.limits()) if settings.budget else ("macs",)
     tables: dict[str, Table] = {}
     workings: dict[str, Workings] = {}
-    for site in tqdm(sites, desc="options", unit="layer", disable=not progress):
+    for site in sites:
         found = options_of(site, model.get_submodule(site.name), settings.names, measures)
         if isinstance(found, Skip):
             skips.append(found)
         else:
             tables[site.name], workings[site.name] = found
-    choice = _choose(tables, seen, settings)
+    with tqdm(total=len(tables), desc="factorise", unit="layer", disable=not progress) as bar:
+        for working in workings.values():
+            working.begun = bar.update  # rules measure what they need, layer by layer
+        choice = _choose(tables, seen, settings)
     cuts: list[Cut] = []
     made: Made = {}
     by_name = {site.name: site for site in sites}

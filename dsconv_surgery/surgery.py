@@ -137,7 +137,7 @@ def _check_fit(model: nn.Module, plan: Plan) -> None:
         if not is_layer(layer):
             problems.append(f"{cut.name}: expected {cut.spec}, found {_found(model, cut.name)}.{nearest(cut.name, names - {cut.name})}")
         elif layer in fixed:
-            problems.append(f"{cut.name}: {fixed[layer]}")
+            problems.append(f"{cut.name}: expected {cut.spec}, found a layer to be left alone: {fixed[layer]}")
         elif ConvSpec.of(layer) != cut.spec:
             problems.append(f"{cut.name}: expected {cut.spec}, found {ConvSpec.of(layer)}.")
     if problems:

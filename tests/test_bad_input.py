@@ -568,8 +568,8 @@ def test_tied_weights(x: Tensor) -> None:
     model = Tied()
     found = reasons(model, x)
     assert found == {
-        "one": "its weight is tied to two: cutting one would untie them.",
-        "two": "its weight is tied to one: cutting one would untie them.",
+        "one": "its weight or bias is tied to two.weight: cutting one would untie them.",
+        "two": "its weight or bias is tied to one.weight: cutting one would untie them.",
     }
     cuts_elsewhere(model, x, "one")
     small = compress(model, x, rule="fixed", rank=2)
