@@ -38,8 +38,8 @@ def build(models: Any, name: str, weights: str) -> nn.Module:
     path = Path(weights)
     state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    classes = len(list(state.values())[-1])  # the last bias
-    model = models.get_model(name, num_classes=classes)
+    classifier = [key for key, module in models.get_model(name, weights=None).named_modules() if isinstance(module, nn.Linear)][-1]
+    model = models.get_model(name, weights=None, num_classes=len(state[f"{classifier}.weight"]))
     model.load_state_dict(state)
     return model.eval()
 

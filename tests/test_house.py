@@ -70,6 +70,14 @@ def test_torchvision_example(tmp_path: Path) -> None:
     assert re.search(r"latency [\d.]+ -> [\d.]+ ms", printed)
 
 
+def test_torchvision_example_takes_trained_weights(shared: Path, tmp_path: Path) -> None:
+    """A state_dict of ten classes in half precision; spatial and channel, as they come."""
+    weights = str(shared / "weights" / "torchvision_resnet18_cifar10_64px.safetensors")
+    command = ("examples/torchvision_resnet.py", "--weights", weights, "--size", "64", "--out", str(tmp_path / "out"))
+    printed = run(sys.executable, *command, "--schemes", "spatial", "channel", "bottleneck")
+    assert "same outputs: True" in printed
+
+
 def test_training_example_learns(tmp_path: Path) -> None:
     """One epoch on the shipped images alone already beats chance by far, and its checkpoint loads."""
     from cifar import accuracy, demo_images, load_resnet
