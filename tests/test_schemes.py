@@ -198,6 +198,22 @@ def test_cp_is_no_worse_than_depthwise_of_the_same_rank() -> None:
         assert workings.measure("cp", 8 * m) <= workings.measure("depthwise", m)
 
 
+def test_cp_minds_what_the_channels_have_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The response to an input that is the same in all channels is off by less than a least-squares fit of the weights leaves it."""
+    from dsconv_surgery.schemes import _als
+
+    scheme, spec = schemes.get_scheme("cp"), ConvSpec(24, 24, (3, 3))
+    weight = torch.randn(spec.weight_shape, dtype=torch.float64)
+
+    def off() -> float:
+        found = schemes.kernel_of(scheme, spec, next(schemes.factorize(scheme, spec, weight, [20])))
+        return float((weight - found).sum(1).square().sum() / weight.sum(1).square().sum())
+
+    minded = off()
+    monkeypatch.setattr(_als, "COMMON", 0.0)
+    assert minded < 0.5 * off()
+
+
 def test_depthwise_weights_fit_the_building_block() -> None:
     """The state_dict of a cut fits DepthwiseSeparableConv2d, and both compute the same."""
     from dsconv_surgery import DepthwiseSeparableConv2d

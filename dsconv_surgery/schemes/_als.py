@@ -18,8 +18,8 @@ WIDE_SWEEPS = 40  # or this many in wide layers, in float32, where a sweep takes
 WIDE = 2 * 10**7  # multiply-accumulates of one of its two large products
 STALL = 3e-4  # stop when the last ten sweeps lowered the squared error by less than this share of it per sweep
 COMMON = 0.1  # part of the inputs' second moment that all channels share
-SINGLE_RIDGE = 1e-5  # the same in float32
 RIDGE = 1e-9  # of the mean diagonal; pulls towards the previous iterate, so that a solve never makes matters worse
+SINGLE_RIDGE = 1e-5  # the same in float32
 MOMENTUM_START, MOMENTUM_GROWTH, MOMENTUM_CAP = 0.5, 1.05, 2.0
 
 
@@ -146,9 +146,9 @@ def _sweep_until_stalled(tensor: Tensor, start: Terms) -> Terms:
     wide = work > WIDE
     tensor = tensor.float() if wide and 1e-12 < norm < 1e12 else tensor
     by_output, by_input = tensor.permute(0, 3, 1, 2).contiguous(), tensor.permute(0, 3, 2, 1).contiguous()  # g k o i, g k i o
-    best = start = _terms(factor.to(tensor.dtype) for factor in start.factors)
-    first_error = best_error = _error(tensor, start) / norm
-    point, momentum, history = start, MOMENTUM_START, [best_error]
+    best = _terms(factor.to(tensor.dtype) for factor in start.factors)
+    best_error = _error(tensor, best) / norm
+    point, momentum, history = best, MOMENTUM_START, [best_error]
     for _ in range(WIDE_SWEEPS if wide else SWEEPS):
         found, explained = _sweep(by_output, by_input, point, 1 if wide else 2)
         error = 1 - explained / norm
@@ -164,7 +164,7 @@ def _sweep_until_stalled(tensor: Tensor, start: Terms) -> Terms:
         history.append(best_error)
         if len(history) > 10 and history[-11] - best_error < 10 * STALL * best_error:
             break
-    return _terms(factor.double() for factor in (best if best_error < first_error else start).factors)
+    return _terms(factor.double() for factor in best.factors) if best_error < history[0] else start
 
 
 def _sweep(by_output: Tensor, by_input: Tensor, terms: Terms, repeats: int) -> tuple[Terms, float]:
