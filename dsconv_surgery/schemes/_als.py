@@ -55,8 +55,8 @@ def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full
     """CP terms of (g, o, i, k) for each of the ascending ranks, never worse than those of the rank before.
 
     The squared error is taken under `E[x_i x_j] = (1 - c) [i = j] + c` (c = COMMON), not under the identity: after a ReLU all
-    channels are positive and so have a mean in common, which a replacement had better get right. This costs a percent of plain
-    weight error and keeps one to five points of accuracy (tests/benchmarks/data_free.py).
+    channels are positive and so have a mean in common, which a replacement had better get right. This costs three percent of
+    plain weight error and keeps up to four points of accuracy (tests/benchmarks/data_free.py).
 
     Args:
         tensor: float64 kernels, taps merged into one dimension.

@@ -5,7 +5,7 @@ python tests/benchmarks/factorize.py [--threads 2] [--weights FILE] [--json FILE
 Each scheme is cut at half of every layer's MACs, without data. Rivals: for spatial, channel and depthwise a plain float32
 `torch.linalg.svd` of the same unfolding; for Tucker tensorly's `partial_tucker`, for CP tensorly's `parafac(init="svd",
 n_iter_max=50)` on three
-modes with the einsum back end and opt_einsum, its fastest (25 times slower without opt_einsum). For CP ours is timed until it
+modes with the einsum back end and opt_einsum, its fastest (a hundred times slower without). For CP ours is timed until it
 reaches the rival's error, layer by layer. "ours, whole" is make_plan + apply_plan of the whole network through `compress`.
 """
 
