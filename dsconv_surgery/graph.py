@@ -115,6 +115,11 @@ class _Tracer(fx.Tracer):
         return is_layer(m) or super().is_leaf_module(m, module_qualified_name)
 
 
+def traced(model: nn.Module) -> fx.GraphModule:
+    """The model as a graph over its own modules, every layer a node."""
+    return fx.GraphModule(model, _Tracer().trace(model))
+
+
 # What only a layer has, not the nn.Sequential that takes its place, as in `x.view(-1, self.fc.in_features)`.
 _OWN = frozenset(("weight", "bias", *nn.Conv2d.__constants__, *nn.Linear.__constants__))
 # What tensors are asked without a need for their values, as in `next(self.parameters()).dtype`.
@@ -206,7 +211,7 @@ def _run(model: nn.Module, inputs: Sequence[Any], how: str) -> tuple[_Record, in
         mode, clone, given = measure.fake_copy(model, inputs)
         record = _Record(clone)
         with mode, record:
-            runner = fx.Interpreter(fx.GraphModule(clone, _Tracer().trace(clone))).run if how == "traced" else clone
+            runner = fx.Interpreter(traced(clone)).run if how == "traced" else clone
             inspect.signature(clone.forward).bind(*given)  # the interpreter would ignore inputs too many
             macs = measure.count_macs(lambda: runner(*given))
         return record, macs, how

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_surgery.geometry import ConvSpec, Rank
+from dsconv_surgery.schemes._least_squares import refine
+from dsconv_surgery.schemes._objective import Objective
 from dsconv_surgery.schemes._protocol import Factors, Scheme
 from dsconv_surgery.schemes.bottleneck import Bottleneck
 from dsconv_surgery.schemes.channel import Channel
@@ -21,8 +23,8 @@ from dsconv_surgery.schemes.spatial import Spatial
 from dsconv_surgery.schemes.tucker import Tucker
 
 __all__ = [
-    "Factors", "Scheme", "build", "chain_of", "check_rank", "factorize", "get_scheme", "is_channels_last", "kernel_of", "kernel_tensor",
-    "links_of", "make_layer", "refusal", "register_scheme", "relative_error", "scheme_names", "spectrum",
+    "Factors", "Objective", "Scheme", "build", "chain_of", "check_rank", "factorize", "fit", "get_scheme", "is_channels_last", "kernel_of",
+    "kernel_tensor", "links_of", "make_layer", "refusal", "register_scheme", "relative_error", "scheme_names", "spectrum",
 ]  # fmt: skip
 
 _SCHEMES: dict[str, Scheme] = {}
@@ -116,6 +118,40 @@ def kernel_tensor(spec: ConvSpec, weight: Tensor) -> Tensor:
 def factorize(scheme: Scheme, spec: ConvSpec, weight: Tensor, ranks: Sequence[Rank]) -> Iterator[Factors]:
     """Factors of a whole layer for ascending ranks, in float64; `weight` is the layer's own."""
     return scheme.factorize(_block(spec), kernel_tensor(spec, weight), list(ranks))
+
+
+def fit(
+    scheme: Scheme,
+    spec: ConvSpec,
+    weight: Tensor,
+    rank: Rank,
+    objective: Objective,
+    *,
+    start: Factors | None = None,
+    metric: Tensor | None = None,
+    iterations: int | None = None,
+) -> Factors:
+    """Factors of a whole layer for data: of least `E |t - V p|^2` where a closed form or the search finds them.
+
+    Args:
+        objective: what the outputs should be.
+        start: where to begin; the factors of the weights alone, if not given. The result is never of higher error.
+        metric: (groups, out, out); directions to keep are chosen by `|M (t - V p)|^2`, the last link then by `|t - V p|^2`.
+        iterations: of the search at most; 0 for the last link's linear solve only.
+    """
+    block = _block(spec)
+    if start is None:
+        start = next(factorize(scheme, spec, weight, [rank]))
+    if rank == scheme.full_rank(block):
+        return refine(scheme, block, start, objective, 0)
+    links = list(scheme.chain(block, rank).values())
+    seen = objective if metric is None or links[-1].groups > 1 else objective.weighted(metric.to(objective.cross))
+    best = scheme.optimum(block, seen, rank) if iterations != 0 else None
+    if best is None:
+        best = refine(scheme, block, start, seen, iterations)
+    if seen is not objective:
+        best = refine(scheme, block, best, objective, 0)
+    return best if objective.value(scheme.kernel(block, best)) <= objective.value(scheme.kernel(block, start)) else start
 
 
 def spectrum(scheme: Scheme, spec: ConvSpec, weight: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from dsconv_surgery.geometry import ConvSpec, Pair, Rank
+from dsconv_surgery.schemes._objective import Objective
 
 Factors = dict[str, Tensor]  # link name -> its weight, (groups, out, in / link groups, height, width)
 
@@ -42,8 +43,12 @@ class Scheme(Protocol):
         """Factors for each rank in turn (ascending), from one decomposition or each starting at the one before."""
         ...
 
+    def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> Factors | None:
+        """The best factors for data, where there is a closed form; None leaves it to the search that all schemes share."""
+        ...
+
     def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
-        """The dense kernel that the factors stand for, (groups, out, in, height, width)."""
+        """The dense kernel that the factors stand for, (groups, out, in, height, width); linear in each of them, and differentiable."""
         ...
 
     def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsconv_surgery.geometry import ConvSpec, Rank
 from dsconv_surgery.schemes import _low_rank
+from dsconv_surgery.schemes._objective import Objective, leading_outputs
 from dsconv_surgery.schemes._protocol import Factors, whole
 
 
@@ -33,6 +34,10 @@ class Bottleneck:
     def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank]) -> Iterator[Factors]:
         for left, right in _low_rank.truncated(weight.flatten(2), [whole(rank) for rank in ranks]):
             yield {"reduce": right[..., None, None], "expand": left[..., None, None]}
+
+    def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> Factors:
+        expand, reduce = leading_outputs(objective, whole(rank))
+        return {"reduce": reduce[..., None, None], "expand": expand[..., None, None]}
 
     def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
         return (factors["expand"].flatten(2) @ factors["reduce"].flatten(2))[..., None, None]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsconv_surgery.geometry import ConvSpec, Rank
 from dsconv_surgery.schemes import _low_rank
+from dsconv_surgery.schemes._objective import Objective, leading_outputs
 from dsconv_surgery.schemes._protocol import Factors, one_tap, whole
 
 
@@ -33,6 +34,10 @@ class Channel:
     def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank]) -> Iterator[Factors]:
         for left, right in _low_rank.truncated(weight.flatten(2), [whole(rank) for rank in ranks]):
             yield {"reduce": right.unflatten(2, weight.shape[2:]), "expand": left[..., None, None]}
+
+    def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> Factors:
+        expand, reduce = leading_outputs(objective, whole(rank))
+        return {"reduce": reduce.unflatten(2, (spec.in_channels, *spec.kernel)), "expand": expand[..., None, None]}
 
     def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
         reduce, expand = factors["reduce"], factors["expand"]

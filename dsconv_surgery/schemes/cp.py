@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsconv_surgery.geometry import ConvSpec, Rank
 from dsconv_surgery.schemes import _als
+from dsconv_surgery.schemes._objective import Objective
 from dsconv_surgery.schemes._protocol import Factors, one_tap, split_taps, whole
 
 
@@ -44,6 +45,9 @@ class CP:
                 "depthwise": taps.mT.unflatten(2, (1, *spec.kernel)),
                 "expand": terms.outputs[..., None, None],
             }
+
+    def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> None:
+        return None
 
     def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
         reduce, taps, expand = factors["reduce"].flatten(2), factors["depthwise"].flatten(2), factors["expand"].flatten(2)
@@ -89,6 +93,9 @@ class SplitCP:
                 "horizontal": along_width.mT[:, :, None, None, :],
                 "expand": terms.outputs[..., None, None],
             }
+
+    def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> None:
+        return None
 
     def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
         taps = (factors["vertical"] * factors["horizontal"]).flatten(2)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsconv_surgery.geometry import ConvSpec, Rank
 from dsconv_surgery.schemes import _low_rank
+from dsconv_surgery.schemes._objective import Objective
 from dsconv_surgery.schemes._protocol import Factors, one_tap, whole
 
 
@@ -40,6 +41,9 @@ class Depthwise:
                 "depthwise": right.flatten(1, 2).unsqueeze(2).unflatten(3, weight.shape[3:]),
                 "pointwise": left.transpose(1, 2).flatten(2)[..., None, None],
             }
+
+    def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> None:
+        return None
 
     def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
         depthwise, pointwise = factors["depthwise"], factors["pointwise"]
@@ -84,6 +88,9 @@ class PointwiseDepthwise:
                 "pointwise": left.mT.flatten(1, 2)[..., None, None],
                 "depthwise": right.unflatten(3, weight.shape[3:]),
             }
+
+    def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> None:
+        return None
 
     def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
         pointwise, depthwise = factors["pointwise"], factors["depthwise"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsconv_surgery.geometry import ConvSpec, Rank
 from dsconv_surgery.schemes import _low_rank
+from dsconv_surgery.schemes._objective import Objective
 from dsconv_surgery.schemes._protocol import Factors, one_tap, split_taps, whole
 
 
@@ -38,6 +39,9 @@ class Spatial:
                 "vertical": left.mT.unflatten(2, (i, kh)).unsqueeze(4),
                 "horizontal": right.unflatten(2, (o, kw)).transpose(1, 2).unsqueeze(3),
             }
+
+    def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> None:
+        return None
 
     def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
         vertical, horizontal = factors["vertical"].squeeze(4), factors["horizontal"].squeeze(3)

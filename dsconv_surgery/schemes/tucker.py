@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsconv_surgery.geometry import ConvSpec, Pair, Rank
+from dsconv_surgery.schemes._objective import Objective
 from dsconv_surgery.schemes._protocol import Factors, one_tap, pair
 
 SWEEPS = 10  # at most; HOOI gains little after two
@@ -71,6 +72,9 @@ class Tucker:
                 "core": core.unflatten(3, weight.shape[3:]),
                 "expand": side_out[..., None, None],
             }
+
+    def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> None:
+        return None
 
     def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
         reduce, core, expand = factors["reduce"].flatten(2), factors["core"].flatten(3), factors["expand"].flatten(2)
