@@ -2,9 +2,11 @@
 
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.checkpoint import load, save
+from dsconv_surgery.decide import make_plan
 from dsconv_surgery.graph import find_convs
+from dsconv_surgery.moments import Calibration
 from dsconv_surgery.pipeline import compress
-from dsconv_surgery.plan import Plan, make_plan
+from dsconv_surgery.plan import Plan
 from dsconv_surgery.report import compare
 from dsconv_surgery.schemes import register_scheme
 from dsconv_surgery.separable import DepthwiseConv2d, DepthwiseSeparableConv2d, PointwiseConv2d
@@ -12,6 +14,7 @@ from dsconv_surgery.surgery import apply_plan, fold_back
 
 __all__ = [
     "Budget",
+    "Calibration",
     "DepthwiseConv2d",
     "DepthwiseSeparableConv2d",
     "Plan",

@@ -39,12 +39,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Option:
-    """One row of a layer's table: the squared relative error of a scheme at a rank, and the layer's cost with it."""
+    """One row of a layer's table: the squared relative error of a scheme at a rank, and the layer's cost with it.
+
+    The error is None where there was nothing to compare it with, so that nobody needed it.
+    """
 
     scheme: str
     rank: Rank
     cost: Cost
-    error: float
+    error: float | None
 
 
 @dataclass(frozen=True)
@@ -157,15 +160,24 @@ def _running_max(costs: Sequence[Cost], measures: Sequence[str]) -> dict[str, li
 
 def _least_error(table: Table, f: float, measures: Sequence[str]) -> Option:
     """The scheme of least error within a fraction of the layer's cost, each at its best offer; the cheapest offer if none fits."""
-    options: list[Option] = []
+    best_offers: dict[str, tuple[Rank, Cost]] = {}
     for scheme, offers in table.offers.items():
         within = [offer for offer in offers if table.fraction(offer[1], measures) <= f]
         if within:
             # A larger rank never does worse; of pairs, which do not all compare, the bounds tell the best.
             bounds = None if isinstance(within[-1][0], int) else table.bounds(scheme, [rank for rank, _ in within])
-            best = within[-1] if bounds is None else within[min(range(len(within)), key=bounds.__getitem__)]
-            options.append(table.option(scheme, best))
-    return min(options, key=lambda option: option.error) if options else table.option(*table.smallest(measures))
+            best_offers[scheme] = within[-1] if bounds is None else within[min(range(len(within)), key=bounds.__getitem__)]
+    if not best_offers:
+        scheme, offer = table.smallest(measures)
+        best_offers[scheme] = offer
+    if len(best_offers) == 1:
+        ((scheme, offer),) = best_offers.items()
+        return Option(scheme, *offer, None)
+    return min((table.option(scheme, offer) for scheme, offer in best_offers.items()), key=_error)
+
+
+def _error(option: Option) -> float:
+    return math.inf if option.error is None else option.error
 
 
 def energy(tables: Mapping[str, Table], keep: float) -> Choice:
@@ -173,7 +185,7 @@ def energy(tables: Mapping[str, Table], keep: float) -> Choice:
     choice: dict[str, Option | None] = {}
     for name, table in tables.items():
         found = [option for scheme in table.offers if (option := _cheapest_keeping(table, scheme, keep))]
-        choice[name] = min(found, key=lambda option: (option.cost.macs, option.error)) if found else None
+        choice[name] = min(found, key=lambda option: (option.cost.macs, _error(option))) if found else None
     return choice
 
 
@@ -192,5 +204,5 @@ def fixed(tables: Mapping[str, Table], rank: Rank) -> Choice:
     choice: dict[str, Option | None] = {}
     for name, table in tables.items():
         found = [table.option(scheme, offer) for scheme, offers in table.offers.items() for offer in offers if offer[0] == rank]
-        choice[name] = min(found, key=lambda option: option.error) if found else None
+        choice[name] = min(found, key=_error) if found else None
     return choice

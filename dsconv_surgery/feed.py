@@ -79,7 +79,7 @@ class Passes:
     def groups(self) -> Iterator[list[str]]:
         seen: dict[str, None] = {}
         _, inputs = next(iter(self.images))
-        self._watch(self._dense, self.names, lambda name, *_: seen.setdefault(name), inputs)
+        watch(self._dense, self.names, lambda name, *_: seen.setdefault(name), inputs)
         order = list(seen)
         return (order[at : at + TOGETHER] for at in range(0, len(order), TOGETHER))
 
@@ -91,7 +91,7 @@ class Passes:
                 def saw(name: str, x: Tensor, y: Tensor, side: list[tuple[str, Tensor, Tensor]] = side) -> None:
                     side.append((name, x.clone(), y.clone()))
 
-                self._watch(model, names, saw, inputs)
+                watch(model, names, saw, inputs)
             for (name, dense, wanted), (_, cut, _) in zip(*sides, strict=True):
                 yield Call(name, first, dense, cut, wanted, None)
 
@@ -106,14 +106,14 @@ class Passes:
 
     def close(self) -> None: ...
 
-    @staticmethod
-    def _watch(model: nn.Module, names: Sequence[str], saw: Callable[[str, Tensor, Tensor], Any], inputs: tuple[Any, ...]) -> None:
-        with ExitStack() as hooks, torch.no_grad():
-            for name in names:
 
-                def hook(_module: nn.Module, args: Any, kwargs: Any, y: Tensor, name: str = name) -> None:
-                    saw(name, args[0] if args else kwargs["input"], y)
+def watch(model: nn.Module, names: Sequence[str], saw: Callable[[str, Tensor, Tensor], Any], inputs: tuple[Any, ...]) -> None:
+    with ExitStack() as hooks, torch.no_grad():
+        for name in names:
 
-                handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
-                hooks.callback(handle.remove)
-            model(*copy.deepcopy(on_device(inputs, model)))
+            def hook(_module: nn.Module, args: Any, kwargs: Any, y: Tensor, name: str = name) -> None:
+                saw(name, args[0] if args else kwargs["input"], y)
+
+            handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+            hooks.callback(handle.remove)
+        model(*copy.deepcopy(on_device(inputs, model)))

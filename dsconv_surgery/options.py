@@ -12,21 +12,28 @@ from dsconv_surgery import schemes
 from dsconv_surgery.budget import Table
 from dsconv_surgery.geometry import ConvSpec, Cost, Rank, chain_cost
 from dsconv_surgery.graph import ConvSite, Skip
-from dsconv_surgery.schemes import Factors
+from dsconv_surgery.schemes import Factors, Objective
+
+PULL = 0.1  # ridge towards the weights, in units of the inputs' mean square, when options are judged on data
 
 
 class Workings:
     """Measures a layer's options, each once, and keeps the factors that it had to find on the way."""
 
-    def __init__(self, layer: str, spec: ConvSpec, weight: Tensor) -> None:
-        self.layer, self.spec, self.weight = layer, spec, weight
+    def __init__(self, layer: str, spec: ConvSpec, weight: Tensor, seen: Callable[[str], Objective] | None = None) -> None:
+        self.layer, self.spec, self.weight, self.seen = layer, spec, weight, seen
         self.made: dict[tuple[str, Rank], Factors] = {}
         self.begun: Callable[[], object] = lambda: None  # called when a layer's first option is measured
         self._errors: dict[tuple[str, Rank], float] = {}
         self._explained: dict[str, Tensor | None] = {}
 
     def bounds(self, name: str, ranks: Sequence[Rank]) -> list[float] | None:
-        """Errors from the scheme's spectrum, upper bounds where that is not exact."""
+        """Errors of the weights from the scheme's spectrum, upper bounds where that is not exact.
+
+        With calibration, they still tell pairs of ranks apart; where there is one rank, nothing is said about it.
+        """
+        if self.seen is not None and isinstance(ranks[0], int):
+            return None
         self._refuse_meta()
         if name not in self._explained:
             spectrum = schemes.spectrum(schemes.get_scheme(name), self.spec, self.weight)
@@ -50,9 +57,14 @@ class Workings:
             if not self._errors:
                 self.begun()
             scheme = schemes.get_scheme(name)
-            factors = next(schemes.factorize(scheme, self.spec, self.weight, [rank]))
+            if self.seen is None:
+                factors = next(schemes.factorize(scheme, self.spec, self.weight, [rank]))
+                self._errors[name, rank] = schemes.relative_error(self.weight, schemes.kernel_of(scheme, self.spec, factors))
+            else:
+                objective = self.seen(self.layer)
+                factors = schemes.fit(scheme, self.spec, self.weight, rank, objective.ridged(PULL * max(objective.scale, 1e-12)))
+                self._errors[name, rank] = objective.value(scheme.kernel(replace(self.spec.one_group(), bias=False), factors))
             self.made[name, rank] = {link: factor.to(self.weight.dtype) for link, factor in factors.items()}
-            self._errors[name, rank] = schemes.relative_error(self.weight, schemes.kernel_of(scheme, self.spec, factors))
         return self._errors[name, rank]
 
     def _refuse_meta(self) -> None:
@@ -63,8 +75,14 @@ class Workings:
             )
 
 
-def options_of(site: ConvSite, module: nn.Module, names: Sequence[str], measures: Sequence[str]) -> tuple[Table, Workings] | Skip:
-    """The options of a layer, or why it has none."""
+def options_of(
+    site: ConvSite,
+    module: nn.Module,
+    names: Sequence[str],
+    measures: Sequence[str],
+    seen: Callable[[str], Objective] | None = None,
+) -> tuple[Table, Workings] | Skip:
+    """The options of a layer, judged by its outputs on data where `seen` has the objective for it; or why it has none."""
     weight = module.get_parameter("weight")
     if not weight.is_meta:
         check_finite(site.name, weight)
@@ -95,7 +113,7 @@ def options_of(site: ConvSite, module: nn.Module, names: Sequence[str], measures
         cost, name, rank = least
         costs_text = f"costs {cost.macs:,} MACs and {cost.params:,} parameters, the layer {site.cost.macs:,} and {site.cost.params:,}."
         return Skip(site.name, f"left dense - {name} at rank {rank} already {costs_text}")
-    workings = Workings(site.name, site.spec, weight)
+    workings = Workings(site.name, site.spec, weight, seen)
     return Table(site.name, site.cost, offers, workings.measure, workings.bounds), workings
 
 

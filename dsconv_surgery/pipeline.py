@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from dsconv_surgery.budget import Budget, Rule
+from dsconv_surgery.decide import Settings, decide, input_shapes
 from dsconv_surgery.geometry import Rank
-from dsconv_surgery.plan import Plan, Settings, decide
+from dsconv_surgery.moments import Calibration, Images
+from dsconv_surgery.plan import Plan
 from dsconv_surgery.report import Report, compare
-from dsconv_surgery.surgery import cut_model
+from dsconv_surgery.surgery import cut_for_data, cut_model
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,15 @@ def compress(
     rank: Rank | None = None,
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
+    calibration: Calibration | Iterable[Any] | None = None,
     progress: bool = False,
 ) -> Compressed:
     """Look, decide, cut and compare; a layer that was factorised to decide is not factorised again to cut.
 
     Args:
         model, example_inputs, budget, schemes, rule, energy, rank, include, exclude, progress: as for `make_plan`.
+        calibration: batches of unlabelled images, or a `Calibration`: both the choice and the factors are made for them, layer by
+            layer on what the layers before have become (see `apply_plan`).
 
     Returns:
         `Compressed(model, plan, report)`: a new network (see `apply_plan`), what was done, and what it saved.
@@ -51,6 +56,13 @@ def compress(
         >>> small = compress(model, torch.rand(1, 3, 224, 224), budget=Budget(macs=0.5))
         >>> print(small.report)
     """
-    plan, made = decide(model, example_inputs, Settings(budget, schemes, rule, energy, rank, include, exclude), progress)
-    cut = cut_model(model, plan, "factorize", made, progress)
+    settings = Settings(budget, schemes, rule, energy, rank, include, exclude)
+    if calibration is None:
+        plan, made = decide(model, example_inputs, settings, progress)
+        cut = cut_model(model, plan, "factorize", made, progress)
+    else:
+        images = Images(calibration, input_shapes(example_inputs))
+        plan, made = decide(model, example_inputs, settings, progress, images, later=True)
+        cut, errors = cut_for_data(model, plan, images, made, progress)
+        plan = replace(plan, cuts=tuple(replace(c, error=errors[c.name]) for c in plan.cuts))
     return Compressed(cut, plan, compare(model, cut, *example_inputs, plan=plan))

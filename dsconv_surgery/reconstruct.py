@@ -45,6 +45,7 @@ class Steps:
     relu: bool = True
     metric: bool = True
     bias: bool = True
+    norms: bool = True
     iterations: int | None = None
     ridges: Sequence[float] = field(default=RIDGES)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,27 +13,45 @@ from tqdm import tqdm
 from dsconv_surgery import graph, measure
 from dsconv_surgery.geometry import ConvSpec
 from dsconv_surgery.layers import irreplaceable, is_layer, named_layers, refuse_wrapped
+from dsconv_surgery.moments import Calibration, Images
+from dsconv_surgery.norms import keep_better_norms
 from dsconv_surgery.options import check_finite
 from dsconv_surgery.plan import Cut, Plan
+from dsconv_surgery.reconstruct import Steps, reconstruct, set_bias
 from dsconv_surgery.schemes import Factors, build, factorize, get_scheme, is_channels_last, kernel_of, links_of, make_layer
 from dsconv_surgery.text import nearest
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, init: Literal["factorize", "empty"] = "factorize", progress: bool = False) -> nn.Module:
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    calibration: Calibration | Iterable[Any] | None = None,
+    init: Literal["factorize", "empty"] = "factorize",
+    progress: bool = False,
+) -> nn.Module:
     """A new model in which each cut's layer is an nn.Sequential of plain smaller layers.
 
     The argument stays as it is, bit for bit. The result has the same class, device, dtype, training flags, `requires_grad` and
     hooks; given an `fx.GraphModule`, the chain's links become nodes of its graph. A layer reached under several names is
     replaced under all of them.
 
+    With calibration images the layers are factorised in running order, each on what it is given by the network cut so far, towards
+    what the dense network has there: `E |t - V p|^2 + ridge |V - W|^2` is lowered over the kernels V that the scheme can write,
+    the ridge chosen by every fourth image, held out (asymmetric reconstruction, Zhang et al. 2015). The mean of the error goes
+    into the layer's bias or into the running mean of the BatchNorm after it; BatchNorm statistics are estimated anew only if
+    held-out images say so.
+
     Args:
         model: the network that the plan was made for, with any weights.
         plan: from `make_plan`, or read from JSON.
+        calibration: batches of unlabelled images, or a `Calibration`; a plan made with some needs some.
         init: "factorize" the model's weights; "empty" leaves the new weights uninitialised, for loading some.
         progress: show a bar over layers.
 
     Raises:
-        ValueError: the plan does not fit the model (every mismatch is listed), or weights that are not finite or not there.
+        ValueError: the plan does not fit the model (every mismatch is listed), weights that are not finite or not there, no
+            calibration for a calibrated plan, or images that do not fit.
         TypeError: the model is compiled, scripted or wrapped for data parallelism.
 
     Example:
@@ -41,7 +59,39 @@ def apply_plan(model: nn.Module, plan: Plan, *, init: Literal["factorize", "empt
     """
     if init not in ("factorize", "empty"):
         raise ValueError(f"init={init!r}: expected 'factorize' or 'empty'.")
+    if calibration is not None:
+        if init == "empty":
+            raise ValueError("init='empty' leaves nothing to calibrate. Leave out calibration=, or init=.")
+        return cut_for_data(model, plan, Images(calibration, plan.input_shapes), {}, progress)[0]
+    if plan.calibrated and init == "factorize":
+        raise ValueError(
+            "the plan was made with calibration, which its ranks and errors count on: pass calibration= (a few hundred unlabelled images), "
+            "init='empty' to load weights, or make a plan without calibration."
+        )
     return cut_model(model, plan, init, {}, progress)
+
+
+def cut_for_data(
+    model: nn.Module, plan: Plan, images: Images, starts: Mapping[str, Factors], progress: bool, steps: Steps | None = None
+) -> tuple[nn.Module, dict[str, float]]:
+    """A model cut for calibration images, and by layer the output's squared relative error on them; `starts`: factors to begin with."""
+    steps = steps or Steps()
+    refuse_wrapped(model)
+    _check_fit(model, plan)
+    for cut in plan.cuts:
+        _check_weight(cut, model.get_submodule(cut.name).get_parameter("weight"))
+    dense = copy.deepcopy(model, measure.detached(model)).eval()
+    fitted = reconstruct(dense, plan.cuts, images, starts, progress, steps)
+    result = cut_model(model, plan, "factorize", {name: found.factors for name, found in fitted.items()}, progress=False)
+    for name, found in fitted.items():
+        if found.bias is not None:
+            set_bias(result.get_submodule(name), found.bias)
+        if found.norm is not None and found.shift is not None:
+            norm: Any = result.get_submodule(found.norm)
+            norm.running_mean -= found.shift.to(norm.running_mean)
+    if steps.norms:
+        keep_better_norms(dense, result, images)
+    return result, {name: found.error for name, found in fitted.items()}
 
 
 def cut_model(model: nn.Module, plan: Plan, init: str, made: Mapping[str, Factors], progress: bool) -> nn.Module:
@@ -121,10 +171,14 @@ def _grouped(spec: ConvSpec, weight: Tensor) -> Tensor:
 
 
 def _factors(cut: Cut, weight: Tensor) -> Factors:
+    _check_weight(cut, weight)
+    return next(factorize(get_scheme(cut.scheme), cut.spec, weight, [cut.rank]))
+
+
+def _check_weight(cut: Cut, weight: Tensor) -> None:
     if weight.is_meta:
         raise ValueError(f"{cut.name}: its weights are on the meta device: nothing to factorise. Load them first, or use init='empty'.")
     check_finite(cut.name, weight)
-    return next(factorize(get_scheme(cut.scheme), cut.spec, weight, [cut.rank]))
 
 
 def _check_fit(model: nn.Module, plan: Plan) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dsconv_surgery.feed import After, Call, Feed, Passes, on_device
-from dsconv_surgery.graph import traced
+from dsconv_surgery.feed import After, Call, Feed, Passes, on_device, watch
+from dsconv_surgery.graph import ConvSite, traced
 from dsconv_surgery.layers import is_layer, named_layers
-from dsconv_surgery.moments import Images
+from dsconv_surgery.measure import detached
+from dsconv_surgery.moments import Images, Moments, positions_of
+from dsconv_surgery.schemes import Objective, kernel_tensor
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _ADDITIONS: frozenset[Any] = frozenset((operator.add, operator.iadd, torch.add, "add", "add_"))
@@ -40,6 +42,38 @@ def feed(model: nn.Module, images: Images, names: Sequence[str]) -> Feed:
         return Walk(model, graph, images, names)
     except Exception:  # whatever stands against tracing; a model that does not run fails below with its own words
         return Passes(model, images, names)
+
+
+def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -> Callable[[str], Objective]:
+    """What each layer of a dense network sees on calibration images, as the objective `E |(W - V) p|^2` by its name.
+
+    One pass for all layers, when the first of them is asked for. Centred where the mean of an error can be made up for.
+    """
+    gathered: dict[str, tuple[Moments, bool]] = {}
+
+    def gather() -> None:
+        dense = copy.deepcopy(model, detached(model)).eval()
+        source = feed(dense, images, [site.name for site in sites])
+        source.close()
+        for site in sites:
+            weight = kernel_tensor(site.spec, model.get_submodule(site.name).get_parameter("weight"))
+            positions = -(-positions_of(site.spec, site.sizes) * images.count // images.example)
+            moments = Moments(site.spec, weight, positions, images.settings.patches, images.settings.seed, hold=False)
+            gathered[site.name] = moments, site.spec.bias or source.after[site.name].norm is not None
+        for first, inputs in images:
+
+            def saw(name: str, x: Tensor, _: Tensor, first: int = first) -> None:
+                gathered[name][0].add(x, None, first)
+
+            watch(dense, [site.name for site in sites], saw, inputs)
+
+    def objective(name: str) -> Objective:
+        if not gathered:
+            gather()
+        moments, centred = gathered[name]
+        return moments.objective("all", centred, exact=True)
+
+    return objective
 
 
 class _Side(fx.Interpreter):
@@ -69,7 +103,7 @@ class Walk:
             name = known.get(str(node.target)) if node.op == "call_module" else None
             if name is not None:
                 self._nodes.setdefault(name, []).append(node)
-        self.after = {name: self._look_ahead(nodes[0]) if len(nodes) == 1 else After() for name, nodes in self._nodes.items()}
+        self.after = {name: _look_ahead(graph, nodes[0]) if len(nodes) == 1 else After() for name, nodes in self._nodes.items()}
         self._order = self._ordered()
         self._place = {node: at for at, node in enumerate(self._order)}
         self._last_use = {value: at for at, node in enumerate(self._order) for value in node.all_input_nodes}
@@ -162,26 +196,25 @@ class Walk:
         operators = name.startswith("i") and hasattr(operator, f"__{name}__")  # iadd and the like
         return operators or name.endswith("_") or any(value is True for value in (*node.args, *node.kwargs.values()))
 
-    def _look_ahead(self, node: fx.Node) -> After:
-        norm, other = None, None
-        following = _only_user(node)
-        if following is not None and following.op == "call_module":
-            module: Any = self.graph.get_submodule(str(following.target))
-            once = sum(n.target == following.target for n in self.graph.graph.nodes) == 1
-            if type(module) in _NORMS and once and not module.training and module.running_mean is not None:
-                norm, following = str(following.target), _only_user(following)
-        if following is not None and following.target in _ADDITIONS and not following.kwargs and len(following.args) == 2:
-            addends = [n for n in following.all_input_nodes if node not in _before(n)]
-            if len(following.all_input_nodes) == 2 and len(addends) == 1:
-                other, following = addends[0], _only_user(following)
-            else:
-                following = None
-        relu = following is not None and (
-            following.target in _RELUS
-            if following.op != "call_module"
-            else type(self.graph.get_submodule(str(following.target))) is nn.ReLU
-        )
-        return After(norm, other, relu)
+
+def _look_ahead(graph: fx.GraphModule, node: fx.Node) -> After:
+    norm, other = None, None
+    following = _only_user(node)
+    if following is not None and following.op == "call_module":
+        module: Any = graph.get_submodule(str(following.target))
+        once = sum(n.target == following.target for n in graph.graph.nodes) == 1
+        if type(module) in _NORMS and once and not module.training and module.running_mean is not None:
+            norm, following = str(following.target), _only_user(following)
+    if following is not None and following.target in _ADDITIONS and not following.kwargs and len(following.args) == 2:
+        addends = [n for n in following.all_input_nodes if node not in _before(n)]
+        if len(following.all_input_nodes) == 2 and len(addends) == 1:
+            other, following = addends[0], _only_user(following)
+        else:
+            following = None
+    relu = following is not None and (
+        following.target in _RELUS if following.op != "call_module" else type(graph.get_submodule(str(following.target))) is nn.ReLU
+    )
+    return After(norm, other, relu)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -1,0 +1,68 @@
+"""BatchNorm statistics of a cut network, estimated anew where held-out calibration images are the better for it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from dsconv_surgery.feed import on_device
+from dsconv_surgery.moments import HELD, Images
+
+
+def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images) -> bool:
+    """Estimate the running statistics of a cut network's BatchNorms from calibration images, if that brings it nearer to the dense one.
+
+    Estimated on three images of four, judged on the fourth: by the squared error of the outputs. After a fit to data this is
+    seldom of use, for the fit has brought the outputs where they were already.
+
+    Args:
+        dense: in evaluation mode.
+        cut: its running statistics are replaced, or left alone.
+
+    Returns:
+        Whether they were replaced.
+    """
+    trial: Any = copy.deepcopy(cut)
+    norms = {name: module for name, module in trial.named_modules() if isinstance(module, _BatchNorm) and module.running_mean is not None}
+    if not norms or images.count < 4 * HELD:
+        return False
+    trial.eval()
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average over batches
+        norm.train()
+    with torch.no_grad():
+        for first, inputs in images:
+            fit = torch.arange(first, first + inputs[0].shape[0]) % HELD != HELD - 1
+            if int(fit.sum()) > 1:
+                trial(*on_device(_some(inputs, fit), dense))
+    trial.eval()
+    if _off(dense, trial, images) >= _off(dense, copy.deepcopy(cut).eval(), images):
+        return False
+    for name, norm in norms.items():
+        its: Any = cut.get_submodule(name)
+        its.running_mean.copy_(norm.running_mean)
+        its.running_var.copy_(norm.running_var)
+    return True
+
+
+def _some(inputs: tuple[Any, ...], mask: Tensor) -> tuple[Any, ...]:
+    return tuple(t[mask.to(t.device)] for t in inputs)
+
+
+def _off(dense: nn.Module, cut: nn.Module, images: Images) -> float:
+    """The squared error of the cut network's outputs on held-out images."""
+    off = 0.0
+    with torch.no_grad():
+        for first, inputs in images:
+            held = torch.arange(first, first + inputs[0].shape[0]) % HELD == HELD - 1
+            if bool(held.any()):
+                given = on_device(_some(inputs, held), dense)
+                pairs = zip(pytree.tree_leaves(dense(*copy.deepcopy(given))), pytree.tree_leaves(cut(*given)), strict=True)
+                off += sum(float((a.double() - b.double()).square().sum()) for a, b in pairs if isinstance(a, Tensor))
+    return off
