@@ -7,8 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 from tqdm import tqdm
 
 from dsconv_surgery import budget as rules
@@ -16,7 +15,7 @@ from dsconv_surgery import graph
 from dsconv_surgery.budget import Budget, Table
 from dsconv_surgery.geometry import Rank
 from dsconv_surgery.graph import ConvSite, Skip, Survey
-from dsconv_surgery.moments import Calibration, Images
+from dsconv_surgery.moments import Calibration, Images, input_shapes
 from dsconv_surgery.options import Workings, options_of
 from dsconv_surgery.plan import Cut, Plan
 from dsconv_surgery.schemes import Factors, get_scheme, scheme_names
@@ -103,11 +102,6 @@ class Settings:
         if callable(self.rule):
             return f"callable {getattr(self.rule, '__name__', type(self.rule).__name__)}"
         return {"energy": f"energy={self.energy}", "fixed": f"fixed rank={self.rank}"}.get(self.rule, self.rule)
-
-
-def input_shapes(inputs: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-    """Of every tensor among a model's inputs."""
-    return tuple(tuple(t.shape) for t in pytree.tree_leaves(tuple(inputs)) if isinstance(t, Tensor))
 
 
 def decide(

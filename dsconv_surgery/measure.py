@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,77 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a network's outputs are to another's on some images.
+
+    `error` is the squared relative error of all outputs; for classifiers - one output, (images, classes) - `agreement` is the
+    share of images with the same top class, `divergence` the mean Kullback-Leibler divergence from the first's softmax, in nats.
+    """
+
+    images: int
+    error: float
+    agreement: float | None
+    divergence: float | None
+    layer_errors: dict[str, float]  # squared relative error of layers' outputs, each channel about its mean
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+
+def fidelity(before: nn.Module, after: nn.Module, batches: Iterable[tuple[Any, ...]], layers: Sequence[str] = ()) -> Fidelity:
+    """Send the same images through both, in evaluation mode, and compare outputs; of `layers` (in both networks) as well."""
+    off = total = divergence = 0.0
+    images = agreeing = 0
+    classifier = True
+    sums: dict[str, Tensor] = {}
+    clones = [copy.deepcopy(model, detached(model)).eval() for model in (before, after)]
+    outputs: dict[tuple[int, str], list[Tensor]] = {}
+    for side, clone in enumerate(clones):
+        for name in layers:
+            clone.get_submodule(name).register_forward_hook(
+                lambda _module, _args, output, key=(side, name): outputs.setdefault(key, []).append(output.detach().clone())
+            )
+    with torch.no_grad():
+        for inputs in batches:
+            outputs.clear()
+            given = pytree.tree_map_only(Tensor, lambda t: t.to(next(before.parameters()).device), inputs)
+            dense, cut = (
+                [t for t in pytree.tree_leaves(clone(*copy.deepcopy(given))) if isinstance(t, Tensor) and t.is_floating_point()]
+                for clone in clones
+            )
+            images += inputs[0].shape[0]
+            off += sum(float((a.double() - b.double()).square().sum()) for a, b in zip(dense, cut, strict=True))
+            total += sum(float(a.double().square().sum()) for a in dense)
+            classifier = classifier and len(dense) == 1 and dense[0].ndim == 2 and dense[0].shape[1] > 1
+            if classifier:
+                p, q = (side[0].double().log_softmax(1) for side in (dense, cut))
+                agreeing += int((p.argmax(1) == q.argmax(1)).sum())
+                divergence += float((p.exp() * (p - q)).sum())
+            for name in layers:
+                for a, b in zip(outputs[0, name], outputs[1, name], strict=True):
+                    sums[name] = sums.get(name, torch.zeros(())) + _sums(a, b, clones[0].get_submodule(name))
+    return Fidelity(
+        images,
+        off / total if total else float(off > 0),
+        agreeing / images if classifier and images else None,
+        divergence / images if classifier and images else None,
+        {name: _about_means(found) for name, found in sums.items()},
+    )
+
+
+def _sums(wanted: Tensor, given: Tensor, layer: nn.Module) -> Tensor:
+    """By channel: count, sums and sums of squares of what is wanted and of what it is missed by, (5, channels)."""
+    rows = [(t if isinstance(layer, nn.Linear) or t.ndim < 3 else t.movedim(-3, -1)).flatten(0, -2).double() for t in (wanted, given)]
+    a, d = rows[0], rows[0] - rows[1]
+    return torch.stack([torch.full_like(a[0], len(a)), a.sum(0), a.square().sum(0), d.sum(0), d.square().sum(0)])
+
+
+def _about_means(sums: Tensor) -> float:
+    count, wanted, wanted_squares, missed, missed_squares = sums
+    variance = float((wanted_squares - wanted.square() / count).sum())
+    return float((missed_squares - missed.square() / count).sum()) / variance if variance > 0 else 0.0
 
 
 def latency(before: nn.Module, after: nn.Module, inputs: Sequence[Any], rounds: int = 15) -> Latency:

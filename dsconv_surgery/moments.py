@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,11 @@ class Calibration:
         for name in ("patches", "memory"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"calibration: {name}={getattr(self, name)!r}, expected a positive whole number.")
+
+
+def input_shapes(inputs: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+    """Of every tensor among a model's inputs."""
+    return tuple(tuple(t.shape) for t in pytree.tree_leaves(tuple(inputs)) if isinstance(t, Tensor))
 
 
 class Images:

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from dsconv_surgery.budget import Budget, Rule
-from dsconv_surgery.decide import Settings, decide, input_shapes
+from dsconv_surgery.decide import Settings, decide
 from dsconv_surgery.geometry import Rank
-from dsconv_surgery.moments import Calibration, Images
+from dsconv_surgery.moments import Calibration, Images, input_shapes
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.report import Report, compare
 from dsconv_surgery.surgery import cut_for_data, cut_model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,17 +12,22 @@ from torch import nn
 from dsconv_surgery import graph, measure, schemes
 from dsconv_surgery.geometry import Cost, Rank
 from dsconv_surgery.graph import Skip
-from dsconv_surgery.measure import Latency
+from dsconv_surgery.measure import Fidelity, Latency
+from dsconv_surgery.moments import Calibration, Images, input_shapes
 from dsconv_surgery.plan import Plan
-from dsconv_surgery.surgery import chain_kernel
+from dsconv_surgery.surgery import chain_kernel, check_cut, degeneracy
 from dsconv_surgery.text import parse_json, text_table
 
-COLUMNS = ("layer", "scheme", "rank", "params", "-> params", "MACs", "-> MACs", "error", "left dense because")
+COLUMNS = ("layer", "scheme", "rank", "params", "-> params", "MACs", "-> MACs", "error", "output error", "left dense because")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: `error` is the squared relative error of its weights, None where no plan says how it was cut."""
+    """One layer: `error` is the squared relative error of its weights, None where no plan says how it was cut.
+
+    `output_error` is that of its outputs in the running networks, each channel about its mean, on the images given. `degeneracy`
+    is, for the CP schemes, `sum_r |term_r|^2 / |V|^2`: around one, or below, where terms do not cancel each other.
+    """
 
     name: str
     before: Cost
@@ -31,6 +36,8 @@ class Row:
     rank: Rank | None = None
     error: float | None = None
     skipped: str | None = None
+    output_error: float | None = None
+    degeneracy: float | None = None
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
@@ -45,6 +52,7 @@ class Report:
     remainder_macs_before: int  # functional matrix products, as in attention: not part of the totals
     remainder_macs_after: int
     latency: Latency | None = None
+    fidelity: Fidelity | None = None
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
@@ -83,12 +91,13 @@ class Report:
                 f"{row.before.macs:,}",
                 f"{row.after.macs:,}",
                 "" if row.error is None else f"{row.error:.4f}",
+                "" if row.output_error is None else f"{row.output_error:.4f}",
                 row.skipped or "",
             )
             for row in self.rows
         ]
         ends = (self.before.params, self.after.params, self.before.macs, self.after.macs)
-        return [*body, ("whole network", "", "", *(f"{n:,}" for n in ends), "", "")]
+        return [*body, ("whole network", "", "", *(f"{n:,}" for n in ends), "", "", "")]
 
     def _totals(self) -> list[str]:
         lines = [
@@ -97,6 +106,14 @@ class Report:
         ]
         if self.remainder_macs_before or self.remainder_macs_after:
             lines.append(f"outside of layers (functional products) MACs {self.remainder_macs_before:,} -> {self.remainder_macs_after:,}")
+        most = max((row for row in self.rows if row.degeneracy is not None), key=lambda row: row.degeneracy or 0.0, default=None)
+        if most is not None and most.degeneracy is not None:
+            lines.append(f"most terms cancelling in {most.name}: squared norms of CP's terms sum to {most.degeneracy:.2f} of the kernel's")
+        if self.fidelity:
+            f = self.fidelity
+            same = f", same top class {100 * f.agreement:.2f} %" if f.agreement is not None else ""
+            nats = f", divergence {f.divergence:.4f} nats" if f.divergence is not None else ""
+            lines.append(f"outputs on {f.images:,} images: squared relative error {f.error:.4f}{same}{nats}")
         if self.latency:
             t = self.latency
             settings = f"batch {t.batch}, {t.threads} threads, {t.dtype}, {t.memory_format}, {t.device}, median of {t.rounds}"
@@ -104,7 +121,14 @@ class Report:
         return lines
 
 
-def compare(before: nn.Module, after: nn.Module, *example_inputs: Any, plan: Plan | None = None, latency: bool = False) -> Report:
+def compare(
+    before: nn.Module,
+    after: nn.Module,
+    *example_inputs: Any,
+    plan: Plan | None = None,
+    latency: bool = False,
+    data: Calibration | Iterable[Any] | None = None,
+) -> Report:
     """What a cut saved and what it cost, layer by layer and in all.
 
     Both networks are looked at on fake tensors, so their state stays as it is; the cut one is counted anew, not predicted.
@@ -113,6 +137,8 @@ def compare(before: nn.Module, after: nn.Module, *example_inputs: Any, plan: Pla
         before, after: the dense network and the one made from it.
         example_inputs: what both take.
         plan: how `after` was cut; adds schemes, ranks, the weights' relative errors and reasons for skips.
+        data: batches of images (labels after them are ignored): adds every cut layer's output error, and how near the network's
+            outputs are to the dense one's.
         latency: time both, in turn, in evaluation mode, on the inputs' device with torch's current thread count.
 
     Returns:
@@ -127,6 +153,10 @@ def compare(before: nn.Module, after: nn.Module, *example_inputs: Any, plan: Pla
     dense, cut = graph.survey(before, *example_inputs), graph.survey(after, *example_inputs)
     timing = measure.latency(before, after, example_inputs) if latency else None
     cuts = {c.name: c for c in plan.cuts} if plan else {}
+    if plan:
+        check_cut(after, plan)
+    images = None if data is None else Images(data, input_shapes(example_inputs))
+    near = None if images is None else measure.fidelity(before, after, (inputs for _, inputs in images), list(cuts))
     reasons = {skip.name: skip.reason for skip in (*(plan.skips if plan else ()), *(s for s in dense.layers if isinstance(s, Skip)))}
     rows: list[Row] = []
     for layer in dense.layers:
@@ -137,13 +167,13 @@ def compare(before: nn.Module, after: nn.Module, *example_inputs: Any, plan: Pla
             continue
         chosen = cuts[name]
         chain = after.get_submodule(name)
-        if not schemes.links_of(chosen.chain, chain):
-            raise ValueError(f"{name}: not cut as the plan says ({chosen.scheme} at rank {chosen.rank}). Pass the plan that came with it.")
         weight = before.get_submodule(name).get_parameter("weight")
         known = not weight.is_meta and not next(chain.parameters()).is_meta
         error = schemes.relative_error(weight, chain_kernel(chosen, chain)) if known else None
-        rows.append(Row(name, dense.costs[name], now, chosen.scheme, chosen.rank, error))
-    return Report(tuple(rows), dense.total, cut.total, dense.remainder_macs, cut.remainder_macs, timing)
+        output_error = near.layer_errors.get(name) if near else None
+        terms = degeneracy(chosen, chain) if known else None
+        rows.append(Row(name, dense.costs[name], now, chosen.scheme, chosen.rank, error, None, output_error, terms))
+    return Report(tuple(rows), dense.total, cut.total, dense.remainder_macs, cut.remainder_macs, timing, near)
 
 
 def _cost_under(name: str, costs: dict[str, Cost]) -> Cost:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dsconv_surgery import graph, measure
+from dsconv_surgery import graph, measure, schemes
 from dsconv_surgery.geometry import ConvSpec
 from dsconv_surgery.layers import irreplaceable, is_layer, named_layers, refuse_wrapped
 from dsconv_surgery.moments import Calibration, Images
@@ -161,8 +161,16 @@ def check_cut(model: nn.Module, plan: Plan) -> None:
 
 def chain_kernel(cut: Cut, chain: nn.Module) -> Tensor:
     """The dense kernel, in float64, of a cut's nn.Sequential as it is now."""
-    factors = {name: _grouped(cut.spec, link.get_parameter("weight")) for name, link in chain.named_children()}
-    return kernel_of(get_scheme(cut.scheme), cut.spec, factors)
+    return kernel_of(get_scheme(cut.scheme), cut.spec, _chain_factors(cut, chain))
+
+
+def degeneracy(cut: Cut, chain: nn.Module) -> float | None:
+    """The measure of that name of a cut's nn.Sequential as it is now; None for schemes without terms that can cancel."""
+    return schemes.degeneracy(get_scheme(cut.scheme), cut.spec, _chain_factors(cut, chain))
+
+
+def _chain_factors(cut: Cut, chain: nn.Module) -> Factors:
+    return {name: _grouped(cut.spec, link.get_parameter("weight")) for name, link in chain.named_children()}
 
 
 def _grouped(spec: ConvSpec, weight: Tensor) -> Tensor:

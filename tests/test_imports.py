@@ -16,14 +16,20 @@ OURS = "dsconv_surgery"
 
 # Which of our modules each may import; `schemes` is the folder's front, its files are listed by folder and name.
 MAY_IMPORT = {
-    "__init__": {"budget", "checkpoint", "graph", "pipeline", "plan", "report", "schemes", "separable", "surgery"},
+    "__init__": {"budget", "checkpoint", "decide", "graph", "moments", "pipeline", "plan", "report", "schemes", "separable", "surgery"},
     "__main__": {"cli"},
     "cli": {"budget", "checkpoint", "graph", "pipeline", "report", "text"},
     "checkpoint": {"pipeline", "plan", "schemes", "surgery", "text"},
-    "pipeline": {"budget", "geometry", "plan", "report", "surgery"},
-    "report": {"geometry", "graph", "measure", "plan", "schemes", "surgery", "text"},
-    "surgery": {"geometry", "graph", "layers", "measure", "options", "plan", "schemes", "text"},
-    "plan": {"budget", "geometry", "graph", "options", "schemes", "text"},
+    "pipeline": {"budget", "decide", "geometry", "moments", "plan", "report", "surgery"},
+    "report": {"geometry", "graph", "measure", "moments", "plan", "schemes", "surgery", "text"},
+    "surgery": {"geometry", "graph", "layers", "measure", "moments", "norms", "options", "plan", "reconstruct", "schemes", "text"},
+    "norms": {"feed", "moments"},
+    "reconstruct": {"feed", "moments", "plan", "schemes", "walk"},
+    "decide": {"budget", "geometry", "graph", "moments", "options", "plan", "schemes", "text", "walk"},
+    "walk": {"feed", "graph", "layers", "measure", "moments", "schemes"},
+    "feed": {"moments"},
+    "moments": {"geometry", "schemes"},
+    "plan": {"budget", "geometry", "graph", "schemes", "text"},
     "options": {"budget", "geometry", "graph", "schemes"},
     "budget": {"geometry"},
     "graph": {"geometry", "layers", "measure"},
@@ -32,19 +38,21 @@ MAY_IMPORT = {
     "measure": set(),
     "geometry": set(),
     "text": set(),
-    "schemes": {"geometry", "schemes._protocol"}
+    "schemes": {"geometry", "schemes._least_squares", "schemes._objective", "schemes._protocol"}
     | {f"schemes.{name}" for name in ("bottleneck", "channel", "cp", "depthwise", "spatial", "tucker")},
     "schemes._als": set(),
+    "schemes._least_squares": {"geometry", "schemes._objective", "schemes._protocol"},
     "schemes._low_rank": set(),
-    "schemes._protocol": {"geometry"},
-    "schemes.bottleneck": {"geometry", "schemes._low_rank", "schemes._protocol"},
-    "schemes.channel": {"geometry", "schemes._low_rank", "schemes._protocol"},
-    "schemes.cp": {"geometry", "schemes._als", "schemes._protocol"},
-    "schemes.depthwise": {"geometry", "schemes._low_rank", "schemes._protocol"},
-    "schemes.spatial": {"geometry", "schemes._low_rank", "schemes._protocol"},
-    "schemes.tucker": {"geometry", "schemes._protocol"},
+    "schemes._objective": set(),
+    "schemes._protocol": {"geometry", "schemes._objective"},
+    "schemes.bottleneck": {"geometry", "schemes._low_rank", "schemes._objective", "schemes._protocol"},
+    "schemes.channel": {"geometry", "schemes._low_rank", "schemes._objective", "schemes._protocol"},
+    "schemes.cp": {"geometry", "schemes._als", "schemes._objective", "schemes._protocol"},
+    "schemes.depthwise": {"geometry", "schemes._low_rank", "schemes._objective", "schemes._protocol"},
+    "schemes.spatial": {"geometry", "schemes._low_rank", "schemes._objective", "schemes._protocol"},
+    "schemes.tucker": {"geometry", "schemes._objective", "schemes._protocol"},
 }
-WRITERS = {"checkpoint", "cli", "report"}
+WRITERS = {"checkpoint", "cli", "report", "walk"}
 WRITING_METHODS = {
     "chmod", "dump", "mkdir", "mkstemp", "rename", "replace", "rmdir", "save", "save_file", "save_model", "savefig", "touch", "unlink",
     "write_bytes", "write_text",
@@ -104,13 +112,14 @@ def test_a_module_imports_only_what_it_may(name: str) -> None:
 def test_imports_are_acyclic() -> None:
     """There is an order in which every module comes after those that it imports."""
     order = list(TopologicalSorter({name: _ours(name) for name in FILES}).static_order())
-    assert order.index("geometry") < order.index("graph") < order.index("plan") < order.index("surgery") < order.index("report")
+    assert order.index("geometry") < order.index("graph") < order.index("plan") < order.index("decide") < order.index("report")
+    assert order.index("moments") < order.index("walk") < order.index("reconstruct") < order.index("surgery") < order.index("report")
     assert order.index("report") < order.index("pipeline") < order.index("checkpoint") < order.index("cli")
 
 
-def test_only_graph_imports_fx() -> None:
+def test_only_graph_and_walk_import_fx() -> None:
     users = {name for name in FILES if any(dotted.startswith("torch.fx") for dotted in _imports(name))}
-    assert users == {"graph"}
+    assert users == {"graph", "walk"}
 
 
 def test_only_surgery_edits_a_model() -> None:

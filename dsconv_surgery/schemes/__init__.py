@@ -17,14 +17,15 @@ from dsconv_surgery.schemes._objective import Objective
 from dsconv_surgery.schemes._protocol import Factors, Scheme
 from dsconv_surgery.schemes.bottleneck import Bottleneck
 from dsconv_surgery.schemes.channel import Channel
-from dsconv_surgery.schemes.cp import CP, SplitCP
+from dsconv_surgery.schemes.cp import CP, SplitCP, term_energy
 from dsconv_surgery.schemes.depthwise import Depthwise, PointwiseDepthwise
 from dsconv_surgery.schemes.spatial import Spatial
 from dsconv_surgery.schemes.tucker import Tucker
 
 __all__ = [
-    "Factors", "Objective", "Scheme", "build", "chain_of", "check_rank", "factorize", "fit", "get_scheme", "is_channels_last", "kernel_of",
-    "kernel_tensor", "links_of", "make_layer", "refusal", "register_scheme", "relative_error", "scheme_names", "spectrum",
+    "Factors", "Objective", "Scheme", "build", "chain_of", "check_rank", "degeneracy", "factorize", "fit", "get_scheme",
+    "is_channels_last", "kernel_of", "kernel_tensor", "links_of", "make_layer", "refusal", "register_scheme", "relative_error",
+    "scheme_names", "spectrum",
 ]  # fmt: skip
 
 _SCHEMES: dict[str, Scheme] = {}
@@ -162,6 +163,14 @@ def spectrum(scheme: Scheme, spec: ConvSpec, weight: Tensor) -> Tensor | None:
 def kernel_of(scheme: Scheme, spec: ConvSpec, factors: Factors) -> Tensor:
     """The dense kernel of a whole layer, (out, in / groups, height, width)."""
     return scheme.kernel(_block(spec), factors).flatten(0, 1)
+
+
+def degeneracy(scheme: Scheme, spec: ConvSpec, factors: Factors) -> float | None:
+    """`sum_r |term_r|^2 / |V|^2`, large where the terms of a CP decomposition cancel each other; None for other schemes."""
+    if not isinstance(scheme, CP | SplitCP):
+        return None
+    kernel = float(scheme.kernel(_block(spec), factors).square().sum())
+    return term_energy(factors) / kernel if kernel else 1.0
 
 
 def relative_error(weight: Tensor, kernel: Tensor) -> float:

@@ -108,3 +108,12 @@ class SplitCP:
 def _sum_of_terms(reduce: Tensor, taps: Tensor, expand: Tensor) -> Tensor:
     """(g, r, i), (g, r, k), (g, o, r) -> (g, o, i, k)."""
     return (expand @ torch.einsum("gri,grk->grik", reduce, taps).flatten(2)).unflatten(2, (reduce.shape[2], taps.shape[2]))
+
+
+def term_energy(factors: Factors) -> float:
+    """The sum of the terms' squared norms."""
+    reduce, *taps, expand = (factor.flatten(2) for factor in factors.values())
+    energy = reduce.square().sum(2) * expand.square().sum(1)
+    for tap in taps:
+        energy = energy * tap.square().sum(2)
+    return float(energy.sum())
