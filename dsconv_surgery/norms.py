@@ -14,7 +14,7 @@ from dsconv_surgery.feed import on_device
 from dsconv_surgery.moments import HELD, Images
 
 
-def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images) -> bool:
+def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images, always: bool = False) -> bool:
     """Estimate the running statistics of a cut network's BatchNorms from calibration images, if that brings it nearer to the dense one.
 
     Estimated on three images of four, judged on the fourth: by the squared error of the outputs. After a fit to data this is
@@ -23,6 +23,7 @@ def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images) -> bool:
     Args:
         dense: in evaluation mode.
         cut: its running statistics are replaced, or left alone.
+        always: replace them without asking.
 
     Returns:
         Whether they were replaced.
@@ -42,7 +43,7 @@ def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images) -> bool:
             if int(fit.sum()) > 1:
                 trial(*on_device(_some(inputs, fit), dense))
     trial.eval()
-    if _off(dense, trial, images) >= _off(dense, copy.deepcopy(cut).eval(), images):
+    if not always and _off(dense, trial, images) >= _off(dense, copy.deepcopy(cut).eval(), images):
         return False
     for name, norm in norms.items():
         its: Any = cut.get_submodule(name)

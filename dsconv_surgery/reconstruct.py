@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Steps:
     relu: bool = True
     metric: bool = True
     bias: bool = True
-    norms: bool = True
+    norms: Literal["better", "never", "always"] = "better"
     iterations: int | None = None
     ridges: Sequence[float] = field(default=RIDGES)
 

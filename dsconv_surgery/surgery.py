@@ -89,8 +89,8 @@ def cut_for_data(
         if found.norm is not None and found.shift is not None:
             norm: Any = result.get_submodule(found.norm)
             norm.running_mean -= found.shift.to(norm.running_mean)
-    if steps.norms:
-        keep_better_norms(dense, result, images)
+    if steps.norms != "never":
+        keep_better_norms(dense, result, images, always=steps.norms == "always")
     return result, {name: found.error for name, found in fitted.items()}
 
 

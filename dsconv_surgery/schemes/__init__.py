@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_surgery.geometry import ConvSpec, Rank
-from dsconv_surgery.schemes._least_squares import refine
+from dsconv_surgery.schemes._least_squares import priced, refine
 from dsconv_surgery.schemes._objective import Objective
 from dsconv_surgery.schemes._protocol import Factors, Scheme
 from dsconv_surgery.schemes.bottleneck import Bottleneck
@@ -136,7 +136,8 @@ def fit(
 
     Args:
         objective: what the outputs should be.
-        start: where to begin; the factors of the weights alone, if not given. The result is never of higher error.
+        start: where to begin; the factors of the weights alone, if not given. The result is never of higher error, but where the
+            start's is low by terms that cancel each other.
         metric: (groups, out, out); directions to keep are chosen by `|M (t - V p)|^2`, the last link then by `|t - V p|^2`.
         iterations: of the search at most; 0 for the last link's linear solve only.
     """
@@ -152,7 +153,7 @@ def fit(
         best = refine(scheme, block, start, seen, iterations)
     if seen is not objective:
         best = refine(scheme, block, best, objective, 0)
-    return best if objective.value(scheme.kernel(block, best)) <= objective.value(scheme.kernel(block, start)) else start
+    return best if priced(scheme, block, best, objective) <= priced(scheme, block, start, objective) else start
 
 
 def spectrum(scheme: Scheme, spec: ConvSpec, weight: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ ROUND = 10  # iterations between two looks at whether it still pays
 STALL = 5e-3  # stop when a round lowered the error by less than this share of it
 ITERATIONS = 100  # at most,
 WIDE_ITERATIONS = 20  # or this many where one takes long:
+PRICE = 3e-4  # of a kernel's parts that cancel each other, in units of what such parts do to outputs on average
 WIDE = 2**31  # multiply-accumulates of one product with the second moment
 
 
@@ -28,24 +29,18 @@ def refine(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objectiv
     """
     dtype, device = objective.cross.dtype, objective.cross.device
     factors = {link: factor.to(device, dtype) for link, factor in factors.items()}
-    start = objective.value(scheme.kernel(spec, factors))
     *others, last = factors
     # A scale of its own for each link would only slow the search: the last link takes up what the others give away.
     free = {link: (factors[link] / factors[link].square().mean().sqrt().clamp(min=1e-30)).contiguous().requires_grad_() for link in others}
     if iterations is None:
         work = objective.cross.numel() * objective.gram.shape[1]
         iterations = WIDE_ITERATIONS if work > WIDE else ITERATIONS
-    # Depthwise last links hold one input channel per filter, fewer than the link before gives.
-    eliminate = _solve_shared if factors[last].shape[2] == factors[others[-1]].shape[1] else _solve_each
+    eliminate = _solve_shared if _last_is_shared(factors) else _solve_each
 
     def closure() -> float:
         for link in others:
             free[link].grad = None
-        with torch.no_grad():
-            solved, product, error = eliminate(scheme, spec, free, last, factors[last], objective)
-        with torch.enable_grad():
-            kernel = scheme.kernel(spec, {**free, last: solved}).flatten(2)
-            kernel.backward(2 * (product - objective.cross) / max(objective.energy, 1e-300))
+        _, error = eliminate(scheme, spec, free, last, factors[last], objective)
         return error
 
     search = torch.optim.LBFGS(list(free.values()), max_iter=ROUND, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-12)
@@ -56,44 +51,77 @@ def refine(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objectiv
         if not now < before * (1 - STALL):
             break
         before = now
+    free = {link: factor.detach() for link, factor in free.items()}
+    solved, _ = eliminate(scheme, spec, free, last, factors[last], objective)
+    found = _balanced({**free, last: solved})
+    return found if priced(scheme, spec, found, objective) < priced(scheme, spec, factors, objective) else factors
+
+
+def priced(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objective) -> float:
+    """The error that `refine` lowers: the objective's, and the price of parts that cancel each other."""
+    error = objective.value(scheme.kernel(spec, factors))
+    *_, last = factors
+    if not _last_is_shared(factors) or objective.energy <= 0:
+        return error
+    features = scheme.kernel(spec, {**factors, last: _identity_like(factors[last])}).flatten(2)
+    parts = (factors[last].flatten(2).square().sum(1) * features.square().sum(2)).sum(dtype=torch.float64)
+    return error + PRICE * objective.size * float(parts) / objective.energy
+
+
+def _last_is_shared(factors: Factors) -> bool:
+    """Whether all outputs see the same features: not so where the last link is depthwise and has an input channel per filter."""
+    *_, previous, last = factors.values()
+    return last.shape[2] == previous.shape[1]
+
+
+def _identity_like(last: Tensor) -> Tensor:
+    """In the place of the last link's weight, what makes its inputs, tap by tap, the outputs."""
+    width = last[0, 0].numel()
+    eye = torch.eye(width, dtype=last.dtype, device=last.device).reshape(1, width, *last.shape[2:])
+    return eye.expand(last.shape[0], *(-1,) * 4)
+
+
+def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like: Tensor, objective: Objective) -> tuple[Tensor, float]:
+    """The last link's best weight, and the error, whose gradient goes to the links in `free`: all outputs sum the same features.
+
+    Kept small besides is `sum_p |a_p|^2 |f_p|^2`, the squared norms of the features' parts in the kernel, which without it cancel
+    each other in ever larger amounts (the degeneracy of CP; Phan et al. 2020 bound the same sum).
+    """
+    with torch.enable_grad():
+        features = scheme.kernel(spec, {**free, last: _identity_like(like)}).flatten(2)  # g p n
     with torch.no_grad():
-        solved, _, _ = eliminate(scheme, spec, free, last, factors[last], objective)
-        found = _balanced({**{link: factor.detach() for link, factor in free.items()}, last: solved})
-    return found if objective.value(scheme.kernel(spec, found)) < start else factors
+        seen = objective.product(features)
+        gram, matched = seen @ features.mT, objective.cross @ features.mT
+        price = PRICE * objective.size * features.square().sum(2)
+        solved = _regular_solve(gram + torch.diag_embed(price), matched)
+        off = ((solved @ gram - 2 * matched) * solved).sum(dtype=torch.float64)
+        parts = solved.square().sum(1)
+        error = objective.energy + float(off) + float((price * parts).sum(dtype=torch.float64))
+        slope = solved.mT @ (solved @ seen - objective.cross) + PRICE * objective.size * parts.unsqueeze(2) * features
+    if features.requires_grad:
+        features.backward(2 * slope / max(objective.energy, 1e-300))
+    return solved.reshape(like.shape), error / max(objective.energy, 1e-300)
 
 
-def _solve_shared(
-    scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor, float]:
-    """The last link's best weight, the kernel times S, and the error: all outputs are sums of the same features."""
-    width = like[0, 0].numel()
-    eye = torch.eye(width, dtype=like.dtype, device=like.device).reshape(1, width, *like.shape[2:]).expand(like.shape[0], *(-1,) * 4)
-    features = scheme.kernel(spec, {**free, last: eye}).flatten(2)  # g p n
-    seen = objective.product(features)
-    gram, matched = seen @ features.mT, objective.cross @ features.mT
-    solved = _regular_solve(gram, matched)
-    error = objective.energy + float(((solved @ gram - 2 * matched) * solved).sum(dtype=torch.float64))
-    return solved.reshape(like.shape), solved @ seen, error / max(objective.energy, 1e-300)
-
-
-def _solve_each(
-    scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor, float]:
+def _solve_each(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like: Tensor, objective: Objective) -> tuple[Tensor, float]:
     """The same where the last link is depthwise: each output has features of its own."""
-    width = like[0, 0].numel()
-    features, seen = [], []
-    for at in range(width):
-        one = torch.zeros_like(like).flatten(2)
-        one[..., at] = 1
-        feature = scheme.kernel(spec, {**free, last: one.reshape(like.shape)}).flatten(2)  # g o n
-        features.append(feature)
-        seen.append(_sparse_product(objective, feature))
-    feature, product = torch.stack(features, 2), torch.stack(seen, 2)  # g o p n
-    gram, matched = product @ feature.mT, feature @ objective.cross.unsqueeze(-1)  # g o p p, g o p 1
-    solved = _regular_solve(gram, matched.mT)  # g o 1 p
-    measured = (((solved @ gram).squeeze(2) - 2 * matched.squeeze(-1)) * solved.squeeze(2)).sum(-1)
-    error = objective.energy + float(measured.sum(dtype=torch.float64))
-    return solved.reshape(like.shape), (solved @ product).squeeze(2), error / max(objective.energy, 1e-300)
+    with torch.no_grad():
+        features, seen = [], []
+        for at in range(like[0, 0].numel()):
+            one = torch.zeros_like(like).flatten(2)
+            one[..., at] = 1
+            feature = scheme.kernel(spec, {**free, last: one.reshape(like.shape)}).flatten(2)  # g o n
+            features.append(feature)
+            seen.append(_sparse_product(objective, feature))
+        feature, product = torch.stack(features, 2), torch.stack(seen, 2)  # g o p n
+        gram, matched = product @ feature.mT, feature @ objective.cross.unsqueeze(-1)  # g o p p, g o p 1
+        solved = _regular_solve(gram, matched.mT)  # g o 1 p
+        off = (((solved @ gram).squeeze(2) - 2 * matched.squeeze(-1)) * solved.squeeze(2)).sum(-1)
+        error = objective.energy + float(off.sum(dtype=torch.float64))
+        slope = (solved @ product).squeeze(2) - objective.cross
+    if any(factor.requires_grad for factor in free.values()) and torch.is_grad_enabled():
+        scheme.kernel(spec, {**free, last: solved.reshape(like.shape)}).flatten(2).backward(2 * slope / max(objective.energy, 1e-300))
+    return solved.reshape(like.shape), error / max(objective.energy, 1e-300)
 
 
 def _sparse_product(objective: Objective, feature: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Objective:
     ridge: float = 0.0
     rows: bool = False
 
-    @property
+    @cached_property
     def energy(self) -> float:
         return float(self.spread.diagonal(dim1=1, dim2=2).sum(dtype=torch.float64))
 
@@ -34,6 +35,11 @@ class Objective:
         """The mean of the second moment's diagonal, in which ridges are given."""
         diagonal = self.gram.square().sum(1) if self.rows else self.gram.diagonal(dim1=1, dim2=2)
         return float(diagonal.mean()) - (0.0 if self.rows else self.ridge)
+
+    @cached_property
+    def size(self) -> float:
+        """The error that a kernel of norm one makes on average over its directions."""
+        return self.scale + self.ridge
 
     def ridged(self, ridge: float) -> Objective:
         """The same with a pull towards W, on top of what there is."""

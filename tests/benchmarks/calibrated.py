@@ -1,0 +1,268 @@
+"""CIFAR networks and torchvision's, factorised for data without training: everything that README and notes say of calibration.
+
+python tests/benchmarks/calibrated.py accuracy --data ../shared/data     ResNet-20 and -56, three draws of 1,024 images, whole test set
+python tests/benchmarks/calibrated.py ablation --data ../shared/data     one step after the other
+python tests/benchmarks/calibrated.py images --data ../shared/data       16 to 2,048 images; written to recipes/
+python tests/benchmarks/calibrated.py layers --data ../shared/data       every scheme, every layer, on images not calibrated on
+python tests/benchmarks/calibrated.py cost --network resnet18            time and peak memory at 224 px (or vgg16, resnet20)
+
+Calibration images are training images; every convolution but the first is cut, each to the same fraction of its cost. Results are
+added to the JSON as they come, and what is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import conftest  # noqa: F401 - makes torchvision importable beside a CPU build of torch
+from cifar import accuracy, cifar10, load_resnet, to_input
+
+from dsconv_surgery import Budget, Calibration, apply_plan, compare, compress, make_plan
+from dsconv_surgery.geometry import ConvSpec, chain_cost
+from dsconv_surgery.moments import Images, Moments, positions_of
+from dsconv_surgery.reconstruct import Steps
+from dsconv_surgery.schemes import chain_of, factorize, fit, get_scheme, kernel_of, kernel_tensor, refusal, scheme_names
+from dsconv_surgery.surgery import cut_for_data
+
+HERE = Path(__file__).parent
+SHAPES = ((1, 3, 32, 32),)
+CASES: list[tuple[int, str, dict[str, Any]]] = [
+    *((20, "cp", {"budget": Budget(params=keep)}) for keep in (0.4, 0.27, 0.14)),
+    *((20, "depthwise", {"rule": "fixed", "rank": m}) for m in (3, 2, 1)),
+    *((56, "cp", {"budget": Budget(params=keep)}) for keep in (0.4, 0.27, 0.14)),
+]
+ABLATION: dict[str, Steps | None] = {
+    "data-free": None,
+    "data-free, BatchNorm re-estimated": None,
+    "last factor refitted": Steps(False, False, False, False, False, "never", 0, (0.1,)),
+    "+ sweeps": Steps(False, False, False, False, False, "never", None, (0.1,)),
+    "+ sequential": Steps(True, False, False, False, False, "never", None, (0.1,)),
+    "+ bias": Steps(True, False, False, False, True, "never", None, (0.1,)),
+    "+ ridge by held-out images": Steps(True, False, False, False, True, "never"),
+    "+ shortcut": Steps(True, True, False, False, True, "never"),
+    "+ ReLU": Steps(True, True, True, False, True, "never"),
+    "+ output metric": Steps(True, True, True, True, True, "never"),
+    "BatchNorm re-estimated if better (default)": Steps(),
+    "BatchNorm re-estimated always": Steps(norms="always"),
+}
+
+
+def network(data: Path, depth: int) -> nn.Module:
+    return load_resnet(data / "weights" / f"resnet{depth}_cifar10.safetensors", depth)
+
+
+def draw(images: np.ndarray, count: int, seed: int) -> Tensor:
+    """Of the first 45,000 training images; the last 5,000 are what choices were made on."""
+    return to_input(images[np.random.default_rng(seed).permutation(45000)[:count]])
+
+
+def describe(settings: dict[str, Any]) -> str:
+    return f"params {settings['budget'].params}" if "budget" in settings else f"m={settings['rank']}"
+
+
+def run_accuracy(options: argparse.Namespace, add: Callable[..., None]) -> None:
+    train, (test, labels) = cifar10(options.data / "cifar10", "train")[0], cifar10(options.data / "cifar10", "test")
+    x, y = to_input(test), torch.from_numpy(labels)
+    for depth, scheme, settings in CASES:
+        if options.depth and depth != options.depth:
+            continue
+        model = network(options.data, depth)
+        for seed in options.seeds:
+            key = {"network": f"ResNet-{depth}", "scheme": scheme, "setting": describe(settings), "images": 1024, "seed": seed}
+
+            def run(
+                seed: int = seed, settings: dict[str, Any] = settings, model: nn.Module = model, scheme: str = scheme
+            ) -> dict[str, Any]:
+                batches = draw(train, 1024, seed).split(128)
+                begun = time.perf_counter()
+                exclude = ("conv1", "linear")
+                small = compress(model, x[:1], schemes=scheme, exclude=exclude, calibration=Calibration(batches, seed=seed), **settings)
+                seconds = time.perf_counter() - begun
+                dense, cut = accuracy(model, x, y), accuracy(small.model, x, y)
+                return {
+                    "params_saved": round(small.report.params_saved, 4),
+                    "macs_saved": round(small.report.macs_saved, 4),
+                    "dense": dense,
+                    "cut": cut,
+                    "drop": round(dense - cut, 2),
+                    "worst_degeneracy": max((row.degeneracy or 0.0) for row in small.report.rows),
+                    "seconds": round(seconds, 1),
+                }
+
+            add(key, run)
+
+
+def run_ablation(options: argparse.Namespace, add: Callable[..., None]) -> None:
+    train, (test, labels) = cifar10(options.data / "cifar10", "train")[0], cifar10(options.data / "cifar10", "test")
+    x, y = to_input(test), torch.from_numpy(labels)
+    for depth in (20, 56):
+        model = network(options.data, depth)
+        batches = draw(train, 512, 0).split(128)
+        for scheme, settings in (("cp", {"budget": Budget(params=0.27)}), ("depthwise", {"rule": "fixed", "rank": 2})):
+            plan = make_plan(model, x[:1], schemes=scheme, exclude=("conv1", "linear"), **settings)
+            for step, steps in ABLATION.items():
+                key = {"network": f"ResNet-{depth}", "scheme": scheme, "setting": describe(settings), "images": 512, "step": step}
+                images = Images(batches, SHAPES)
+
+                def run(steps: Any = steps, step: str = step, plan: Any = plan, model: Any = model, images: Any = images) -> dict[str, Any]:
+                    if steps is None:
+                        cut = apply_plan(model, plan)
+                        if "BatchNorm" in step:
+                            from dsconv_surgery.norms import keep_better_norms
+
+                            keep_better_norms(model, cut, images, always=True)
+                    else:
+                        cut = cut_for_data(model, plan, images, {}, False, steps)[0]
+                    near = compare(model, cut, x[:1], plan=plan, data=[x]).fidelity
+                    return {"dense": accuracy(model, x, y), "cut": accuracy(cut, x, y), "divergence": round(near.divergence, 4)}
+
+                add(key, run)
+
+
+def run_images(options: argparse.Namespace, add: Callable[..., None]) -> None:
+    train, (test, labels) = cifar10(options.data / "cifar10", "train")[0], cifar10(options.data / "cifar10", "test")
+    x, y = to_input(test), torch.from_numpy(labels)
+    model = network(options.data, 20)
+    for scheme, settings in (("cp", {"budget": Budget(params=0.27)}), ("depthwise", {"rule": "fixed", "rank": 2})):
+        plan = make_plan(model, x[:1], schemes=scheme, exclude=("conv1", "linear"), **settings)
+        key = {"network": "ResNet-20", "scheme": scheme, "setting": describe(settings)}
+        add(
+            {**key, "images": 0, "seed": 0},
+            lambda plan=plan: {"dense": accuracy(model, x, y), "cut": accuracy(apply_plan(model, plan), x, y)},
+        )
+        for count in (16, 32, 64, 128, 256, 512, 1024, 2048):
+            for seed in options.seeds:
+
+                def run(count: int = count, seed: int = seed, plan: Any = plan) -> dict[str, Any]:
+                    begun = time.perf_counter()
+                    batches = draw(train, count, seed).split(128)
+                    cut = apply_plan(model, plan, calibration=Calibration(batches, seed=seed) if count else None)
+                    seconds = round(time.perf_counter() - begun, 1)
+                    return {"dense": accuracy(model, x, y), "cut": accuracy(cut, x, y), "seconds": seconds}
+
+                add({**key, "images": count, "seed": seed}, run)
+
+
+def run_layers(options: argparse.Namespace, add: Callable[..., None]) -> None:
+    """Each layer alone, on the dense network's inputs: the output error on 1,024 images that the factors were not fitted to."""
+    train = cifar10(options.data / "cifar10", "train")[0]
+    model = network(options.data, 20)
+    fitted, fresh = draw(train, 1024, 0), to_input(train[45000:46024])
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d) and name != "conv1"}
+    inputs: dict[str, Tensor] = {}
+    moments: list[dict[str, Moments]] = [{}, {}]
+    for side, images in zip(moments, (fitted, fresh), strict=True):
+        hooks = [
+            layer.register_forward_pre_hook(lambda _module, args, name=name: inputs.__setitem__(name, args[0]))
+            for name, layer in layers.items()
+        ]
+        with torch.no_grad():
+            for first in range(0, len(images), 128):
+                model(images[first : first + 128])
+                for name, layer in layers.items():
+                    spec = ConvSpec.of(layer)
+                    if name not in side:
+                        positions = positions_of(spec, [(len(images), *inputs[name].shape[-2:])])
+                        side[name] = Moments(spec, kernel_tensor(spec, layer.weight), positions, 2**17, 0, hold=False)
+                    side[name].add(inputs[name], None, first)
+        for hook in hooks:
+            hook.remove()
+    for scheme_name in scheme_names():
+        scheme = get_scheme(scheme_name)
+        for name, layer in layers.items():
+            spec = ConvSpec.of(layer)
+            if refusal(scheme, spec):
+                continue
+
+            def run(name: str = name, layer: Any = layer, spec: ConvSpec = spec, scheme: Any = scheme) -> dict[str, Any]:
+                offered = list(scheme.ranks(spec))
+                size = ((1, 8, 8),)
+                within = [r for r in offered if chain_cost(chain_of(scheme, spec, r), size).params <= 0.4 * spec.params]
+                rank = within[-1] if isinstance(offered[0], int) else (round(spec.in_channels * 0.5), round(spec.out_channels * 0.5))
+                seen = moments[0][name].objective("all", exact=True)
+                held = moments[1][name].objective("all", exact=True)
+                free = next(factorize(scheme, spec, layer.weight, [rank]))
+                begun = time.perf_counter()
+                aware = fit(scheme, spec, layer.weight, rank, seen.ridged(0.01 * seen.scale), start=free)
+                errors = [held.value(kernel_of(scheme, spec, f)[None]) for f in (free, aware)]
+                seconds = round(time.perf_counter() - begun, 2)
+                return {"rank": rank, "data_free": errors[0], "calibrated": errors[1], "ratio": errors[1] / errors[0], "seconds": seconds}
+
+            add({"scheme": scheme_name, "layer": name}, run)
+
+
+def run_cost(options: argparse.Namespace, add: Callable[..., None]) -> None:
+    if options.network == "resnet20":
+        model: nn.Module = load_resnet(HERE.parents[1] / "examples" / "assets" / "resnet20_cifar10.safetensors")
+        batches, count = [torch.randn(128, 3, 32, 32) for _ in range(8)], 1024
+    else:
+        import torchvision
+
+        torch.manual_seed(0)
+        model = getattr(torchvision.models, options.network)(weights=None).eval()
+        batches, count = [torch.randn(32, 3, 224, 224) for _ in range(4)], 128
+
+    def run() -> dict[str, Any]:
+        begun = time.perf_counter()
+        small = compress(
+            model,
+            batches[0][:1],
+            budget=Budget(macs=0.5),
+            schemes=options.schemes,
+            exclude=options.exclude,
+            calibration=batches,
+            progress=True,
+        )
+        return {
+            "seconds": round(time.perf_counter() - begun, 1),
+            "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            "macs_saved": round(small.report.macs_saved, 4),
+            "worst_degeneracy": max((row.degeneracy or 0.0) for row in small.report.rows),
+        }
+
+    add({"network": options.network, "images": count, "schemes": options.schemes, "threads": torch.get_num_threads()}, run)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    runs = {"accuracy": run_accuracy, "ablation": run_ablation, "images": run_images, "layers": run_layers, "cost": run_cost}
+    parser.add_argument("what", choices=list(runs))
+    parser.add_argument("--data", type=Path, help="folder with cifar10/ and weights/")
+    parser.add_argument("--depth", type=int, choices=(20, 56))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--network", default="resnet18")
+    parser.add_argument("--schemes", nargs="*", default=["cp", "bottleneck"])
+    parser.add_argument("--exclude", nargs="*", default=["conv1", "fc"])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    home = HERE.parents[1] / "recipes" if options.what == "images" else HERE
+    path = options.json or home / ("images_curve.json" if options.what == "images" else f"calibrated_{options.what}.json")
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def add(key: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
+        if any(all(row.get(k) == v for k, v in key.items()) for row in rows):
+            return
+        rows.append({**key, **run()})
+        print(rows[-1], flush=True)
+        settings = {"torch": torch.__version__, "threads": torch.get_num_threads(), "command": f"calibrated.py {options.what}"}
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+    runs[options.what](options, add)
+
+
+if __name__ == "__main__":
+    main()
