@@ -17,7 +17,7 @@ from dsconv_surgery.schemes import Objective
 
 HELD = 4  # every fourth image is held out to choose by
 CHUNK = 2**24  # patch entries worked on at a time (64 MiB in float32)
-DOUBLE_SIDE = 1152  # up to this length of a patch the solves run in float64
+DOUBLE_SIDE = 640  # up to this length of a patch the solves run in float64
 NUMBERS_AT_ONCE = 2**21  # input numbers sent through the networks at a time
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,14 +15,15 @@ from tqdm import tqdm
 
 from dsconv_surgery import schemes
 from dsconv_surgery.feed import After, Call, Feed, on_device
-from dsconv_surgery.moments import DOUBLE_SIDE, HELD, Images, Moments, positions_of
+from dsconv_surgery.moments import HELD, Images, Moments, positions_of
 from dsconv_surgery.plan import Cut
 from dsconv_surgery.schemes import Factors, Objective
 from dsconv_surgery.walk import feed
 
 RIDGES = (1.0, 0.1, 0.01)  # of the inputs' mean square, from strong to weak, as long as held-out images gain
 ENOUGH = 4 * HELD  # images from which on some are held out; with fewer, the strongest ridge is taken
-TRIAL, WIDE_TRIAL = 30, 10  # iterations of the search while choosing by held-out images, and where a patch is long
+TRIAL, WIDE_TRIAL = 30, 8  # iterations of the search while choosing by held-out images, and where a patch is longer than
+WIDE_SIDE = 1024
 PROBED = 256  # images to measure by how much an output of a layer matters to the network's
 
 
@@ -102,6 +104,7 @@ class _Fit:
         positions = -(-positions_of(cut.spec, cut.sizes) * images.count // images.example)
         settings = images.settings
         self.moments = Moments(cut.spec, self.weight, positions, settings.patches, settings.seed, images.count >= ENOUGH)
+        self.wide = self.moments.side > WIDE_SIDE
         self.metric = None if metric is None else _root(metric, cut.spec.groups)
         self.norm = norm
         # Without a bias and a BatchNorm to take it up, the mean of the error is not free: moments stay uncentred.
@@ -146,19 +149,17 @@ class _Fit:
         if held is None or len(self.steps.ridges) == 1:
             return self.steps.ridges[0], start
         objective = self.moments.objective("fit", self.centred)
-        best: tuple[float, float, Factors] | None = None
-        factors = start
+        factors, chosen, least, kept = start, self.steps.ridges[0], math.inf, start
         for ridge in self.steps.ridges:
-            factors = self._fit(objective, ridge, factors, self._trial())
-            error = held.value(self.scheme.kernel(self.cut.spec.one_group(), factors))
-            if best is not None and error >= best[0]:
+            if self.wide:  # by the best kernel of any structure, one linear solve
+                error = held.value(objective.ridged(ridge * objective.scale).target())
+            else:
+                factors = self._fit(objective, ridge, factors, TRIAL)
+                error = held.value(self.scheme.kernel(self.cut.spec.one_group(), factors))
+            if error >= least:
                 break
-            best = (error, ridge, factors)
-        assert best is not None
-        return best[1], best[2]
-
-    def _trial(self) -> int:
-        return WIDE_TRIAL if self.moments.side > DOUBLE_SIDE else TRIAL
+            chosen, least, kept = ridge, error, factors
+        return chosen, self._fit(objective, chosen, start, WIDE_TRIAL) if self.wide else kept
 
     def _bias(self, factors: Factors) -> Tensor | None:
         """What brings the mean of the output where it should be: (out,)."""
@@ -201,7 +202,7 @@ class _Fit:
             asked, given = gain * call.wanted + offset + lost, gain * before(call) + offset + aside
             target = torch.where(asked > 0, asked, given.clamp(max=0))
             self.add(call, _divided(target - offset - aside, gain, call.wanted))
-        better = self._fit(self.moments.objective("fit", self.centred), ridge, factors, self._trial())
+        better = self._fit(self.moments.objective("fit", self.centred), ridge, factors, WIDE_TRIAL if self.wide else TRIAL)
         after = self._running(better)
         errors = [0.0, 0.0]
         for call in source.calls([self.cut.name]):

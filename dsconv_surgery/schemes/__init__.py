@@ -145,7 +145,7 @@ def fit(
     if start is None:
         start = next(factorize(scheme, spec, weight, [rank]))
     if rank == scheme.full_rank(block):
-        return refine(scheme, block, start, objective, 0)
+        iterations = 0  # exact already, for any kernel
     links = list(scheme.chain(block, rank).values())
     seen = objective if metric is None or links[-1].groups > 1 else objective.weighted(metric.to(objective.cross))
     best = scheme.optimum(block, seen, rank) if iterations != 0 else None

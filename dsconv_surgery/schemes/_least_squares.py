@@ -12,13 +12,13 @@ from dsconv_surgery.schemes._protocol import Factors, Scheme
 ROUND = 10  # iterations between two looks at whether it still pays
 STALL = 5e-3  # stop when a round lowered the error by less than this share of it
 ITERATIONS = 100  # at most,
-WIDE_ITERATIONS = 20  # or this many where one takes long:
+WIDE_ITERATIONS = 16  # or this many where one takes long:
 PRICE = 3e-4  # of a kernel's parts that cancel each other, in units of what such parts do to outputs on average
 WIDE = 2**31  # multiply-accumulates of one product with the second moment
 
 
 def refine(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objective, iterations: int | None = None) -> Factors:
-    """Factors of lower error under an objective, from some to start with; never of higher.
+    """Factors of lower error under an objective, from some to start with.
 
     The last link given the others is one linear least-squares solve, so it is eliminated (variable projection, Golub & Pereyra
     1973) and L-BFGS moves the others. This asks of a scheme only that its kernel is linear in each link's weight.
@@ -47,18 +47,19 @@ def refine(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objectiv
     before = float("inf")
     for done in range(0, iterations, ROUND):
         search.param_groups[0]["max_iter"] = min(ROUND, iterations - done)
+        search.param_groups[0]["max_eval"] = min(ROUND, iterations - done) + 3  # a step too long costs a few
         now = float(search.step(closure))  # at the start of the round
         if not now < before * (1 - STALL):
             break
         before = now
     free = {link: factor.detach() for link, factor in free.items()}
     solved, _ = eliminate(scheme, spec, free, last, factors[last], objective)
-    found = _balanced({**free, last: solved})
-    return found if priced(scheme, spec, found, objective) < priced(scheme, spec, factors, objective) else factors
+    return _balanced({**free, last: solved})
 
 
 def priced(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objective) -> float:
     """The error that `refine` lowers: the objective's, and the price of parts that cancel each other."""
+    factors = {link: factor.to(objective.cross) for link, factor in factors.items()}
     error = objective.value(scheme.kernel(spec, factors))
     *_, last = factors
     if not _last_is_shared(factors) or objective.energy <= 0:

@@ -51,7 +51,9 @@ class Objective:
 
     def weighted(self, metric: Tensor) -> Objective:
         """The same for `|M (t - V p)|^2`, M being (g, o, o): a kernel V of this one is M^-1 V of the plain one."""
-        return replace(self, weight=metric @ self.weight, cross=metric @ self.cross, spread=metric @ self.spread @ metric.mT)
+        return replace(
+            self, weight=metric @ self.weight, cross=metric @ self.cross, spread=metric.double() @ self.spread @ metric.double().mT
+        )
 
     def product(self, kernels: Tensor) -> Tensor:
         """`kernels @ S` for (g, any, n)."""
