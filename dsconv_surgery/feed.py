@@ -68,6 +68,20 @@ def on_device(inputs: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:
     return pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs)
 
 
+def check_runs(model: nn.Module, images: Images) -> Any:
+    """What a network gives for the first few images; ValueError if it does not take them."""
+    _, inputs = next(iter(images))
+    try:
+        with torch.no_grad():
+            return model(*copy.deepcopy(on_device(inputs, model)))
+    except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
+        raise ValueError(
+            f"calibration: the model does not run on images of shape {shapes}: {type(error).__name__}: {error} "
+            "Pass them as the model takes them."
+        ) from error
+
+
 class Passes:
     """Any network, with hooks: several layers in each pass over the images."""
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from dsconv_surgery import schemes
-from dsconv_surgery.feed import After, Call, Feed, on_device
+from dsconv_surgery.feed import After, Call, Feed, check_runs, on_device
 from dsconv_surgery.moments import HELD, Images, Moments, positions_of
 from dsconv_surgery.plan import Cut
 from dsconv_surgery.schemes import Factors, Objective
@@ -71,6 +71,7 @@ def reconstruct(
         steps: parts to leave out.
     """
     steps = steps or Steps()
+    check_runs(model, images)
     by_name = {cut.name: cut for cut in cuts}
     metrics = output_metrics(model, images, list(by_name)) if steps.metric else {}
     source = feed(model, images, list(by_name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from dsconv_surgery import graph, measure, schemes
+from dsconv_surgery.feed import check_runs
 from dsconv_surgery.geometry import Cost, Rank
 from dsconv_surgery.graph import Skip
 from dsconv_surgery.measure import Fidelity, Latency
@@ -156,7 +158,10 @@ def compare(
     if plan:
         check_cut(after, plan)
     images = None if data is None else Images(data, input_shapes(example_inputs))
-    near = None if images is None else measure.fidelity(before, after, (inputs for _, inputs in images), list(cuts))
+    near = None
+    if images is not None:
+        check_runs(copy.deepcopy(before, measure.detached(before)).eval(), images)
+        near = measure.fidelity(before, after, (inputs for _, inputs in images), list(cuts))
     reasons = {skip.name: skip.reason for skip in (*(plan.skips if plan else ()), *(s for s in dense.layers if isinstance(s, Skip)))}
     rows: list[Row] = []
     for layer in dense.layers:

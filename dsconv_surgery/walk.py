@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dsconv_surgery.feed import After, Call, Feed, Passes, on_device, watch
+from dsconv_surgery.feed import After, Call, Feed, Passes, check_runs, on_device, watch
 from dsconv_surgery.graph import ConvSite, traced
 from dsconv_surgery.layers import is_layer, named_layers
 from dsconv_surgery.measure import detached
@@ -30,18 +30,24 @@ Values = dict[fx.Node, Any]
 
 def feed(model: nn.Module, images: Images, names: Sequence[str]) -> Feed:
     """A walk where the model can be traced and its trace does as it does, passes with hooks elsewhere."""
+    graph = _faithful_trace(model, images)
+    return Passes(model, images, names) if graph is None else Walk(model, graph, images, names)
+
+
+def _faithful_trace(model: nn.Module, images: Images) -> fx.GraphModule | None:
+    """The model's graph, if it can be traced and computes what the model does."""
+    expected = pytree.tree_leaves(check_runs(model, images))
+    if is_layer(model):  # tracing would go into it
+        return None
+    _, inputs = next(iter(images))
     try:
-        if is_layer(model):
-            raise ValueError("a lone layer")  # tracing would go into it
-        graph = traced(model)
-        _, inputs = next(iter(images))
         with torch.no_grad():
-            same = pytree.tree_map(lambda a, b: torch.allclose(a, b) if isinstance(a, Tensor) else a == b, model(*inputs), graph(*inputs))
-        if not all(pytree.tree_leaves(same)):
-            raise ValueError("the trace computes something else")
-        return Walk(model, graph, images, names)
-    except Exception:  # whatever stands against tracing; a model that does not run fails below with its own words
-        return Passes(model, images, names)
+            graph = traced(model)
+            found = pytree.tree_leaves(graph(*on_device(inputs, model)))
+    except Exception:  # whatever stands against tracing, or a graph that took another turn than these images would
+        return None
+    same = (torch.allclose(a, b, equal_nan=True) if isinstance(a, Tensor) else a == b for a, b in zip(expected, found, strict=False))
+    return graph if len(expected) == len(found) and all(same) else None
 
 
 def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -> Callable[[str], Objective]:
@@ -176,8 +182,11 @@ class Walk:
         order: dict[fx.Node, None] = {}
         closing = {nodes[0]: other for name, nodes in self._nodes.items() if (other := self.after[name].other) is not None}
 
+        begun: set[fx.Node] = set()  # both sides of a sum may be layers to cut, each the other's shortcut
+
         def place(node: fx.Node) -> None:
-            if node in closing:
+            if node in closing and node not in begun:
+                begun.add(node)
                 first = [n for n in _before(closing[node]) if n not in order]
                 if node not in first and not any(self._in_place(n) for n in first):
                     for earlier in first:

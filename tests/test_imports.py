@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "cli": {"budget", "checkpoint", "graph", "pipeline", "report", "text"},
     "checkpoint": {"pipeline", "plan", "schemes", "surgery", "text"},
     "pipeline": {"budget", "decide", "geometry", "moments", "plan", "report", "surgery"},
-    "report": {"geometry", "graph", "measure", "moments", "plan", "schemes", "surgery", "text"},
+    "report": {"feed", "geometry", "graph", "measure", "moments", "plan", "schemes", "surgery", "text"},
     "surgery": {"geometry", "graph", "layers", "measure", "moments", "norms", "options", "plan", "reconstruct", "schemes", "text"},
     "norms": {"feed", "moments"},
     "reconstruct": {"feed", "moments", "plan", "schemes", "walk"},
