@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -258,3 +260,63 @@ def test_words_that_are_wrong() -> None:
         result = CliRunner().invoke(cli.app, words)
         assert result.exit_code == 2
         assert "Usage" in result.output
+
+
+@pytest.fixture(params=["folder", "pt", "safetensors", "npy"])
+def pictures(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Twenty images, in each form that --calibration takes."""
+    images = torch.rand(20, 3, 14, 18)
+    if request.param == "folder":
+        (tmp_path / "pictures" / "deeper").mkdir(parents=True)
+        for at, image in enumerate(images):
+            pixels = (255 * image).byte().permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(tmp_path / "pictures" / ("deeper" if at % 2 else ".") / f"{at}.png")
+        (tmp_path / "pictures" / "notes.txt").write_text("not a picture")
+        return tmp_path / "pictures"
+    path = tmp_path / f"images.{request.param}"
+    images = images[..., :12, :12].contiguous()
+    if request.param == "pt":
+        torch.save(images, path)
+    elif request.param == "safetensors":
+        save_file({"images": images}, path)
+    else:
+        np.save(path, images.numpy())
+    return path
+
+
+def test_compress_calibrates(home: str, pictures: Path) -> None:
+    """The plan says so, errors of outputs are shown, and the saved network can be compared on images."""
+    words = ("--calibration", pictures, "--images", 16)
+    printed = run("compress", f"{home}:small", *INPUT, "--scheme", "cp", "--macs", 0.6, "--out", "out", *words)
+    assert "outputs on 16 images: squared relative error" in printed
+    assert read_plan("out").calibrated
+    again = run("report", f"{home}:small", "out", *INPUT, "--data", pictures, "--images", 7)
+    assert "outputs on 7 images" in again
+
+
+def test_pictures_are_scaled_cropped_and_normalised(tmp_path: Path) -> None:
+    """A grey picture of another shape becomes one number per channel, everywhere."""
+    Image.fromarray(np.full((40, 70, 3), 128, dtype=np.uint8)).save(tmp_path / "grey.png")
+    (batch,) = cli._batches(tmp_path, torch.zeros(1, 3, 12, 16), 8, "0.5,0.4,0.3", "0.1,0.2,0.5")
+    expected = (128 / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.1, 0.2, 0.5])
+    torch.testing.assert_close(batch, expected.view(1, 3, 1, 1).expand(1, 3, 12, 16))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--calibration", "nowhere"], "nowhere: not there. Expected a folder of pictures"),
+        (["--calibration", "empty"], "no pictures in this folder"),
+        (["--calibration", "text.pt"], "text.pt: expected a .pt, .safetensors or .npy file with one tensor"),
+        (["--calibration", "whole.npy"], "found torch.int64, expected a tensor of normalised images"),
+        (["--calibration", "folder", "--mean", "0.5,x"], "'0.5,x': expected 3 numbers separated by commas"),
+    ],
+)
+def test_calibration_that_cannot_be_read(home: str, fails: Fails, words: list[str], message: str) -> None:
+    Path("empty").mkdir()
+    Path("text.pt").write_text("no tensor")
+    np.save("whole.npy", np.arange(4))
+    Path("folder").mkdir()
+    Image.fromarray(np.zeros((9, 9, 3), dtype=np.uint8)).save("folder/black.png")
+    assert message in fails("compress", f"{home}:small", *INPUT, "--out", "out", *words)
+    assert not Path("out").exists()
