@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,8 +44,10 @@ def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images, always: 
             if int(fit.sum()) > 1:
                 trial(*on_device(_some(inputs, fit), dense))
     trial.eval()
-    if not always and _off(dense, trial, images) >= _off(dense, copy.deepcopy(cut).eval(), images):
-        return False
+    if not always:
+        as_it_is, anew = _off(dense, (copy.deepcopy(cut).eval(), trial), images)
+        if anew >= as_it_is:
+            return False
     for name, norm in norms.items():
         its: Any = cut.get_submodule(name)
         its.running_mean.copy_(norm.running_mean)
@@ -56,14 +59,16 @@ def _some(inputs: tuple[Any, ...], mask: Tensor) -> tuple[Any, ...]:
     return tuple(t[mask.to(t.device)] for t in inputs)
 
 
-def _off(dense: nn.Module, cut: nn.Module, images: Images) -> float:
-    """The squared error of the cut network's outputs on held-out images."""
-    off = 0.0
+def _off(dense: nn.Module, cuts: Sequence[nn.Module], images: Images) -> list[float]:
+    """The squared error of each cut network's outputs on held-out images."""
+    off = [0.0 for _ in cuts]
     with torch.no_grad():
         for first, inputs in images:
             held = torch.arange(first, first + inputs[0].shape[0]) % HELD == HELD - 1
             if bool(held.any()):
                 given = on_device(_some(inputs, held), dense)
-                pairs = zip(pytree.tree_leaves(dense(*copy.deepcopy(given))), pytree.tree_leaves(cut(*given)), strict=True)
-                off += sum(float((a.double() - b.double()).square().sum()) for a, b in pairs if isinstance(a, Tensor))
+                wanted = pytree.tree_leaves(dense(*copy.deepcopy(given)))
+                for at, cut in enumerate(cuts):
+                    pairs = zip(wanted, pytree.tree_leaves(cut(*copy.deepcopy(given))), strict=True)
+                    off[at] += sum(float((a.double() - b.double()).square().sum()) for a, b in pairs if isinstance(a, Tensor))
     return off

@@ -22,9 +22,9 @@ from dsconv_surgery.walk import feed
 
 RIDGES = (1.0, 0.1, 0.01)  # of the inputs' mean square, from strong to weak, as long as held-out images gain
 ENOUGH = 4 * HELD  # images from which on some are held out; with fewer, the strongest ridge is taken
-TRIAL, WIDE_TRIAL = 30, 8  # iterations of the search while choosing by held-out images, and where a patch is longer than
+TRIAL, WIDE_TRIAL = 30, 6  # iterations of the search while choosing by held-out images, and where a patch is longer than
 WIDE_SIDE = 1024
-PROBED = 256  # images to measure by how much an output of a layer matters to the network's
+PROBED, PROBED_NUMBERS = 256, 2**23  # images, and numbers in them, to measure by how much a layer's output moves the network's
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ class _Fit:
         ridge, factors = self._ridge(start, held)
         if self.after.relu and self.steps.relu and held is not None and factors is not None:
             factors = self._through_relu(source, ridge, factors)
-        factors = self._fit(self.moments.objective("all", self.centred), ridge, factors, self.steps.iterations)
+        iterations = WIDE_TRIAL if self.wide and held is not None and self.steps.iterations is None else self.steps.iterations
+        factors = self._fit(self.moments.objective("all", self.centred), ridge, factors, iterations)
         bias, own = self._bias(factors), self.cut.spec.bias
         error = plain.value(self.scheme.kernel(self.cut.spec.one_group(), factors))
         return Fitted(factors, bias if own else None, None if own else self.after.norm, None if own else bias, error)
@@ -281,7 +282,7 @@ def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> di
         layer.register_forward_hook(lambda _module, _args, output, name=name, layer=layer: watch(name, layer, output))
     with torch.enable_grad():
         for first, inputs in images:
-            if first >= PROBED:
+            if first >= min(PROBED, PROBED_NUMBERS // inputs[0][0].numel()):
                 break
             outputs = [t for t in pytree.tree_leaves(probe(*on_device(inputs, probe))) if isinstance(t, Tensor) and t.requires_grad]
             if not outputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,17 @@ def test_held_out_images_are_held_out() -> None:
     for fold, mask in (("held", held), ("fit", ~held)):
         alone = moments_of(layer, x[mask], None).objective("all", exact=True)
         torch.testing.assert_close(found.objective(fold, exact=True).gram, alone.gram, rtol=1e-5, atol=1e-6)
+
+
+def test_patches_kept_are_as_good_as_their_second_moment() -> None:
+    layer = nn.Conv2d(6, 5, 3, padding=1)
+    x, kernel = torch.randn(2, 6, 4, 4), torch.randn(1, 5, 6, 3, 3).double()
+    kept = moments_of(layer, x, torch.randn(2, 5, 4, 4)).objective().ridged(0.3).ridged(0.2)
+    assert kept.rows
+    whole = Objective(kept.weight, kept.cross, kept.gram.mT @ kept.gram + 0.5 * torch.eye(54), kept.spread, kept.ridge)
+    assert kept.value(kernel) == pytest.approx(whole.value(kernel), rel=1e-9)
+    torch.testing.assert_close(kept.target(), whole.target(), rtol=1e-6, atol=1e-6)
+    assert kept.scale == pytest.approx(whole.scale)
 
 
 @pytest.fixture(scope="module")
@@ -315,9 +327,27 @@ def test_calibrated_cuts_come_nearer(kind: type[nn.Module]) -> None:
     assert errors[1] < 0.6 * errors[0]
 
 
+def test_what_a_shortcut_lost_is_made_up_for() -> None:
+    """A 1x1 beside a 3x3 on the same input, cut to almost nothing: the 3x3 can take it over."""
+    model, batches = network(), images(120)
+    plan = make_plan(model, X, rule="fixed", rank=1, schemes=["bottleneck"], include=["beside"])
+    closing = make_plan(model, X, rule="fixed", rank=20, schemes=["cp"], include=["closing"])
+    plan = dataclasses.replace(plan, cuts=(*closing.cuts, *plan.cuts))
+    assert len(plan.cuts) == 2
+    off = []
+    for shortcut in (False, True):
+        steps = Steps(shortcut=shortcut, relu=False, norms="never")
+        cut, _ = cut_for_data(model, plan, Images(batches, plan.input_shapes), {}, False, steps)
+        off.append(compare(model, cut, X, plan=plan, data=images()).fidelity.error)
+    assert off[1] < 0.8 * off[0]
+
+
 def test_a_full_rank_cut_stays_exact() -> None:
     model, batches = network(), images()
-    plan = make_plan(model, batches[0][:1], rule="fixed", rank=8, schemes="bottleneck", include=["beside"])
+    plan = make_plan(model, batches[0][:1], rule="fixed", rank=2, schemes=["bottleneck", "channel"])
+    full = [dataclasses.replace(c, rank=get_scheme(c.scheme).full_rank(dataclasses.replace(c.spec, bias=False))) for c in plan.cuts]
+    plan = dataclasses.replace(plan, cuts=tuple(full))
+    assert len(plan.cuts) >= 4
     cut = apply_plan(model, plan, calibration=batches)
     torch.testing.assert_close(cut(batches[0]), model(batches[0]), rtol=1e-4, atol=1e-4)
 

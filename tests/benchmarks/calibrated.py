@@ -108,10 +108,12 @@ def run_accuracy(options: argparse.Namespace, add: Callable[..., None]) -> None:
 def run_ablation(options: argparse.Namespace, add: Callable[..., None]) -> None:
     train, (test, labels) = cifar10(options.data / "cifar10", "train")[0], cifar10(options.data / "cifar10", "test")
     x, y = to_input(test), torch.from_numpy(labels)
-    for depth in (20, 56):
+    for depth in (options.depth,) if options.depth else (20, 56):
         model = network(options.data, depth)
         batches = draw(train, 512, 0).split(128)
         for scheme, settings in (("cp", {"budget": Budget(params=0.27)}), ("depthwise", {"rule": "fixed", "rank": 2})):
+            if scheme not in options.schemes:
+                continue
             plan = make_plan(model, x[:1], schemes=scheme, exclude=("conv1", "linear"), **settings)
             for step, steps in ABLATION.items():
                 key = {"network": f"ResNet-{depth}", "scheme": scheme, "setting": describe(settings), "images": 512, "step": step}
