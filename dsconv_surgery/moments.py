@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from dsconv_surgery.geometry import ConvSpec, Size
 from dsconv_surgery.schemes import Objective
 
-HELD = 4  # every fourth image is held out to choose by
+HELD = 4  # every fourth image is held out to choose by,
+ENOUGH = 4 * HELD  # given so many
 CHUNK = 2**24  # patch entries worked on at a time (64 MiB in float32)
 DOUBLE_SIDE = 640  # up to this length of a patch the solves run in float64
 NUMBERS_AT_ONCE = 2**21  # input numbers sent through the networks at a time
@@ -161,8 +162,7 @@ class Moments:
             part = x[at : at + step]
             p = _patches(self.spec, part, chosen)
             wanted = None if target is None else _outputs(self.spec, target[at : at + step].to(device, torch.float32), chosen)
-            numbers = torch.arange(first + at, first + at + part.shape[0])
-            held = (numbers % HELD == HELD - 1) if self.hold else torch.zeros(len(numbers), dtype=torch.bool)
+            held = held_out(first + at, part.shape[0]) & self.hold
             for fold in range(2):
                 mask = (held if fold else ~held).to(device)
                 if bool(mask.any()):
@@ -230,6 +230,17 @@ class Moments:
             sum((self._patch[f]["mean"] for f in folds), torch.zeros(())) / count,
             sum((self._target[f]["wanted"] for f in folds), torch.zeros(())) / count,
         )
+
+
+def held_out(first: int, count: int) -> Tensor:
+    """Which of so many images, the first of this number, are held out to choose by."""
+    return torch.arange(first, first + count) % HELD == HELD - 1
+
+
+def moments_for(spec: ConvSpec, weight: Tensor, sizes: Iterable[Size], images: Images, hold: bool) -> Moments:
+    """Empty sums for a layer called with these sizes on a plan's example; `hold` if there are enough images for it."""
+    positions = -(-positions_of(spec, sizes) * images.count // images.example)
+    return Moments(spec, weight, positions, images.settings.patches, images.settings.seed, hold and images.count >= ENOUGH)
 
 
 def positions_of(spec: ConvSpec, sizes: Iterable[Size]) -> int:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from dsconv_surgery.feed import on_device
-from dsconv_surgery.moments import HELD, Images
+from dsconv_surgery.moments import ENOUGH, Images, held_out
 
 
 def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images, always: bool = False) -> bool:
@@ -31,7 +31,7 @@ def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images, always: 
     """
     trial: Any = copy.deepcopy(cut)
     norms = {name: module for name, module in trial.named_modules() if isinstance(module, _BatchNorm) and module.running_mean is not None}
-    if not norms or images.count < 4 * HELD:
+    if not norms or images.count < ENOUGH:
         return False
     trial.eval()
     for norm in norms.values():
@@ -40,7 +40,7 @@ def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images, always: 
         norm.train()
     with torch.no_grad():
         for first, inputs in images:
-            fit = torch.arange(first, first + inputs[0].shape[0]) % HELD != HELD - 1
+            fit = ~held_out(first, inputs[0].shape[0])
             if int(fit.sum()) > 1:
                 trial(*on_device(_some(inputs, fit), dense))
     trial.eval()
@@ -64,7 +64,7 @@ def _off(dense: nn.Module, cuts: Sequence[nn.Module], images: Images) -> list[fl
     off = [0.0 for _ in cuts]
     with torch.no_grad():
         for first, inputs in images:
-            held = torch.arange(first, first + inputs[0].shape[0]) % HELD == HELD - 1
+            held = held_out(first, inputs[0].shape[0])
             if bool(held.any()):
                 given = on_device(_some(inputs, held), dense)
                 wanted = pytree.tree_leaves(dense(*copy.deepcopy(given)))

@@ -14,14 +14,13 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from dsconv_surgery import schemes
-from dsconv_surgery.feed import After, Call, Feed, check_runs, on_device
-from dsconv_surgery.moments import HELD, Images, Moments, positions_of
+from dsconv_surgery.feed import After, Call, Feed, on_device
+from dsconv_surgery.moments import Images, held_out, moments_for
 from dsconv_surgery.plan import Cut
 from dsconv_surgery.schemes import Factors, Objective
 from dsconv_surgery.walk import feed
 
-RIDGES = (1.0, 0.1, 0.01)  # of the inputs' mean square, from strong to weak, as long as held-out images gain
-ENOUGH = 4 * HELD  # images from which on some are held out; with fewer, the strongest ridge is taken
+RIDGES = (1.0, 0.1, 0.01)  # of the inputs' mean square, from strong to weak, as long as held-out images gain; the first if there are none
 TRIAL, WIDE_TRIAL = 30, 6  # iterations of the search while choosing by held-out images, and where a patch is longer than
 WIDE_SIDE = 1024
 PROBED, PROBED_NUMBERS = 256, 2**23  # images, and numbers in them, to measure by how much a layer's output moves the network's
@@ -71,12 +70,11 @@ def reconstruct(
         steps: parts to leave out.
     """
     steps = steps or Steps()
-    check_runs(model, images)
     by_name = {cut.name: cut for cut in cuts}
-    metrics = output_metrics(model, images, list(by_name)) if steps.metric else {}
     source = feed(model, images, list(by_name))
     found: dict[str, Fitted] = {}
     try:
+        metrics = output_metrics(model, images, list(by_name)) if steps.metric else {}
         with tqdm(total=len(by_name), desc="calibrate", unit="layer", disable=not progress) as bar:
             for names in source.groups():
                 fits: dict[str, _Fit] = {}
@@ -92,6 +90,11 @@ def reconstruct(
                     bar.update()
     finally:
         source.close()
+    if missed := [name for name in by_name if name not in found]:
+        raise ValueError(
+            f"{missed[0]}: not called on the calibration images, so there is nothing to fit it to ({len(missed)} such layers). "
+            "Leave it out with plan.without(...), or calibrate on images that reach it."
+        )
     return found
 
 
@@ -102,9 +105,7 @@ class _Fit:
         self.cut, self.layer, self.after, self.steps = cut, layer, after, steps
         self.scheme = schemes.get_scheme(cut.scheme)
         self.weight = schemes.kernel_tensor(cut.spec, layer.get_parameter("weight"))
-        positions = -(-positions_of(cut.spec, cut.sizes) * images.count // images.example)
-        settings = images.settings
-        self.moments = Moments(cut.spec, self.weight, positions, settings.patches, settings.seed, images.count >= ENOUGH)
+        self.moments = moments_for(cut.spec, self.weight, cut.sizes, images, hold=True)
         self.wide = self.moments.side > WIDE_SIDE
         self.metric = None if metric is None else _root(metric, cut.spec.groups)
         self.norm = norm
@@ -208,7 +209,7 @@ class _Fit:
         after = self._running(better)
         errors = [0.0, 0.0]
         for call in source.calls([self.cut.name]):
-            held = torch.arange(call.first, call.first + call.wanted.shape[0]) % HELD == HELD - 1
+            held = held_out(call.first, call.wanted.shape[0])
             gain, offset = self._affine(call.wanted)
             lost, aside = call.shortcut or (0.0, 0.0)
             asked = (gain * call.wanted + offset + lost)[held].relu()

@@ -18,7 +18,7 @@ from dsconv_surgery.feed import After, Call, Feed, Passes, check_runs, on_device
 from dsconv_surgery.graph import ConvSite, traced
 from dsconv_surgery.layers import is_layer, named_layers
 from dsconv_surgery.measure import detached
-from dsconv_surgery.moments import Images, Moments, positions_of
+from dsconv_surgery.moments import Images, Moments, moments_for
 from dsconv_surgery.schemes import Objective, kernel_tensor
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -63,8 +63,7 @@ def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -
         source.close()
         for site in sites:
             weight = kernel_tensor(site.spec, model.get_submodule(site.name).get_parameter("weight"))
-            positions = -(-positions_of(site.spec, site.sizes) * images.count // images.example)
-            moments = Moments(site.spec, weight, positions, images.settings.patches, images.settings.seed, hold=False)
+            moments = moments_for(site.spec, weight, site.sizes, images, hold=False)
             gathered[site.name] = moments, site.spec.bias or source.after[site.name].norm is not None
         for first, inputs in images:
 

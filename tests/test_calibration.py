@@ -505,6 +505,21 @@ def test_a_calibrated_plan_asks_for_calibration() -> None:
     apply_plan(model, plan, init="empty")
 
 
+class Detour(nn.Sequential):
+    """A layer that only bright images reach."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x)) if float(x.mean()) > 0.5 else self[0](x)
+
+
+def test_a_layer_that_no_image_reaches_is_named() -> None:
+    model = Detour(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+    plan = make_plan(model, torch.ones(1, 3, 10, 10), rule="fixed", rank=4, schemes="cp")
+    assert [cut.name for cut in plan.cuts] == ["0", "1"]
+    with pytest.raises(ValueError, match="1: not called on the calibration images"):
+        apply_plan(model, plan, calibration=[torch.zeros(4, 3, 10, 10)])
+
+
 @pytest.mark.parametrize("wrong", [{"patches": 0}, {"memory": 0}, {"patches": 1.5}])
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected a positive whole number"):
