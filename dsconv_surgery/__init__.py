@@ -7,10 +7,12 @@ from dsconv_surgery.graph import find_convs
 from dsconv_surgery.moments import Calibration
 from dsconv_surgery.pipeline import compress
 from dsconv_surgery.plan import Plan
+from dsconv_surgery.recipe import Recipe
 from dsconv_surgery.report import compare
 from dsconv_surgery.schemes import register_scheme
 from dsconv_surgery.separable import DepthwiseConv2d, DepthwiseSeparableConv2d, PointwiseConv2d
 from dsconv_surgery.surgery import apply_plan, fold_back
+from dsconv_surgery.sweep import pareto
 
 __all__ = [
     "Budget",
@@ -19,6 +21,7 @@ __all__ = [
     "DepthwiseSeparableConv2d",
     "Plan",
     "PointwiseConv2d",
+    "Recipe",
     "apply_plan",
     "compare",
     "compress",
@@ -26,6 +29,7 @@ __all__ = [
     "fold_back",
     "load",
     "make_plan",
+    "pareto",
     "register_scheme",
     "save",
 ]

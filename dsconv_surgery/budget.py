@@ -1,28 +1,27 @@
-"""Option tables in, one choice per layer out. Never imports torch."""
+"""What a network may keep, and the option tables that rules choose from. Never imports torch."""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from dsconv_surgery.geometry import Cost, Rank
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the whole network may keep, as fractions in (0, 1] of its parameters and MACs; None sets no limit.
+    """What the whole network may keep, as fractions in (0, 1] of its MACs, parameters and measured latency; None sets no limit.
 
     Example:
         >>> Budget(macs=0.5)
-        Budget(macs=0.5, params=None)
+        Budget(macs=0.5, params=None, latency=None)
     """
 
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
@@ -31,23 +30,49 @@ class Budget:
             if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
                 raise ValueError(f"budget: {measure}={fraction!r} is not a fraction to keep, in (0, 1]; half is {measure}=0.5.")
         if not self.limits():
-            raise ValueError("budget: neither macs nor params is limited. Give one, as in Budget(macs=0.5).")
+            raise ValueError("budget: none of macs, params and latency is limited. Give one, as in Budget(macs=0.5).")
 
     def limits(self) -> dict[str, float]:
-        return {name: value for name, value in (("macs", self.macs), ("params", self.params)) if value is not None}
+        every = (("macs", self.macs), ("params", self.params), ("latency", self.latency))
+        return {name: value for name, value in every if value is not None}
+
+    def __str__(self) -> str:
+        return f"Budget({', '.join(f'{measure}={fraction:g}' for measure, fraction in self.limits().items())})"
 
 
 @dataclass(frozen=True)
 class Option:
     """One row of a layer's table: the squared relative error of a scheme at a rank, and the layer's cost with it.
 
-    The error is None where there was nothing to compare it with, so that nobody needed it.
+    The error is None where nobody needed it exactly; `damage` is what it is estimated to do to the network's outputs.
     """
 
     scheme: str
     rank: Rank
     cost: Cost
     error: float | None
+    damage: float | None = None
+
+
+Offer = tuple[Rank, Cost]
+Unfolding = tuple[Sequence[float], tuple[int, int]]  # a matrix's singular values, and its shape
+
+RULES = ("budget", "uniform", "equal_error", "energy", "fixed", "evbmf")
+WITHOUT_BUDGET = ("energy", "fixed", "evbmf")  # they choose ranks by themselves, whatever that saves
+
+
+class Judge(Protocol):
+    """Finds out about a layer's options; see the methods of `Table` that ask it."""
+
+    def measure(self, name: str, rank: Rank) -> float: ...
+
+    def bounds(self, name: str, ranks: Sequence[Rank]) -> Sequence[float] | None: ...
+
+    def estimate(self, name: str, ranks: Sequence[Rank]) -> Sequence[float]: ...
+
+    def damage(self, errors: Sequence[float]) -> Sequence[float]: ...
+
+    def unfoldings(self, name: str) -> Sequence[Unfolding]: ...
 
 
 @dataclass(frozen=True)
@@ -55,35 +80,53 @@ class Table:
     """A layer's options, measured only when asked for.
 
     `offers` holds, for each scheme that applies, the ranks with which the layer costs less than it does, cheapest first;
-    `measure` gives the exact error of one, which may take a factorisation; `bounds` gives errors or upper bounds of them for
-    many ranks without one, or None for a scheme that knows none.
+    `judge` finds out about them, which may take factorisations.
     """
 
     layer: str
     dense: Cost
-    offers: Mapping[str, Sequence[tuple[Rank, Cost]]] = field(repr=False)
-    measure: Callable[[str, Rank], float] = field(repr=False)
-    bounds: Callable[[str, Sequence[Rank]], Sequence[float] | None] = field(repr=False)
+    offers: Mapping[str, Sequence[Offer]] = field(repr=False)
+    judge: Judge = field(repr=False)
 
-    def option(self, scheme: str, offer: tuple[Rank, Cost]) -> Option:
+    def measure(self, scheme: str, rank: Rank) -> float:
+        """The exact error."""
+        return self.judge.measure(scheme, rank)
+
+    def bounds(self, scheme: str, ranks: Sequence[Rank]) -> Sequence[float] | None:
+        """Errors of the weights, or upper bounds of them, without a factorisation for each; None for a scheme that knows none."""
+        return self.judge.bounds(scheme, ranks)
+
+    def estimated(self, scheme: str, offers: Sequence[Offer]) -> list[tuple[Offer, float]]:
+        """Offers with their errors, measured at a few ranks and interpolated between them."""
+        return list(zip(offers, self.judge.estimate(scheme, [rank for rank, _ in offers]), strict=True))
+
+    def damage(self, errors: Sequence[float]) -> Sequence[float]:
+        """What errors of this layer do to the network's outputs, measured and interpolated; without images, the errors themselves."""
+        return self.judge.damage(errors)
+
+    def unfoldings(self, scheme: str) -> Sequence[Unfolding]:
+        """Singular values and shapes of the matrices that a scheme's ranks are ranks of."""
+        return self.judge.unfoldings(scheme)
+
+    def option(self, scheme: str, offer: Offer) -> Option:
         """An offer with its error measured."""
         return Option(scheme, *offer, self.measure(scheme, offer[0]))
 
     def fraction(self, cost: Cost, measures: Sequence[str]) -> float:
         """What part of the layer a cost is, by the measure in which it is largest."""
-        return max(getattr(cost, m) / max(getattr(self.dense, m), 1) for m in measures)
+        return max(getattr(cost, m) / (getattr(self.dense, m) or 1) for m in measures)
 
-    def smallest(self, measures: Sequence[str]) -> tuple[str, tuple[Rank, Cost]]:
+    def smallest(self, measures: Sequence[str]) -> tuple[str, Offer]:
         """The scheme and offer of least cost."""
         every = ((scheme, offer) for scheme, offers in self.offers.items() for offer in offers)
         return min(every, key=lambda found: self.fraction(found[1][1], measures))
 
 
 Choice = Mapping[str, Option | None]  # layer -> its option, None to keep it dense
-Rule = Callable[[Mapping[str, Table], Mapping[str, int]], Choice]  # tables, what they may cost by measure -> choice
+Rule = Callable[[Mapping[str, Table], Mapping[str, float]], Choice]  # tables, what they may cost by measure -> choice
 
 
-def smallest_total(tables: Mapping[str, Table], measures: Sequence[str]) -> dict[str, int]:
+def smallest_total(tables: Mapping[str, Table], measures: Sequence[str]) -> dict[str, float]:
     """By measure, what the layers cost together with the cheapest offer of each."""
     least = [table.smallest(measures)[1][1] for table in tables.values()]
     return {m: sum(getattr(cost, m) for cost in least) for m in measures}
@@ -91,8 +134,8 @@ def smallest_total(tables: Mapping[str, Table], measures: Sequence[str]) -> dict
 
 def check_settings(rule: str | Rule, budget: Budget | None, energy: float | None, rank: Rank | None) -> None:
     """Raise ValueError unless a rule is known and has the settings that go with it, and no others."""
-    if not callable(rule) and rule not in ("uniform", "energy", "fixed"):
-        raise ValueError(f"unknown rule {rule!r}. Known: uniform, energy, fixed, or a callable on option tables.")
+    if not callable(rule) and rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}. Known: {', '.join(RULES)}, or a callable on option tables.")
     for key, value, owner in (("energy", energy, "energy"), ("rank", rank, "fixed")):
         if (value is not None) != (rule == owner):
             raise ValueError(f"{key}= goes with rule={owner!r}, and only with it (found rule={rule!r}, {key}={value!r}).")
@@ -101,11 +144,11 @@ def check_settings(rule: str | Rule, budget: Budget | None, energy: float | None
     sides = rank if isinstance(rank, tuple | list) and len(rank) == 2 else (rank,)
     if rank is not None and any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
         raise ValueError(f"rank={rank!r} is not a rank: expected 1 or more, or a pair of them for tucker, as in rank=(8, 8).")
-    if rule in ("energy", "fixed") and budget is not None:
-        raise ValueError(f"rule {rule!r} takes no budget. Use rule='uniform', or leave out budget=.")
+    if rule in WITHOUT_BUDGET and budget is not None:
+        raise ValueError(f"rule {rule!r} takes no budget. Use rule='budget', or leave out budget=.")
 
 
-def allowance(tables: Mapping[str, Table], total: Cost, budget: Budget) -> dict[str, int]:
+def allowance(tables: Mapping[str, Table], total: Cost, budget: Budget) -> dict[str, float]:
     """By measure, what the layers with options may cost together so that the whole network keeps its budget.
 
     Raises:
@@ -113,7 +156,7 @@ def allowance(tables: Mapping[str, Table], total: Cost, budget: Budget) -> dict[
     """
     limits = budget.limits()
     rest = {m: getattr(total, m) - sum(getattr(table.dense, m) for table in tables.values()) for m in limits}
-    allowed = {m: int(fraction * getattr(total, m)) - rest[m] for m, fraction in limits.items()}
+    allowed = {m: fraction * getattr(total, m) - rest[m] for m, fraction in limits.items()}
     least = smallest_total(tables, tuple(limits))
     if any(least[m] > allowed[m] for m in limits):
         # Rounded up, so that the budget named can be given and met.
@@ -123,86 +166,3 @@ def allowance(tables: Mapping[str, Table], total: Cost, budget: Budget) -> dict[
             f"({len(tables)} layers can be cut). Raise the budget, exclude fewer layers or allow more schemes."
         )
     return allowed
-
-
-def uniform(tables: Mapping[str, Table], allowed: Mapping[str, int]) -> Choice:
-    """The same cost fraction for every layer, the least error within it.
-
-    Sought is the largest fraction f at which all layers together stay within what is allowed even if each takes its dearest
-    offer within f of its own cost (its cheapest, where none is so cheap). Then each takes the scheme of least error within f.
-    """
-    measures = tuple(allowed)
-    if all(sum(getattr(table.dense, m) for table in tables.values()) <= allowed[m] for m in measures):
-        return dict.fromkeys(tables)
-    fractions = {
-        name: sorted(
-            ((table.fraction(cost, measures), cost) for offers in table.offers.values() for _, cost in offers), key=lambda found: found[0]
-        )
-        for name, table in tables.items()
-    }
-    dearest = {name: _running_max([cost for _, cost in found], measures) for name, found in fractions.items()}
-    keys = {name: [fraction for fraction, _ in found] for name, found in fractions.items()}
-
-    def fits(f: float) -> bool:
-        at = {name: max(bisect_right(keys[name], f) - 1, 0) for name in tables}
-        return all(sum(dearest[name][m][at[name]] for name in tables) <= allowed[m] for m in measures)
-
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return {name: _least_error(table, low, measures) for name, table in tables.items()}
-
-
-def _running_max(costs: Sequence[Cost], measures: Sequence[str]) -> dict[str, list[int]]:
-    return {m: list(accumulate((getattr(cost, m) for cost in costs), max)) for m in measures}
-
-
-def _least_error(table: Table, f: float, measures: Sequence[str]) -> Option:
-    """The scheme of least error within a fraction of the layer's cost, each at its best offer; the cheapest offer if none fits."""
-    best_offers: dict[str, tuple[Rank, Cost]] = {}
-    for scheme, offers in table.offers.items():
-        within = [offer for offer in offers if table.fraction(offer[1], measures) <= f]
-        if within:
-            # A larger rank never does worse; of pairs, which do not all compare, the bounds tell the best.
-            bounds = None if isinstance(within[-1][0], int) else table.bounds(scheme, [rank for rank, _ in within])
-            best_offers[scheme] = within[-1] if bounds is None else within[min(range(len(within)), key=bounds.__getitem__)]
-    if not best_offers:
-        scheme, offer = table.smallest(measures)
-        best_offers[scheme] = offer
-    if len(best_offers) == 1:
-        ((scheme, offer),) = best_offers.items()
-        return Option(scheme, *offer, None)
-    return min((table.option(scheme, offer) for scheme, offer in best_offers.items()), key=_error)
-
-
-def _error(option: Option) -> float:
-    return math.inf if option.error is None else option.error
-
-
-def energy(tables: Mapping[str, Table], keep: float) -> Choice:
-    """For each layer the cheapest option, in MACs, that keeps this share of its weights' squared norm; dense where none does for less."""
-    choice: dict[str, Option | None] = {}
-    for name, table in tables.items():
-        found = [option for scheme in table.offers if (option := _cheapest_keeping(table, scheme, keep))]
-        choice[name] = min(found, key=lambda option: (option.cost.macs, _error(option))) if found else None
-    return choice
-
-
-def _cheapest_keeping(table: Table, scheme: str, keep: float) -> Option | None:
-    offers = table.offers[scheme]
-    bounds = table.bounds(scheme, [rank for rank, _ in offers])
-    if bounds is not None:
-        first = next((at for at, error in enumerate(bounds) if error <= 1 - keep), None)
-        return None if first is None else table.option(scheme, offers[first])
-    at = bisect_left(offers, True, key=lambda offer: table.measure(scheme, offer[0]) <= 1 - keep)
-    return table.option(scheme, offers[at]) if at < len(offers) else None
-
-
-def fixed(tables: Mapping[str, Table], rank: Rank) -> Choice:
-    """The same rank in every layer, of the scheme with the least error there; dense where that rank would not be cheaper."""
-    choice: dict[str, Option | None] = {}
-    for name, table in tables.items():
-        found = [table.option(scheme, offer) for scheme, offers in table.offers.items() for offer in offers if offer[0] == rank]
-        choice[name] = min(found, key=_error) if found else None
-    return choice

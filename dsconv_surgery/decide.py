@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
-from dsconv_surgery import budget as rules
-from dsconv_surgery import graph
-from dsconv_surgery.budget import Budget, Table
+from dsconv_surgery import graph, measure, rules
+from dsconv_surgery.budget import WITHOUT_BUDGET, Budget, Choice, Rule, Table, allowance, check_settings, smallest_total
+from dsconv_surgery.cache import Cache
+from dsconv_surgery.clock import Clock
 from dsconv_surgery.geometry import Rank
 from dsconv_surgery.graph import ConvSite, Skip, Survey
 from dsconv_surgery.moments import Calibration, Images, input_shapes
 from dsconv_surgery.options import Workings, options_of
-from dsconv_surgery.plan import Cut, Plan
+from dsconv_surgery.plan import Cut, Plan, Timing
 from dsconv_surgery.schemes import Factors, get_scheme, scheme_names
+from dsconv_surgery.sensitivity import Study
+from dsconv_surgery.surgery import cut_model
 from dsconv_surgery.text import nearest
-from dsconv_surgery.walk import layer_moments
 
+TIMED_MULTIPLE = 8  # channels, where latency is limited: what lies between is no faster
+LOOKS = 1  # at what was chosen, before the last choice
+SETTLING, SLACK = 4, 1.02  # tries to meet a limit of time, and by how much it may be missed
 Made = dict[str, Factors]  # layer -> factors found while deciding, so that cutting need not find them again
 
 
@@ -30,12 +37,14 @@ def make_plan(
     *example_inputs: Any,
     budget: Budget | None = None,
     schemes: Sequence[str] | str | None = None,
-    rule: str | rules.Rule = "uniform",
+    rule: str | Rule = "budget",
     energy: float | None = None,
     rank: Rank | None = None,
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
     calibration: Calibration | Iterable[Any] | None = None,
+    multiple: int | None = None,
+    cache: bool | str | Path = True,
     progress: bool = False,
 ) -> Plan:
     """Choose for every layer whether to cut it, with which scheme and at which rank.
@@ -46,15 +55,22 @@ def make_plan(
     Args:
         model: any nn.Module.
         example_inputs: what `model(*example_inputs)` takes; MACs are counted for them, the whole batch.
-        budget: fractions of the whole network's cost to keep, for `uniform` and callables; half the MACs if not given.
+        budget: fractions of the whole network's MACs, parameters or measured latency to keep, several at once if you like; half
+            the MACs if not given. Latency is measured on the inputs' device with torch's current thread count.
         schemes: names to choose among; None for all.
-        rule: "uniform" (the same cost fraction for every layer, least error within it), "energy" (for each layer the cheapest
-            option that keeps `energy` of its weights' squared norm), "fixed" (`rank` everywhere), or a callable
-            `(tables, allowed) -> choice` on option tables, see `dsconv_surgery.budget`.
+        rule: "budget" (least damage to the network's outputs within the budget), "uniform" (the same cost fraction for every
+            layer, least error within it), "equal_error" (the same error for every layer), "energy" (for each layer the cheapest
+            option that keeps `energy` of its weights' squared norm), "fixed" (`rank` everywhere), "evbmf" (Tucker at the ranks
+            that variational Bayes finds), or a callable `(tables, allowed) -> choice` on option tables, see
+            `dsconv_surgery.budget`.
         energy: in (0, 1), for rule "energy".
         rank: for rule "fixed".
         include, exclude: shell-style patterns of layer names.
-        calibration: batches of unlabelled images, or a `Calibration`: options are judged by the outputs that they give on them.
+        calibration: batches of unlabelled images, or a `Calibration`: options are judged by the outputs that they give on them,
+            and layers by how far their errors move the network's outputs.
+        multiple: offer only ranks that give links a multiple of so many channels; 8 where latency is limited, else 1.
+        cache: keep what is found out about options for the next plan: True for the user's cache folder (or the one in the
+            environment variable DSCONV_SURGERY_CACHE), a folder, or False.
         progress: show a bar over layers.
 
     Returns:
@@ -69,9 +85,9 @@ def make_plan(
         >>> plan = make_plan(model, torch.rand(1, 3, 224, 224), budget=Budget(params=0.4), schemes=["cp"], exclude="conv1")
         >>> print(plan)
     """
-    settings = Settings(budget, schemes, rule, energy, rank, include, exclude)
+    settings = Settings(budget, schemes, rule, energy, rank, include, exclude, multiple, cache)
     images = None if calibration is None else Images(calibration, input_shapes(example_inputs))
-    return decide(model, example_inputs, settings, progress, images)[0]
+    return Decision(model, example_inputs, settings, images, progress).plan(settings.budget)[0]
 
 
 class Settings:
@@ -81,21 +97,28 @@ class Settings:
         self,
         budget: Budget | None = None,
         schemes: Sequence[str] | str | None = None,
-        rule: str | rules.Rule = "uniform",
+        rule: str | Rule = "budget",
         energy: float | None = None,
         rank: Rank | None = None,
         include: str | Sequence[str] = "*",
         exclude: str | Sequence[str] = (),
+        multiple: int | None = None,
+        cache: bool | str | Path = True,
     ) -> None:
         self.names = scheme_names() if schemes is None else _as_tuple(schemes)
         if not self.names:
             raise ValueError("schemes: none given. Pass None for all, or names.")
         for name in self.names:
             get_scheme(name)
-        rules.check_settings(rule, budget, energy, rank)
+        check_settings(rule, budget, energy, rank)
         self.rule, self.energy, self.rank = rule, energy, tuple(rank) if isinstance(rank, list) else rank
-        self.budget = None if rule in ("energy", "fixed") else budget or Budget(macs=0.5)
+        self.budget = None if rule in WITHOUT_BUDGET else budget or Budget(macs=0.5)
         self.include, self.exclude = _as_tuple(include), _as_tuple(exclude)
+        self.measures = tuple(self.budget.limits()) if self.budget else ("macs",)
+        if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
+            raise ValueError(f"multiple={multiple!r}: expected a whole number of channels, 1 or more.")
+        self.multiple = multiple or (TIMED_MULTIPLE if "latency" in self.measures else 1)
+        self.cache = cache
 
     @property
     def rule_text(self) -> str:
@@ -104,43 +127,124 @@ class Settings:
         return {"energy": f"energy={self.energy}", "fixed": f"fixed rank={self.rank}"}.get(self.rule, self.rule)
 
 
-def decide(
-    model: nn.Module, inputs: Sequence[Any], settings: Settings, progress: bool, images: Images | None = None, later: bool = False
-) -> tuple[Plan, Made]:
-    """`make_plan`, with the factors that it came across for what it chose; `later`: leave errors open that no choice depended on."""
-    seen = graph.survey(model, *inputs)
-    sites, skips = _select(seen, settings)
-    measures = tuple(settings.budget.limits()) if settings.budget else ("macs",)
-    tables: dict[str, Table] = {}
-    workings: dict[str, Workings] = {}
-    calibrated = None if images is None else layer_moments(model, images, sites)
-    for site in sites:
-        found = options_of(site, model.get_submodule(site.name), settings.names, measures, calibrated)
-        if isinstance(found, Skip):
-            skips.append(found)
-        else:
-            tables[site.name], workings[site.name] = found
-    cuts: list[Cut] = []
-    made: Made = {}
-    by_name = {site.name: site for site in sites}
-    with tqdm(total=len(tables), desc="factorise", unit="layer", disable=not progress) as bar:
-        for working in workings.values():
-            working.begun = bar.update  # rules measure what they need, layer by layer
-        for name, option in _choose(tables, seen, settings).items():
+class Decision:
+    """A network's option tables, from which plans for one budget after the other are made."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Any], settings: Settings, images: Images | None, progress: bool) -> None:
+        self.model, self.inputs, self.settings, self.images, self.progress = model, inputs, settings, images, progress
+        self._seen = graph.survey(model, *inputs)
+        self._sites, self._skips = _select(self._seen, settings)
+        self.total = self._seen.total
+        cache, clock = Cache(settings.cache), None
+        if "latency" in settings.measures:
+            clock = Clock(model, inputs, cache)
+            self.total = replace(self.total, latency=measure.latency([model], inputs)[0])
+        study = Study(model, self._sites, images, cache)
+        self._tables: dict[str, Table] = {}
+        self._workings: dict[str, Workings] = {}
+        for site in tqdm(self._sites, desc="time", unit="layer", disable=not progress or clock is None):
+            found = options_of(site, model.get_submodule(site.name), settings.names, settings.measures, study, clock, settings.multiple)
+            if isinstance(found, Skip):
+                self._skips.append(found)
+            else:
+                self._tables[site.name], self._workings[site.name] = found
+
+    def check(self, budget: Budget) -> None:
+        """Raise ValueError if not even the cheapest options come down to a budget."""
+        allowance(self._tables, self.total, budget)
+
+    def smallest(self, measure: str) -> float:
+        """The fraction of the whole network's cost that the cheapest options leave."""
+        if not self._tables:
+            return 1.0
+        saved = sum(getattr(t.dense, measure) for t in self._tables.values()) - smallest_total(self._tables, (measure,))[measure]
+        return float(1 - saved / getattr(self.total, measure))
+
+    def plan(self, budget: Budget | None, later: bool = False) -> tuple[Plan, Made]:
+        """A plan for a budget, with the factors that came across for what it chose; `later`: leave errors open that nothing depended on."""
+        with tqdm(total=len(self._tables), desc="judge options", unit="layer", disable=not self.progress) as bar:
+            for working in self._workings.values():
+                working.begun = bar.update  # rules measure what they need, layer by layer
+            if budget is None:
+                return self._written(budget, self._chosen({}), later)
+            allowed = allowance(self._tables, self.total, budget)
+            if budget.latency is None:
+                return self._written(budget, self._chosen(allowed), later)
+            return self._settled(budget, allowed, later)
+
+    def _chosen(self, allowed: Mapping[str, float]) -> Choice:
+        rule, tables = self.settings.rule, self._tables
+        if rule == "energy":
+            return rules.energy(tables, self.settings.energy or 0.0)
+        if rule == "fixed":
+            return rules.fixed(tables, self.settings.rank or 0)
+        if rule == "evbmf":
+            return rules.evbmf(tables)
+        if rule == "budget":  # what was chosen may have been too good to be true: look at it closer, and choose again
+            for _ in range(LOOKS):
+                chosen = rules.least_damage(tables, allowed)
+                looks = [self._workings[name].look_closer(o.scheme, o.rank) for name, o in chosen.items() if o]
+                if not any(looks):
+                    break
+        named = {"budget": rules.least_damage, "equal_error": rules.equal_error, "uniform": rules.uniform}
+        chosen = (rule if callable(rule) else named[rule])(tables, allowed)
+        for name in chosen:
+            if name not in tables:
+                raise ValueError(f"{self.settings.rule_text} chose for {name!r}, which has no option table.{nearest(name, list(tables))}")
+        return {name: chosen.get(name) for name in tables}
+
+    def _settled(self, budget: Budget, allowed: dict[str, float], later: bool) -> tuple[Plan, Made]:
+        """A plan whose stand-in - the cut network with any weights - keeps the time: layers timed alone do not sum up to a network's."""
+        target = (budget.latency or 1.0) * self.total.latency
+        least = smallest_total(self._tables, tuple(allowed))["latency"]
+        best: tuple[float, tuple[Plan, Made]] | None = None
+        for _ in range(SETTLING):
+            choice = self._chosen(allowed)
+            plan, made = self._written(budget, choice, later)
+            tables_say = self.total.latency + sum(
+                option.cost.latency - self._tables[name].dense.latency for name, option in choice.items() if option
+            )
+            dense, after = measure.latency([self.model, _stand_in(self.model, plan)], self.inputs)
+            after *= self.total.latency / dense  # the machine may be busier than when the budget was set
+            timing = Timing(measure.conditions(self.inputs), self.total.latency, after, tables_say)
+            off = abs(after - target) + (target if after > SLACK * target else 0.0)
+            if best is None or off < best[0]:
+                best = off, (replace(plan, timing=timing), made)
+            if target * (2 - SLACK) <= after <= SLACK * target or not plan.cuts:
+                break
+            allowed = {**allowed, "latency": max(allowed["latency"] + target - after, least)}
+        return best[1] if best else self._written(budget, {}, later)
+
+    def _written(self, budget: Budget | None, choice: Choice, later: bool) -> tuple[Plan, Made]:
+        cuts: list[Cut] = []
+        skips = list(self._skips)
+        made: Made = {}
+        by_name = {site.name: site for site in self._sites}
+        for name, option in choice.items():
             if option is None:
-                skips.append(Skip(name, f"left dense - the rule ({settings.rule_text}) found nothing better within its terms."))
+                skips.append(Skip(name, f"left dense - the rule ({self.settings.rule_text}) found nothing better within its terms."))
                 continue
-            site = by_name[name]
+            site, working = by_name[name], self._workings[name]
             if option.error is None and not later:
-                option = replace(option, error=workings[name].measure(option.scheme, option.rank))
-            cuts.append(Cut(name, option.scheme, option.rank, site.spec, site.sizes, option.error))
-            if (option.scheme, option.rank) in workings[name].made:
-                made[name] = workings[name].made[option.scheme, option.rank]
-    order = {layer.name: at for at, layer in enumerate(seen.layers)}
-    skips.sort(key=lambda skip: order[skip.name])
-    shapes = input_shapes(inputs)
-    plan = Plan(tuple(cuts), tuple(skips), shapes, settings.rule_text, settings.budget, seen.total, images is not None)
-    return plan, made
+                option = replace(option, error=working.measure(option.scheme, option.rank))
+            cuts.append(Cut(name, option.scheme, option.rank, site.spec, site.sizes, option.error, option.damage))
+            if (option.scheme, option.rank) in working.made:
+                made[name] = working.made[option.scheme, option.rank]
+        order = {layer.name: at for at, layer in enumerate(self._seen.layers)}
+        skips.sort(key=lambda skip: order[skip.name])
+        shapes, rule = input_shapes(self.inputs), self.settings.rule_text
+        return Plan(tuple(cuts), tuple(skips), shapes, rule, budget, self.total, self.images is not None), made
+
+
+def _stand_in(model: nn.Module, plan: Plan) -> nn.Module:
+    """A network cut as planned whose new links have random weights."""
+    cut = cut_model(model, plan, "empty", {}, progress=False)
+    for name in (c.name for c in plan.cuts):
+        for link in cut.get_submodule(name).children():
+            weight = link.get_parameter("weight")
+            with torch.no_grad():
+                weight.normal_(std=weight[0].numel() ** -0.5)
+    return cut
 
 
 def _select(seen: Survey, settings: Settings) -> tuple[list[ConvSite], list[Skip]]:
@@ -165,19 +269,6 @@ def _select(seen: Survey, settings: Settings) -> tuple[list[ConvSite], list[Skip
         else:
             sites.append(layer)
     return sites, skips
-
-
-def _choose(tables: dict[str, Table], seen: Survey, settings: Settings) -> rules.Choice:
-    if settings.rule == "energy":
-        return rules.energy(tables, settings.energy or 0.0)
-    if settings.rule == "fixed":
-        return rules.fixed(tables, settings.rank or 0)
-    allowed = rules.allowance(tables, seen.total, settings.budget or Budget(macs=0.5))
-    chosen = (settings.rule if callable(settings.rule) else rules.uniform)(tables, allowed)
-    for name in chosen:
-        if name not in tables:
-            raise ValueError(f"{settings.rule_text} chose for {name!r}, which has no option table.{nearest(name, list(tables))}")
-    return {name: chosen.get(name) for name in tables}
 
 
 def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:

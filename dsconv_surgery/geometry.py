@@ -16,19 +16,20 @@ Size = tuple[int, int, int]  # one call's input: batch, height, width; a Linear'
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters and multiply-accumulates (MACs) of a layer or a network.
+    """Parameters, multiply-accumulates (MACs) and, where it was measured, time of a layer or a network.
 
     MACs count convolutions and linear layers as called, for the whole example batch; a bias adds parameters and no MACs.
     """
 
     params: int
     macs: int
+    latency: float = 0.0  # milliseconds
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.params + other.params, self.macs + other.macs)
+        return Cost(self.params + other.params, self.macs + other.macs, self.latency + other.latency)
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(self.params - other.params, self.macs - other.macs)
+        return Cost(self.params - other.params, self.macs - other.macs, self.latency - other.latency)
 
 
 @dataclass(frozen=True)

@@ -53,17 +53,45 @@ def count_macs(run: Callable[[], Any]) -> int:
 
 
 @dataclass(frozen=True)
-class Latency:
-    """Median milliseconds of whole forward passes, taken in turn, and the conditions that they hold for."""
+class Conditions:
+    """What a time holds for."""
 
-    before: float
-    after: float
     threads: int
     batch: int
     dtype: str
     device: str
     memory_format: str
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.threads} threads, {self.dtype}, {self.memory_format}, {self.device}"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median milliseconds of whole forward passes, taken in turn, the conditions that they hold for, and what a plan foresaw."""
+
+    before: float
+    after: float
+    conditions: Conditions
     rounds: int
+    predicted: float | None = None
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+
+def conditions(inputs: Sequence[Any]) -> Conditions:
+    """The inputs' device, dtype, batch and memory format, and torch's current thread count."""
+    first = next(t for t in pytree.tree_leaves(tuple(inputs)) if isinstance(t, Tensor))
+    channels_last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
+    return Conditions(
+        threads=torch.get_num_threads(),
+        batch=first.shape[0] if first.ndim else 1,
+        dtype=str(first.dtype).removeprefix("torch."),
+        device=str(first.device),
+        memory_format="channels_last" if channels_last else "contiguous",
+    )
 
 
 @contextmanager
@@ -150,29 +178,15 @@ def _about_means(sums: Tensor) -> float:
     return float((missed_squares - missed.square() / count).sum()) / variance if variance > 0 else 0.0
 
 
-def latency(before: nn.Module, after: nn.Module, inputs: Sequence[Any], rounds: int = 15) -> Latency:
-    """Time two networks side by side, end to end in evaluation mode, on the inputs' device and torch's current thread count."""
+def latency(models: Sequence[nn.Module], inputs: Sequence[Any], rounds: int = 15) -> list[float]:
+    """Median milliseconds of networks timed side by side, end to end in evaluation mode, on torch's current thread count."""
     threads = torch.get_num_threads()
-    first = next(t for t in pytree.tree_leaves(tuple(inputs)) if isinstance(t, Tensor))
-    times: dict[str, list[float]] = {"before": [], "after": []}
-    timers = {
-        name: Timer("model(*inputs)", globals={"model": model, "inputs": tuple(inputs)}, num_threads=threads)
-        for name, model in (("before", before), ("after", after))
-    }
-    with _evaluating(before, after), torch.inference_mode():
-        for timer in timers.values():  # warm-up; Timer synchronises CUDA itself
+    times: list[list[float]] = [[] for _ in models]
+    timers = [Timer("model(*inputs)", globals={"model": model, "inputs": tuple(inputs)}, num_threads=threads) for model in models]
+    with _evaluating(*models), torch.inference_mode():
+        for timer in timers:  # warm-up; Timer synchronises CUDA itself
             timer.timeit(2)
-        for _ in range(rounds):  # in turn, so that a busy moment of the machine hits both
-            for name, timer in timers.items():
-                times[name].append(1e3 * timer.timeit(1).median)
-    channels_last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
-    return Latency(
-        before=statistics.median(times["before"]),
-        after=statistics.median(times["after"]),
-        threads=threads,
-        batch=first.shape[0] if first.ndim else 1,
-        dtype=str(first.dtype).removeprefix("torch."),
-        device=str(first.device),
-        memory_format="channels_last" if channels_last else "contiguous",
-        rounds=rounds,
-    )
+        for _ in range(rounds):  # in turn, so that a busy moment of the machine hits all
+            for timer, found in zip(timers, times, strict=True):
+                found.append(1e3 * timer.timeit(1).median)
+    return [statistics.median(found) for found in times]

@@ -220,7 +220,7 @@ class Moments:
             if centred:
                 cross = cross - wanted.unsqueeze(2) * mean.unsqueeze(1)
                 spread = spread - wanted.unsqueeze(2) * wanted.unsqueeze(1)
-        return Objective(self.weight.to(dtype), cross.to(dtype), gram.to(dtype), spread, rows=self.as_rows)
+        return Objective(self.weight.to(dtype), cross.to(dtype), gram.to(dtype), spread, rows=self.as_rows, centred=centred)
 
     def means(self, fold: str = "all") -> tuple[Tensor, Tensor]:
         """Of the patches, (g, n), and of the targets, (g, o)."""

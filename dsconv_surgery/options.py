@@ -1,38 +1,53 @@
-"""A layer's options: what each scheme would cost at each rank, and how far off its kernel would be, measured when asked for."""
+"""A layer's options: what each scheme would cost at each rank, how far off it would be, and what that would do to the network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dsconv_surgery import schemes
-from dsconv_surgery.budget import Table
-from dsconv_surgery.geometry import ConvSpec, Cost, Rank, chain_cost
+from dsconv_surgery.budget import Table, Unfolding
+from dsconv_surgery.cache import digest
+from dsconv_surgery.clock import Clock
+from dsconv_surgery.geometry import Cost, Rank, chain_cost
 from dsconv_surgery.graph import ConvSite, Skip
-from dsconv_surgery.schemes import Factors, Objective
+from dsconv_surgery.schemes import Factors
+from dsconv_surgery.sensitivity import Study
 
 PULL = 0.1  # ridge towards the weights, in units of the inputs' mean square, when options are judged on data
+ANCHORS = (0.05, 0.1, 0.18, 0.3, 0.5, 0.8)  # parts of a layer's MACs at which errors and times are measured; interpolated between
+ITERATIONS, WIDE_ITERATIONS, WIDE_SIDE = 20, 5, 1024  # of a fit there, and where a patch is longer than
+PROBES = tuple(np.geomspace(0.6, 0.01, 10))  # errors near which it is measured what they do to the network,
+WIDTH = 0.3  # in log error, over which they are averaged: single ones scatter by half
+NEAR = 1.3  # options whose error is at most so many times that of one that costs no more
+TINY = 1e-9  # errors and damages below are not told apart
 
 
 class Workings:
     """Measures a layer's options, each once, and keeps the factors that it had to find on the way."""
 
-    def __init__(self, layer: str, spec: ConvSpec, weight: Tensor, seen: Callable[[str], Objective] | None = None) -> None:
-        self.layer, self.spec, self.weight, self.seen = layer, spec, weight, seen
+    def __init__(self, site: ConvSite, layer: nn.Module, names: Sequence[str], study: Study) -> None:
+        self.site, self.layer, self.names, self.study = site, layer, names, study
+        self.spec, self.weight = site.spec, layer.get_parameter("weight")
         self.made: dict[tuple[str, Rank], Factors] = {}
         self.begun: Callable[[], object] = lambda: None  # called when a layer's first option is measured
         self._errors: dict[tuple[str, Rank], float] = {}
         self._explained: dict[str, Tensor | None] = {}
+        self._known: list[tuple[float, float]] = []  # errors, and what they do to the network
+        self._tried: dict[tuple[str, Rank], Factors] = {}  # factors at anchors, until it is known what they do to the network
+        self._key: list[Any] = [site.name, str(site.spec), [list(size) for size in site.sizes]]
 
     def bounds(self, name: str, ranks: Sequence[Rank]) -> list[float] | None:
         """Errors of the weights from the scheme's spectrum, upper bounds where that is not exact.
 
         With calibration, they still tell pairs of ranks apart; where there is one rank, nothing is said about it.
         """
-        if self.seen is not None and isinstance(ranks[0], int):
+        if self.study.images is not None and isinstance(ranks[0], int):
             return None
         self._refuse_meta()
         if name not in self._explained:
@@ -53,24 +68,153 @@ class Workings:
 
     def measure(self, name: str, rank: Rank) -> float:
         if (name, rank) not in self._errors:
-            self._refuse_meta()
-            if not self._errors:
-                self.begun()
-            scheme = schemes.get_scheme(name)
-            if self.seen is None:
+            self._begin()
+            if self.study.images is None:
+                scheme = schemes.get_scheme(name)
                 factors = next(schemes.factorize(scheme, self.spec, self.weight, [rank]))
                 self._errors[name, rank] = schemes.relative_error(self.weight, schemes.kernel_of(scheme, self.spec, factors))
             else:
-                objective = self.seen(self.layer)
-                factors = schemes.fit(scheme, self.spec, self.weight, rank, objective.ridged(PULL * max(objective.scale, 1e-12)))
-                self._errors[name, rank] = objective.value(scheme.kernel(replace(self.spec.one_group(), bias=False), factors))
+                self._errors[name, rank], factors = self._fit(name, rank, None, None)
             self.made[name, rank] = {link: factor.to(self.weight.dtype) for link, factor in factors.items()}
         return self._errors[name, rank]
+
+    def estimate(self, name: str, ranks: Sequence[Rank]) -> list[float]:
+        """Errors at many ranks: exact where a spectrum tells them, else measured at `anchors` and interpolated, log against log."""
+        known = self.bounds(name, ranks)
+        if known is not None and self.study.images is None:
+            return known
+        anchors = self.anchors(name)
+        found = self._errors_at(name, anchors)
+        at_anchors = self.bounds(name, anchors)  # of pairs, which do not all compare, the weights' errors tell the order
+        x = [float(rank) if isinstance(rank, int) else 0.0 for rank in anchors] if at_anchors is None else [-e for e in at_anchors]
+        asked = [float(rank) if isinstance(rank, int) else 0.0 for rank in ranks] if known is None else [-e for e in known]
+        scale = np.log if at_anchors is None else _log_of_error
+        order = np.argsort(x)
+        errors = np.minimum.accumulate(np.log(np.maximum(np.array(found)[order], TINY)))
+        return np.exp(_along(scale(np.array(x)[order]), errors, scale(np.array(asked)))).clip(0.0, 1.0).tolist()
+
+    def anchors(self, name: str) -> list[Rank]:
+        """The ranks at which a scheme's errors are measured: its cheapest, and those nearest below parts of the layer's MACs."""
+        scheme = schemes.get_scheme(name)
+        block = replace(self.spec.one_group(), bias=False)
+        offers: list[tuple[Rank, float]] = []
+        for rank in scheme.ranks(block):
+            part = chain_cost(schemes.chain_of(scheme, self.spec, rank), self.site.sizes).macs / max(self.site.cost.macs, 1)
+            if part < 1 or not offers:
+                offers.append((rank, part))
+            elif isinstance(rank, int):
+                break
+        bounds = None if isinstance(offers[0][0], int) else self.bounds(name, [rank for rank, _ in offers])
+        chosen: dict[Rank, None] = {offers[0][0]: None}
+        for fraction in ANCHORS:
+            within = [at for at, (_, part) in enumerate(offers) if part <= fraction]
+            if within:  # of pairs the one that the weights like best
+                chosen[offers[within[-1] if bounds is None else min(within, key=bounds.__getitem__)][0]] = None
+        return sorted(chosen)
+
+    def damage(self, errors: Sequence[float]) -> list[float]:
+        """What errors do to the network's outputs, log against log between errors at which that was measured."""
+        if self.study.images is None:
+            return list(errors)
+        found = self._probes()
+        if len(found) < 2:
+            return list(errors)
+        at = np.log(np.maximum(np.array(errors), TINY))
+        x, y = np.log(np.maximum(np.array(found), TINY)).T
+        harm = np.exp(_smooth(x, y, at))
+        return [float(h) if error > TINY else 0.0 for h, error in zip(harm, errors, strict=True)]
+
+    def unfoldings(self, name: str) -> list[Unfolding]:
+        """For tucker: of the kernel by input channel and by output channel; of groups, the one whose values are largest."""
+        if name != "tucker":
+            raise ValueError(f"{self.site.name}: unfoldings are known for tucker, not for {name!r}.")
+        self._refuse_meta()
+        tensor = schemes.kernel_tensor(self.spec, self.weight).flatten(3)
+        found: list[Unfolding] = []
+        for matrix in (tensor.transpose(1, 2).flatten(2), tensor.flatten(2)):
+            values = torch.linalg.svdvals(matrix)
+            found.append((values[int(values.sum(1).argmax())].tolist(), (matrix.shape[1], matrix.shape[2])))
+        return found
+
+    def _errors_at(self, name: str, anchors: list[Rank]) -> list[float]:
+        place = [self.study.digest] if self.study.images is not None else [digest(self.weight)]
+        ranks = [list(rank) if isinstance(rank, tuple) else rank for rank in anchors]
+        return list(self.study.cache.get("errors", [*place, *self._key, name, ranks], lambda: self._fit_all(name, anchors)))
+
+    def _fit_all(self, name: str, anchors: list[Rank]) -> list[float]:
+        """At each anchor, the factors of the weights alone to start with."""
+        self._begin()
+        scheme = schemes.get_scheme(name)
+        rough = self.study.images is not None
+        errors: list[float] = []
+        for rank, start in zip(anchors, schemes.factorize(scheme, self.spec, self.weight, anchors, rough=rough), strict=True):
+            if not rough:
+                errors.append(schemes.relative_error(self.weight, schemes.kernel_of(scheme, self.spec, start)))
+                continue
+            wide = self.weight[0].numel() > WIDE_SIDE
+            error, factors = self._fit(name, rank, start, WIDE_ITERATIONS if wide else ITERATIONS)
+            errors.append(error)
+            self._tried[name, rank] = {link: factor.float() for link, factor in factors.items()}
+        return errors
+
+    def _fit(self, name: str, rank: Rank, start: Factors | None, iterations: int | None) -> tuple[float, Factors]:
+        scheme, objective = schemes.get_scheme(name), self.study.objective(self.site.name)
+        ridged = objective.ridged(PULL * max(objective.scale, 1e-12))
+        factors = schemes.fit(scheme, self.spec, self.weight, rank, ridged, start=start, iterations=iterations)
+        return objective.value(scheme.kernel(replace(self.spec.one_group(), bias=False), factors)), factors
+
+    def look_closer(self, name: str, rank: Rank) -> bool:
+        """Measure what an option does to the network, unless that is known of one with nearly its error; whether it was not."""
+        if self.study.images is None:
+            return False
+        (error,) = self.estimate(name, [rank])
+        if any(abs(np.log(max(error, TINY) / max(known, TINY))) < WIDTH / 4 for known, _ in self._probes()):
+            return False
+        key = [self.study.digest, *self._key, name, list(rank) if isinstance(rank, tuple) else rank]
+        self._known.append(tuple(self.study.cache.get("effect", key, lambda: [error, self._effect(name, rank)])))
+        return True
+
+    def _probes(self) -> list[tuple[float, float]]:
+        """Pairs of an error of this layer and what it does to the network."""
+        if not self._known:
+            found = self.study.cache.get("damage", [self.study.digest, *self._key, sorted(self.names)], self._damages)
+            self._known = [(error, harm) for error, harm in found]
+            self._tried.clear()
+        return self._known
+
+    def _effect(self, name: str, rank: Rank) -> float:
+        factors = self._tried[name, rank] if (name, rank) in self._tried else self._fit(name, rank, None, ITERATIONS)[1]
+        links = schemes.build(schemes.chain_of(schemes.get_scheme(name), self.spec, rank), self.layer, factors)
+        return self.study.divergence(self.site.name, links)
+
+    def _damages(self) -> list[tuple[float, float]]:
+        """The same, first of all for options with errors near `PROBES` that cost about the least for them."""
+        every: list[tuple[float, str, Rank, Cost]] = []
+        for name in self.names:
+            scheme = schemes.get_scheme(name)
+            if schemes.refusal(scheme, self.spec) is None:
+                anchors = self.anchors(name)
+                for rank, error in zip(anchors, self._errors_at(name, anchors), strict=True):
+                    every.append((error, name, rank, chain_cost(schemes.chain_of(scheme, self.spec, rank), self.site.sizes)))
+
+        def beaten(option: tuple[float, str, Rank, Cost], measure: str) -> bool:
+            cost = getattr(option[3], measure)
+            return any(other[0] * NEAR < option[0] and getattr(other[3], measure) <= cost for other in every)
+
+        # Of one error, schemes do different harm: look at those that may be chosen.
+        every = [option for option in every if not (beaten(option, "macs") and beaten(option, "params"))]
+        chosen = {min(every, key=lambda option: abs(np.log(max(option[0], TINY) / probe))): None for probe in PROBES}
+        return [(error, self._effect(name, rank)) for error, name, rank, _ in chosen]
+
+    def _begin(self) -> None:
+        self._refuse_meta()
+        if not self._errors and not self._tried:
+            self.begun()
 
     def _refuse_meta(self) -> None:
         if self.weight.is_meta:
             raise ValueError(
-                f"{self.layer}: its weights are on the meta device: there is nothing to measure an option's error on. Plan on a model "
+                f"{self.site.name}: its weights are on the meta device: there is nothing to measure an option's error on. Plan on a model "
                 "that has its weights; that plan then fits this one too, with apply_plan(model, plan, init='empty')."
             )
 
@@ -80,12 +224,24 @@ def options_of(
     module: nn.Module,
     names: Sequence[str],
     measures: Sequence[str],
-    seen: Callable[[str], Objective] | None = None,
+    study: Study,
+    clock: Clock | None = None,
+    multiple: int = 1,
 ) -> tuple[Table, Workings] | Skip:
-    """The options of a layer, judged by its outputs on data where `seen` has the objective for it; or why it has none."""
+    """The options of a layer that cost less than it does by all measures; or why it has none.
+
+    Args:
+        names: schemes to offer.
+        measures: "macs", "params" and, with a clock, "latency".
+        study: what is known of the network, and of data.
+        clock: to time options with; they are timed at the anchors, and between those by their MACs.
+        multiple: offer only ranks at which every link but the last has a multiple of so many channels.
+    """
     weight = module.get_parameter("weight")
     if not weight.is_meta:
         check_finite(site.name, weight)
+    workings = Workings(site, module, names, study)
+    dense = site.cost if clock is None else replace(site.cost, latency=clock.time({"dense": site.spec}, site.sizes))
     offers: dict[str, list[tuple[Rank, Cost]]] = {}
     refusals: dict[str, str] = {}
     least: tuple[Cost, str, Rank] | None = None
@@ -96,25 +252,78 @@ def options_of(
             refusals[name] = why
             continue
         block = replace(site.spec.one_group(), bias=False)
-        cheaper: list[tuple[Rank, Cost]] = []
+        every: list[tuple[Rank, Cost]] = []
         for rank in scheme.ranks(block):
-            cost = chain_cost(schemes.chain_of(scheme, site.spec, rank), site.sizes)
+            chain = schemes.chain_of(scheme, site.spec, rank)
+            cost = chain_cost(chain, site.sizes)
             if least is None or cost.macs < least[0].macs:
                 least = (cost, name, rank)
-            if all(getattr(cost, m) < getattr(site.cost, m) for m in measures):
-                cheaper.append((rank, cost))
-            elif isinstance(rank, int):
-                break  # cost grows with rank
-        if cheaper:
-            offers[name] = sorted(cheaper, key=lambda offer: (offer[1].macs, offer[1].params))
+            if any(getattr(cost, m) >= getattr(dense, m) for m in measures if m != "latency"):
+                if isinstance(rank, int):
+                    break  # cost grows with rank
+                continue
+            if all(link.out_channels % multiple == 0 for link in list(chain.values())[:-1]):
+                every.append((rank, cost))
+        if clock is not None:
+            every = [(rank, cost) for rank, cost in _timed(name, every, site, workings, clock) if cost.latency < dense.latency]
+        if every:
+            offers[name] = sorted(every, key=lambda offer: (offer[1].macs, offer[1].params))
     if not offers:
         if least is None:
             return Skip(site.name, "left dense - " + "; ".join(f"{name}: {why}" for name, why in refusals.items()))
         cost, name, rank = least
+        if clock is not None and all(getattr(cost, m) < getattr(dense, m) for m in measures if m != "latency"):
+            return Skip(site.name, f"left dense - nothing was faster than the layer itself ({dense.latency:.3f} ms) on this machine.")
         costs_text = f"costs {cost.macs:,} MACs and {cost.params:,} parameters, the layer {site.cost.macs:,} and {site.cost.params:,}."
         return Skip(site.name, f"left dense - {name} at rank {rank} already {costs_text}")
-    workings = Workings(site.name, site.spec, weight, seen)
-    return Table(site.name, site.cost, offers, workings.measure, workings.bounds), workings
+    return Table(site.name, dense, offers, workings), workings
+
+
+def _timed(name: str, offers: list[tuple[Rank, Cost]], site: ConvSite, workings: Workings, clock: Clock) -> list[tuple[Rank, Cost]]:
+    """Offers with their milliseconds: measured for those nearest the anchors, in between by MACs."""
+    if not offers:
+        return []
+    offers = sorted(offers, key=lambda offer: offer[1].macs)
+    bounds = None if isinstance(offers[0][0], int) else workings.bounds(name, [rank for rank, _ in offers])
+    if bounds is not None:  # of pairs, those that nothing cheaper is better than
+        best = np.minimum.accumulate(np.append(np.inf, bounds))[:-1]
+        offers = [offer for offer, bound, before in zip(offers, bounds, best, strict=True) if bound < before]
+    macs = np.array([float(cost.macs) for _, cost in offers])
+    chosen = sorted({0, len(offers) - 1, *(int(np.abs(macs - part * site.cost.macs).argmin()) for part in ANCHORS)})
+    scheme = schemes.get_scheme(name)
+    times = [clock.time(schemes.chain_of(scheme, site.spec, offers[at][0]), site.sizes) for at in chosen]
+    return [(rank, replace(cost, latency=float(ms))) for (rank, cost), ms in zip(offers, np.interp(macs, macs[chosen], times), strict=True)]
+
+
+def _log_of_error(negative: Any) -> Any:
+    """Errors, given as their negatives so that they rise with quality, on a logarithmic scale."""
+    return -np.log(np.maximum(-negative, TINY))
+
+
+def _smooth(x: Any, y: Any, at: Any) -> Any:
+    """Local linear regression of y on x, both logarithms, never falling; below the least x with slope 1."""
+    grid = np.linspace(x.min(), max(x.max(), x.min() + 1e-6), 100)
+    off = x - grid[:, None]
+    weight = np.exp(-0.5 * (off / WIDTH) ** 2) + 1e-9
+    # Of slopes, 1.5 is what there is before any measurement.
+    moments = [(weight * off**k).sum(1) for k in range(3)]
+    moments[2] += 0.05
+    seen = [(weight * y).sum(1), (weight * off * y).sum(1) + 0.05 * 1.5]
+    level = (moments[2] * seen[0] - moments[1] * seen[1]) / (moments[0] * moments[2] - moments[1] ** 2)
+    return _along(grid, np.maximum.accumulate(level), at, slope=1.0)
+
+
+def _along(x: Any, y: Any, at: Any, slope: float | None = None) -> Any:
+    """Piecewise linear through (x, y), x rising; beyond the ends with the slope of the last piece, or another one below the first."""
+    x, first = np.unique(x, return_index=True)
+    y = y[first]
+    if len(x) == 1:
+        return np.full(np.shape(at), y[0]) + (slope or 0.0) * (at - x[0])
+    inner = np.interp(at, x, y)
+    low = y[0] + (slope if slope is not None else (y[1] - y[0]) / (x[1] - x[0])) * (at - x[0])
+    last = (y[-1] - y[-2]) / (x[-1] - x[-2])
+    high = y[-1] + (last if slope is None else max(last, slope)) * (at - x[-1])
+    return np.where(at < x[0], low, np.where(at > x[-1], high, inner))
 
 
 def check_finite(name: str, weight: Tensor) -> None:

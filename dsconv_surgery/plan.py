@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.geometry import ConvSpec, Cost, Rank, Size, chain_cost
 from dsconv_surgery.graph import Skip
+from dsconv_surgery.measure import Conditions
 from dsconv_surgery.schemes import chain_of, check_rank, get_scheme
 from dsconv_surgery.text import nearest, parse_json, text_table
 
@@ -27,6 +28,7 @@ class Cut:
     spec: ConvSpec
     sizes: tuple[Size, ...]
     error: float | None = None  # squared and relative, of the weights, or of outputs on calibration images; None: known once cut
+    damage: float | None = None  # what the rule took it to do to the network's outputs, in nats for classifiers
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
@@ -47,6 +49,18 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """Milliseconds of the whole network that a plan was made by, and the conditions that they hold for."""
+
+    conditions: Conditions
+    before: float
+    after: float  # of the network cut so, with any weights
+    tables: float  # what the layers' times, each by itself, sum up to
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is to be done to a network: cuts, layers left as they are with the reason, and how it was decided."""
 
@@ -57,6 +71,7 @@ class Plan:
     budget: Budget | None
     total: Cost  # of the dense network
     calibrated: bool = False  # errors are of outputs on calibration images, and cutting needs some, too
+    timing: Timing | None = None  # where latency was limited
     format_version: int = FORMAT_VERSION
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -80,10 +95,12 @@ class Plan:
         if name not in [cut.name for cut in self.cuts]:
             raise ValueError(f"{name}: no cut of this name.{nearest(name, [cut.name for cut in self.cuts])} {_why_left(self, name)}")
         cuts = tuple(
-            replace(cut, scheme=scheme or cut.scheme, rank=cut.rank if rank is None else rank, error=None) if cut.name == name else cut
+            replace(cut, scheme=scheme or cut.scheme, rank=cut.rank if rank is None else rank, error=None, damage=None)
+            if cut.name == name
+            else cut
             for cut in self.cuts
         )
-        return replace(self, cuts=cuts, rule=_edited(self.rule))
+        return replace(self, cuts=cuts, rule=_edited(self.rule), timing=None)
 
     def without(self, pattern: str) -> Plan:
         """A plan that leaves alone the layers whose name matches a shell-style pattern, such as "layer1.*".
@@ -95,7 +112,9 @@ class Plan:
         if not out:
             raise ValueError(f"no cut matches {pattern!r}.{nearest(pattern, [cut.name for cut in self.cuts])}")
         skips = tuple(Skip(name, f"taken out by hand ({pattern!r}).") for name in sorted(out))
-        return replace(self, cuts=tuple(c for c in self.cuts if c.name not in out), skips=self.skips + skips, rule=_edited(self.rule))
+        return replace(
+            self, cuts=tuple(c for c in self.cuts if c.name not in out), skips=self.skips + skips, rule=_edited(self.rule), timing=None
+        )
 
     def to_json(self) -> str:
         return _ADAPTER.dump_json(self, indent=1).decode() + "\n"

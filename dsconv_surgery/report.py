@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from dsconv_surgery import graph, measure, schemes
+from dsconv_surgery.budget import Budget
 from dsconv_surgery.feed import check_runs
 from dsconv_surgery.geometry import Cost, Rank
 from dsconv_surgery.graph import Skip
@@ -45,6 +46,18 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Try:
+    """A budget on the way to the smallest network within a drop, what that network cost, and its score."""
+
+    budget: Budget
+    cost: Cost
+    score: float
+    within: bool
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
 class Report:
     """Two networks compared: parameters (all), MACs (convolutions and linear layers as called, for the whole example batch)."""
 
@@ -55,6 +68,7 @@ class Report:
     remainder_macs_after: int
     latency: Latency | None = None
     fidelity: Fidelity | None = None
+    tries: tuple[Try, ...] = ()
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
@@ -116,10 +130,14 @@ class Report:
             same = f", same top class {100 * f.agreement:.2f} %" if f.agreement is not None else ""
             nats = f", divergence {f.divergence:.4f} nats" if f.divergence is not None else ""
             lines.append(f"outputs on {f.images:,} images: squared relative error {f.error:.4f}{same}{nats}")
+        for one in self.tries:
+            within = "within the drop" if one.within else "too low"
+            lines.append(f"tried {one.budget}: parameters {one.cost.params:,}, MACs {one.cost.macs:,}, score {one.score:g}, {within}")
         if self.latency:
             t = self.latency
-            settings = f"batch {t.batch}, {t.threads} threads, {t.dtype}, {t.memory_format}, {t.device}, median of {t.rounds}"
-            lines.append(f"latency {t.before:.2f} -> {t.after:.2f} ms ({t.before / t.after:.2f}x faster; {settings})")
+            foreseen = "" if t.predicted is None else f"; predicted {t.predicted:.2f} ms"
+            settings = f"{t.conditions}, median of {t.rounds}"
+            lines.append(f"latency {t.before:.2f} -> {t.after:.2f} ms ({t.before / t.after:.2f}x faster{foreseen}; {settings})")
         return lines
 
 
@@ -153,7 +171,7 @@ def compare(
         >>> print(compare(model, small, torch.rand(1, 3, 32, 32), plan=plan))
     """
     dense, cut = graph.survey(before, *example_inputs), graph.survey(after, *example_inputs)
-    timing = measure.latency(before, after, example_inputs) if latency else None
+    timing = _timed(before, after, example_inputs, plan) if latency else None
     cuts = {c.name: c for c in plan.cuts} if plan else {}
     if plan:
         check_cut(after, plan)
@@ -179,6 +197,11 @@ def compare(
         terms = degeneracy(chosen, chain) if known else None
         rows.append(Row(name, dense.costs[name], now, chosen.scheme, chosen.rank, error, None, output_error, terms))
     return Report(tuple(rows), dense.total, cut.total, dense.remainder_macs, cut.remainder_macs, timing, near)
+
+
+def _timed(before: nn.Module, after: nn.Module, inputs: Sequence[Any], plan: Plan | None, rounds: int = 15) -> Latency:
+    dense, cut = measure.latency([before, after], inputs, rounds)
+    return Latency(dense, cut, measure.conditions(inputs), rounds, plan.timing.after if plan and plan.timing else None)
 
 
 def _cost_under(name: str, costs: dict[str, Cost]) -> Cost:

@@ -35,6 +35,12 @@ _define_torchvision_operators()
 
 
 @pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests neither read nor fill the user's cache; each begins with an empty one."""
+    monkeypatch.setenv("DSCONV_SURGERY_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
 def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     threads = torch.get_num_threads()

@@ -116,9 +116,9 @@ def kernel_tensor(spec: ConvSpec, weight: Tensor) -> Tensor:
     return weight.detach().to(device, torch.float64).reshape(spec.groups, -1, *spec.weight_shape[1:])
 
 
-def factorize(scheme: Scheme, spec: ConvSpec, weight: Tensor, ranks: Sequence[Rank]) -> Iterator[Factors]:
-    """Factors of a whole layer for ascending ranks, in float64; `weight` is the layer's own."""
-    return scheme.factorize(_block(spec), kernel_tensor(spec, weight), list(ranks))
+def factorize(scheme: Scheme, spec: ConvSpec, weight: Tensor, ranks: Sequence[Rank], rough: bool = False) -> Iterator[Factors]:
+    """Factors of a whole layer for ascending ranks, in float64; `weight` is the layer's own; `rough`: to start a search with."""
+    return scheme.factorize(_block(spec), kernel_tensor(spec, weight), list(ranks), rough)
 
 
 def fit(
@@ -143,7 +143,7 @@ def fit(
     """
     block = _block(spec)
     if start is None:
-        start = next(factorize(scheme, spec, weight, [rank]))
+        start = next(factorize(scheme, spec, weight, [rank], rough=True))
     if rank == scheme.full_rank(block):
         iterations = 0  # exact already, for any kernel
     links = list(scheme.chain(block, rank).values())

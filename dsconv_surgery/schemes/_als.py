@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 SWEEPS = 200  # at most,
+ROUGH_SWEEPS = 10  # to start a search for data with, which ends lower from here than from where more sweeps lead
 WIDE_SWEEPS = 40  # or this many in wide layers, in float32, where a sweep takes long:
 WIDE = 2 * 10**7  # multiply-accumulates of one of its two large products
 STALL = 3e-4  # stop when the last ten sweeps lowered the squared error by less than this share of it per sweep
@@ -51,7 +52,7 @@ class Terms:
         return _terms(factor * (share / norm) for factor, norm in zip(self.factors, norms, strict=True))
 
 
-def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full_rank: int) -> Iterator[Terms]:
+def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full_rank: int, rough: bool = False) -> Iterator[Terms]:
     """CP terms of (g, o, i, k) for each of the ascending ranks, never worse than those of the rank before.
 
     The squared error is taken under `E[x_i x_j] = (1 - c) [i = j] + c` (c = COMMON), not under the identity: after a ReLU all
@@ -63,6 +64,7 @@ def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full
         tap_shape: (k,) for one factor of taps, (height, width) for two.
         ranks: terms per group.
         full_rank: from here on the exact, unfactored form is written down.
+        rough: stop after a few sweeps.
     """
     found: Terms | None = None
     strength = (1 + tensor.shape[2] * COMMON / (1 - COMMON)) ** 0.5
@@ -79,9 +81,9 @@ def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full
         else:  # what is there already, and the strongest of what it leaves
             further = _slice_terms(tensor - found.kernel(), tap_shape, rank - found.inputs.shape[-1])
             start = _terms(torch.cat(both, -1) for both in zip(found.factors, further.factors, strict=True))
-        better = _common_mean(_sweep_until_stalled(emphasised, _common_mean(start, strength).balanced()), 1 / strength).balanced()
+        better = _common_mean(_sweep_until_stalled(emphasised, _common_mean(start, strength).balanced(), rough), 1 / strength).balanced()
         if found is not None and _error(tensor, better) > _error(tensor, found):
-            better = _sweep_until_stalled(tensor, start.balanced())  # plain error, which is what is reported, must never grow
+            better = _sweep_until_stalled(tensor, start.balanced(), rough)  # plain error, which is what is reported, must never grow
         found = better
         yield found
 
@@ -137,7 +139,7 @@ def _pick(rows: Tensor, chosen: Tensor) -> Tensor:
     return rows.gather(1, chosen.unsqueeze(-1).expand(-1, -1, rows.shape[2])).mT
 
 
-def _sweep_until_stalled(tensor: Tensor, start: Terms) -> Terms:
+def _sweep_until_stalled(tensor: Tensor, start: Terms, rough: bool) -> Terms:
     """Extrapolated alternating least squares; what is returned explains the tensor at least as well as the start."""
     norm = float(tensor.square().sum())
     if norm == 0:
@@ -149,7 +151,7 @@ def _sweep_until_stalled(tensor: Tensor, start: Terms) -> Terms:
     best = _terms(factor.to(tensor.dtype) for factor in start.factors)
     best_error = _error(tensor, best) / norm
     point, momentum, history = best, MOMENTUM_START, [best_error]
-    for _ in range(WIDE_SWEEPS if wide else SWEEPS):
+    for _ in range(ROUGH_SWEEPS if rough else WIDE_SWEEPS if wide else SWEEPS):
         found, explained = _sweep(by_output, by_input, point, 1 if wide else 2)
         error = 1 - explained / norm
         if error < best_error:

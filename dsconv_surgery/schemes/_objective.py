@@ -25,6 +25,7 @@ class Objective:
     spread: Tensor  # E[t t^T] + ridge W W^T: (g, o, o)
     ridge: float = 0.0
     rows: bool = False
+    centred: bool = False  # p and t are about their means
 
     @cached_property
     def energy(self) -> float:

@@ -39,8 +39,11 @@ class Scheme(Protocol):
         """The links in running order; their names become the submodules'."""
         ...
 
-    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank]) -> Iterator[Factors]:
-        """Factors for each rank in turn (ascending), from one decomposition or each starting at the one before."""
+    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
+        """Factors for each rank in turn (ascending), from one decomposition or each starting at the one before.
+
+        `rough`: good enough to start a search for data with; a scheme that iterates may stop early.
+        """
         ...
 
     def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> Factors | None:

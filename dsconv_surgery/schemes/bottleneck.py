@@ -31,7 +31,7 @@ class Bottleneck:
         r = whole(rank)
         return {"reduce": replace(spec, out_channels=r), "expand": ConvSpec(r, spec.out_channels, kind=spec.kind)}
 
-    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank]) -> Iterator[Factors]:
+    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
         for left, right in _low_rank.truncated(weight.flatten(2), [whole(rank) for rank in ranks]):
             yield {"reduce": right[..., None, None], "expand": left[..., None, None]}
 

@@ -37,8 +37,8 @@ class CP:
             "expand": ConvSpec(r, spec.out_channels),
         }
 
-    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank]) -> Iterator[Factors]:
-        for terms in _als.decompose(weight.flatten(3), (spec.taps,), [whole(rank) for rank in ranks], self.full_rank(spec)):
+    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
+        for terms in _als.decompose(weight.flatten(3), (spec.taps,), [whole(rank) for rank in ranks], self.full_rank(spec), rough):
             (taps,) = terms.taps
             yield {
                 "reduce": terms.inputs.mT[..., None, None],
@@ -84,8 +84,8 @@ class SplitCP:
             "expand": ConvSpec(r, spec.out_channels),
         }
 
-    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank]) -> Iterator[Factors]:
-        for terms in _als.decompose(weight.flatten(3), spec.kernel, [whole(rank) for rank in ranks], self.full_rank(spec)):
+    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
+        for terms in _als.decompose(weight.flatten(3), spec.kernel, [whole(rank) for rank in ranks], self.full_rank(spec), rough):
             along_height, along_width = terms.taps
             yield {
                 "reduce": terms.inputs.mT[..., None, None],

@@ -35,7 +35,7 @@ class Depthwise:
             "pointwise": ConvSpec(wide, spec.out_channels),
         }
 
-    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank]) -> Iterator[Factors]:
+    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
         for left, right in _low_rank.truncated(self._slices(weight), [whole(rank) for rank in ranks]):
             yield {
                 "depthwise": right.flatten(1, 2).unsqueeze(2).unflatten(3, weight.shape[3:]),
@@ -82,7 +82,7 @@ class PointwiseDepthwise:
             "depthwise": replace(spec, in_channels=wide, groups=o),
         }
 
-    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank]) -> Iterator[Factors]:
+    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
         for left, right in _low_rank.truncated(weight.flatten(3), [whole(rank) for rank in ranks]):
             yield {
                 "pointwise": left.mT.flatten(1, 2)[..., None, None],

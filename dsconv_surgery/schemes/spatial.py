@@ -32,7 +32,7 @@ class Spatial:
         vertical, horizontal = split_taps(spec)
         return {"vertical": replace(vertical, out_channels=r), "horizontal": replace(horizontal, in_channels=r)}
 
-    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank]) -> Iterator[Factors]:
+    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
         _, o, i, kh, kw = weight.shape
         for left, right in _low_rank.truncated(self._unfolding(weight), [whole(rank) for rank in ranks]):
             yield {

@@ -44,7 +44,7 @@ class Tucker:
             "expand": ConvSpec(q, spec.out_channels),
         }
 
-    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank]) -> Iterator[Factors]:
+    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
         tensor = weight.flatten(3)  # g, o, i, k
         energy = float(tensor.square().sum())
         first_in, first_out = _basis(tensor.transpose(1, 2)), _basis(tensor)

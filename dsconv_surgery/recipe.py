@@ -1,0 +1,181 @@
+"""A recipe: everything that a compression needs but the network and the images, as a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tomli_w
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from dsconv_surgery.budget import Budget
+from dsconv_surgery.decide import Settings
+from dsconv_surgery.geometry import Rank
+from dsconv_surgery.moments import Calibration
+from dsconv_surgery.pipeline import Compressed, compress
+from dsconv_surgery.text import nearest, parse_json
+
+HOMES = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a clone
+
+
+@dataclass(frozen=True)
+class Images:
+    """How calibration images are used: how many of those given, and `Calibration`'s settings."""
+
+    images: int = 512
+    patches: int = 2**17
+    memory: int = 2**31
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to cut, how, and by how much: `compress`'s keywords, kept in a file.
+
+    Args:
+        description: a sentence for people.
+        model: torchvision:NAME, timm:NAME or package.module:callable, for the command line.
+        input: shape of the example input, batch first, for the command line.
+        budget, schemes, rule, energy, rank, include, exclude, multiple, max_drop: as for `compress`.
+        calibration: how to use calibration images, which then have to be given; none to go by the weights.
+        seed: of whatever is drawn.
+
+    Raises:
+        ValueError: settings that do not fit each other.
+
+    Example:
+        >>> small = Recipe.load("resnet18-half-macs").run(model, torch.rand(1, 3, 224, 224), calibration=batches)
+    """
+
+    description: str = ""
+    model: str = ""
+    input: tuple[int, ...] = (1, 3, 224, 224)
+    budget: Budget | None = None
+    schemes: tuple[str, ...] | None = None
+    rule: str = "budget"
+    energy: float | None = None
+    rank: Rank | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    multiple: int | None = None
+    max_drop: float | None = None
+    calibration: Images | None = field(default=None)
+    seed: int = 0
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        Settings(self.budget, self.schemes, self.rule, self.energy, self.rank, self.include, self.exclude, self.multiple)
+
+    def run(
+        self,
+        model: nn.Module,
+        *example_inputs: Any,
+        calibration: Iterable[Any] | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        cache: bool | str | Path = True,
+        progress: bool = False,
+    ) -> Compressed:
+        """`compress` with this recipe's settings.
+
+        Args:
+            model, example_inputs, cache, progress: as for `compress`.
+            calibration: batches of unlabelled images, where the recipe asks for some; no more than it says are used.
+            evaluate: a network's score, where the recipe has a `max_drop`.
+
+        Raises:
+            ValueError: images or a score that the recipe asks for are not given, or given where it asks for none.
+
+        Example:
+            >>> small = Recipe(budget=Budget(macs=0.5)).run(model, torch.rand(1, 3, 224, 224))
+        """
+        if (self.calibration is None) != (calibration is None):
+            asks = "no calibration images" if self.calibration is None else f"{self.calibration.images} calibration images"
+            raise ValueError(f"recipe: it asks for {asks}; found calibration={'none' if calibration is None else 'some'}.")
+        images: Calibration | None = None
+        if self.calibration is not None and calibration is not None:
+            few = calibration if iter(calibration) is calibration else _First(calibration, self.calibration.images)
+            images = Calibration(few, self.calibration.patches, self.calibration.memory, self.seed)
+        return compress(
+            model,
+            *example_inputs,
+            budget=self.budget,
+            schemes=self.schemes,
+            rule=self.rule,
+            energy=self.energy,
+            rank=self.rank,
+            include=self.include,
+            exclude=self.exclude,
+            calibration=images,
+            multiple=self.multiple,
+            max_drop=self.max_drop,
+            evaluate=evaluate,
+            cache=cache,
+            progress=progress,
+        )
+
+    def to_toml(self) -> str:
+        """As `load` reads it; what is as it would be anyway is left out."""
+        plain = asdict(Recipe())
+        return tomli_w.dumps(_without_none({key: value for key, value in asdict(self).items() if value != plain[key]}))
+
+    @classmethod
+    def from_toml(cls, text: str, what: str = "recipe") -> Recipe:
+        """Read TOML; ValueError says what is wrong, where, and the nearest known key."""
+        try:
+            found = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{what}: not TOML: {error}.") from None
+        return parse_json(_ADAPTER, _ADAPTER_ANY.dump_json(found), what)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Recipe:
+        """Read a TOML file, or a recipe that comes with the library, by its name (see `Recipe.known`)."""
+        path = Path(name_or_path)
+        if not path.exists() and path.suffix != ".toml":
+            known = cls.known()
+            if str(name_or_path) not in known:
+                raise ValueError(f"recipe {str(name_or_path)!r}: no such file or recipe.{nearest(str(name_or_path), known)}")
+            path = known[str(name_or_path)]
+        return cls.from_toml(path.read_text(), str(name_or_path))
+
+    @staticmethod
+    def known() -> dict[str, Path]:
+        """The recipes that come with the library: names, and files."""
+        return {path.stem: path for home in HOMES for path in sorted(home.glob("*.toml"))}
+
+    @staticmethod
+    def schema() -> dict[str, Any]:
+        """The JSON schema of a recipe's file."""
+        return _ADAPTER.json_schema()
+
+
+class _First:
+    """The first so many images of batches that can be gone through again."""
+
+    def __init__(self, batches: Iterable[Any], count: int) -> None:
+        self._batches, self._count = batches, count
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        left = self._count
+        for batch in self._batches:
+            inputs = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+            if left <= 0:
+                return
+            yield tuple(t[:left] if isinstance(t, Tensor) else t for t in inputs)
+            left -= len(inputs[0]) if inputs and isinstance(inputs[0], Tensor) else 0
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+_ADAPTER = TypeAdapter(Recipe)
+_ADAPTER_ANY = TypeAdapter(Any)

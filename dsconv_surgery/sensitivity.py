@@ -1,0 +1,112 @@
+"""What is known of a network while its layers' options are judged: what they see on images, and what their errors do to its outputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dsconv_surgery import graph
+from dsconv_surgery.cache import Cache, digest
+from dsconv_surgery.feed import on_device
+from dsconv_surgery.graph import ConvSite
+from dsconv_surgery.measure import detached
+from dsconv_surgery.moments import Images
+from dsconv_surgery.schemes import Objective
+from dsconv_surgery.walk import layer_moments
+
+PROBED, PROBED_NUMBERS = 256, 2**23  # images at most, and numbers in them, on which an error's effect is measured
+
+
+class Study:
+    """A network, calibration images if there are some, and a cache for what is found out about them.
+
+    Args:
+        model: not changed.
+        sites: the layers that options are judged for.
+        images: None to judge by weights alone.
+        cache: where results are kept.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[ConvSite], images: Images | None, cache: Cache) -> None:
+        self._model, self.images, self.cache = model, images, cache
+        self._objective = None if images is None else layer_moments(model, images, sites)
+
+    def objective(self, name: str) -> Objective:
+        """What a layer should give on the images, given what it sees in the dense network."""
+        if self._objective is None:
+            raise ValueError("there are no calibration images to judge by.")
+        return self._objective(name)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the network - weights, structure and, where it can be traced, what it computes - and of the images and how they are used."""
+        parts: list[Tensor | str] = [str(self._model)]
+        for name, value in self._model.state_dict().items():
+            parts += [name, value if isinstance(value, Tensor) else repr(value)]
+        try:
+            parts.append(graph.traced(copy.deepcopy(self._model, detached(self._model)).eval()).code)
+        except Exception:  # whatever stands against tracing
+            parts.append("not traced")
+        if self.images is not None:
+            parts.append(f"{self.images.settings.patches} {self.images.settings.seed} {self.images.example}")
+            for _, inputs in self.images:
+                parts.append(digest(*(t if isinstance(t, Tensor) else repr(t) for t in inputs)))
+        return digest(*parts)
+
+    def divergence(self, name: str, replacement: nn.Module) -> float:
+        """How far the network's outputs move if one layer is replaced, the mean of its error made up for where it will be.
+
+        Of a classifier the Kullback-Leibler divergence from its own softmax, in nats; of other networks the squared relative error.
+        """
+        wanted, centred = self._wanted, self.objective(name).centred
+        layer = self._dense.get_submodule(name)
+        replacement = replacement.eval()
+
+        def instead(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            given = replacement(*args)
+            if not centred:
+                return given
+            off = output - given
+            return given + (off.mean((0, 2, 3), keepdim=True) if off.ndim == 4 else off.flatten(0, -2).mean(0))
+
+        handle = layer.register_forward_hook(instead)
+        try:
+            return _distance(wanted, self._outputs())
+        finally:
+            handle.remove()
+
+    @cached_property
+    def _dense(self) -> nn.Module:
+        return copy.deepcopy(self._model, detached(self._model)).eval()
+
+    @cached_property
+    def _wanted(self) -> list[list[Tensor]]:
+        return self._outputs()
+
+    def _outputs(self) -> list[list[Tensor]]:
+        found: list[list[Tensor]] = []
+        images: Any = self.images
+        with torch.no_grad():
+            for first, inputs in images:
+                limit = max(1, min(PROBED, PROBED_NUMBERS // inputs[0][0].numel())) - first
+                if limit <= 0:
+                    break
+                few = tuple(t[:limit].clone() for t in inputs)
+                outputs = pytree.tree_leaves(self._dense(*on_device(few, self._dense)))
+                found.append([t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()])
+        return found
+
+
+def _distance(wanted: list[list[Tensor]], given: list[list[Tensor]]) -> float:
+    if all(len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1 for outputs in wanted):
+        p, q = (torch.cat([outputs[0] for outputs in side]).double().log_softmax(1) for side in (wanted, given))
+        return max(0.0, float((p.exp() * (p - q)).sum(1).mean()))
+    pairs = [(a.double(), b.double()) for one, other in zip(wanted, given, strict=True) for a, b in zip(one, other, strict=True)]
+    total = float(sum(a.square().sum() for a, _ in pairs))
+    return float(sum((a - b).square().sum() for a, b in pairs)) / total if total else 0.0

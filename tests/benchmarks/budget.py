@@ -1,0 +1,328 @@
+"""One budget for the whole network: what README and recipes say of it.
+
+python tests/benchmarks/budget.py accuracy --data ../shared/data     ResNet-20 and -56, MACs and parameters, three draws of images
+python tests/benchmarks/budget.py rivals --data ../shared/data       the same budgets by other rules, on the same tables
+python tests/benchmarks/budget.py weightings --data ../shared/data   how damage is estimated, judged on held-out training images
+python tests/benchmarks/budget.py resnet18 --data ../shared/data     torchvision's resnet18 trained on CIFAR-10 at 64 px: MACs and latency
+python tests/benchmarks/budget.py latency                            half the time at 224 px, and the clock against MACs
+python tests/benchmarks/budget.py planning                           time of the first plan and of the next
+python tests/benchmarks/budget.py plot                               what `rivals` found, as recipes/rivals.png
+
+No training; calibration images are training images, accuracies are of the whole test set (`weightings`: held-out training images).
+Results are added to recipes/budget_*.json as they come, and what is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import conftest  # noqa: F401 - makes torchvision importable beside a CPU build of torch
+from cifar import accuracy, cifar10, load_resnet, to_input
+
+from dsconv_surgery import Budget, Calibration, compress, make_plan
+from dsconv_surgery.budget import Choice, Table
+from dsconv_surgery.decide import Decision, Settings
+from dsconv_surgery.measure import latency
+from dsconv_surgery.moments import Images
+from dsconv_surgery.rules import equal_error, least_damage
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+GOALS = {20: {"macs": (0.5, 0.4, 0.3), "params": (0.4, 0.25)}, 56: {"macs": (0.5, 0.4, 0.3)}}
+RIVAL_GOALS = {"macs": (0.5, 0.4, 0.3), "params": (0.5, 0.4, 0.25)}
+Add = Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None]
+
+
+def by_error(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choice:
+    """Least sum of relative errors: all layers weighted alike."""
+    return least_damage(tables, allowed, lambda _table, errors: errors)
+
+
+def by_one_weight(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choice:
+    """Each layer's error times one weight: its sensitivity at an error of 0.05."""
+    return least_damage(tables, allowed, lambda table, errors: [20 * table.damage([0.05])[0] * error for error in errors])
+
+
+RIVALS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "uniform fraction": {"rule": "uniform", "exclude": ("conv1", "linear")},
+    "best single scheme": {"schemes": ("cp", "bottleneck")},
+    "whitened channel SVD under a budget (BALF)": {"rule": by_error, "schemes": ("channel", "bottleneck")},
+    "equal relative error (ALDS)": {"rule": equal_error},
+}
+WEIGHTINGS: dict[str, Any] = {"output sensitivity": "budget", "one weight": by_one_weight, "none": by_error, "equal error": equal_error}
+
+
+def network(data: Path, depth: int) -> nn.Module:
+    return load_resnet(data / "weights" / f"resnet{depth}_cifar10.safetensors", depth)
+
+
+def draw(images: np.ndarray, count: int, seed: int) -> Tensor:
+    """Of the first 45,000 training images; the last 5,000 are what choices were made on."""
+    return to_input(images[np.random.default_rng(seed).permutation(45000)[:count]])
+
+
+def compressed(model: nn.Module, x: Tensor, budget: Budget, batches: Any, **keywords: Any) -> tuple[nn.Module, dict[str, Any]]:
+    begun = time.perf_counter()
+    small = compress(model, x[:1], budget=budget, calibration=batches, **keywords)
+    return small.model, {
+        "params_saved": round(small.report.params_saved, 4),
+        "macs_saved": round(small.report.macs_saved, 4),
+        "predicted_damage": round(sum(cut.damage or 0.0 for cut in small.plan.cuts), 5),
+        "schemes": dict(Counter(cut.scheme for cut in small.plan.cuts)),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
+def run_accuracy(options: argparse.Namespace, add: Add, rivals: Sequence[str] = ("ours",)) -> None:
+    train, (test, labels) = cifar10(options.data / "cifar10", "train")[0], cifar10(options.data / "cifar10", "test")
+    x, y = to_input(test), torch.from_numpy(labels)
+    for depth in options.depth:
+        model = network(options.data, depth)
+        for seed in options.seeds if len(rivals) == 1 else (0,):
+            for measure, fractions in (GOALS[depth] if len(rivals) == 1 else RIVAL_GOALS).items():
+                for fraction in fractions:
+                    for rival in rivals:
+                        key = {"network": f"ResNet-{depth}", "measure": measure, "keep": fraction, "seed": seed, "rule": rival}
+
+                        def run(
+                            seed: int = seed, model: Any = model, measure: str = measure, fraction: float = fraction, rival: str = rival
+                        ) -> dict[str, Any]:
+                            batches = Calibration(draw(train, options.images, seed).split(128), seed=seed)
+                            cut, found = compressed(model, x, Budget(**{measure: fraction}), batches, **RIVALS[rival])
+                            dense, now = accuracy(model, x, y), accuracy(cut, x, y)
+                            return {"images": options.images, "dense": dense, "cut": now, "drop": round(dense - now, 2), **found}
+
+                        add(key, run)
+
+
+def run_rivals(options: argparse.Namespace, add: Add) -> None:
+    run_accuracy(options, add, list(RIVALS))
+
+
+def run_weightings(options: argparse.Namespace, add: Add) -> None:
+    images, labels = cifar10(options.data / "cifar10", "train")
+    x, y = to_input(images[45000:]), torch.from_numpy(labels[45000:])
+    for depth in options.depth:
+        model = network(options.data, depth)
+        with torch.no_grad():
+            wanted = torch.cat([model(part) for part in x.split(500)]).log_softmax(1)
+        for measure, fraction in (("params", 0.25), ("macs", 0.3)):
+            for weighting, rule in WEIGHTINGS.items():
+
+                def run(
+                    rule: Any = rule, model: Any = model, measure: str = measure, fraction: float = fraction, wanted: Tensor = wanted
+                ) -> dict[str, Any]:
+                    batches = draw(images, 512, 0).split(128)
+                    cut, found = compressed(model, x, Budget(**{measure: fraction}), batches, rule=rule)
+                    with torch.no_grad():
+                        given = torch.cat([cut(part) for part in x.split(500)]).log_softmax(1)
+                    divergence = float((wanted.exp() * (wanted - given)).sum(1).mean())
+                    return {"divergence": round(divergence, 4), "held_out_accuracy": accuracy(cut, x, y), **found}
+
+                add({"network": f"ResNet-{depth}", "measure": measure, "keep": fraction, "weighting": weighting}, run)
+
+
+def resnet18(data: Path) -> nn.Module:
+    import torchvision
+
+    model = torchvision.models.resnet18(num_classes=10)
+    state = load_file(data / "weights" / "torchvision_resnet18_cifar10_64px.safetensors")
+    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
+    return model.eval()
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """Batch normalisation folded into the convolutions before it."""
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(model.eval())
+
+
+def enlarged(x: Tensor) -> Tensor:
+    return F.interpolate(x, size=64, mode="bilinear", align_corners=False)
+
+
+def run_resnet18(options: argparse.Namespace, add: Add) -> None:
+    train, (test, labels) = cifar10(options.data / "cifar10", "train")[0], cifar10(options.data / "cifar10", "test")
+    y = torch.from_numpy(labels)
+
+    def hits(model: nn.Module) -> float:
+        with torch.inference_mode():
+            found = [model(enlarged(part)).argmax(1) for part in to_input(test).split(250)]
+        return 100 * float((torch.cat(found) == y).double().mean())
+
+    for measure, fractions in (("macs", (0.5, 0.25, 0.15)), ("latency", (0.5, 0.35))):
+        if options.measures and measure not in options.measures:
+            continue
+        model = resnet18(options.data) if measure == "macs" else folded(resnet18(options.data))
+        for fraction in fractions:
+
+            def run(model: Any = model, measure: str = measure, fraction: float = fraction) -> dict[str, Any]:
+                x = enlarged(draw(train, 512, 0))
+                example = x[: 16 if measure == "latency" else 1]
+                begun = time.perf_counter()
+                small = compress(model, example, budget=Budget(**{measure: fraction}), calibration=x.split(64))
+                found = {"seconds": round(time.perf_counter() - begun, 1), "macs_saved": round(small.report.macs_saved, 4)}
+                if small.plan.timing is not None:
+                    found |= timed(model, small.model, example, small.plan.timing)
+                dense, now = hits(model), hits(small.model)
+                schemes = dict(Counter(cut.scheme for cut in small.plan.cuts))
+                return {"dense": round(dense, 2), "cut": round(now, 2), "drop": round(dense - now, 2), "schemes": schemes, **found}
+
+            add({"network": "resnet18, 64 px", "measure": measure, "keep": fraction}, run)
+
+
+def timed(dense: nn.Module, cut: nn.Module, example: Tensor, timing: Any) -> dict[str, Any]:
+    """Both networks in turn, in one run."""
+    before, after = latency([dense, cut], [example], rounds=31)
+    return {
+        "dense_ms": round(before, 3),
+        "cut_ms": round(after, 3),
+        "faster": round(before / after, 3),
+        "predicted_ms": round(timing.after, 3),
+        "measured_over_predicted": round(after / timing.after, 3),
+        "sum_of_layers_ms": round(timing.tables, 3),
+    }
+
+
+def run_latency(options: argparse.Namespace, add: Add) -> None:
+    """Random weights, so by the weights alone and without any claim on accuracy; and the clock against MACs at one predicted damage."""
+    import torchvision
+
+    for name, batch in (("resnet18", 1), ("resnet18", 16), ("resnet50", 1), ("vgg16_bn", 1)):
+        torch.manual_seed(0)
+        model = folded(getattr(torchvision.models, name)(weights=None))
+        example = torch.randn(batch, 3, 224, 224)
+
+        def run(model: Any = model, example: Tensor = example) -> dict[str, Any]:
+            begun = time.perf_counter()
+            small = compress(model, example, budget=Budget(latency=0.5))
+            seconds = round(time.perf_counter() - begun, 1)
+            found = timed(model, small.model, example, small.plan.timing)
+            damage = sum(cut.damage or 0.0 for cut in small.plan.cuts)
+            # The network that a budget on MACs gives at the same predicted damage.
+            low, high = 0.05, 1.0
+            for _ in range(12):
+                middle = (low + high) / 2
+                plan = make_plan(model, example, budget=Budget(macs=middle))
+                over = sum(cut.damage or 0.0 for cut in plan.cuts) > damage
+                low, high = (middle, high) if over else (low, middle)
+            by_macs = compress(model, example, budget=Budget(macs=high))
+            clock, macs = latency([small.model, by_macs.model], [example], rounds=31)
+            return {
+                **found,
+                "seconds": seconds,
+                "macs_saved": round(small.report.macs_saved, 4),
+                "schemes": dict(Counter(cut.scheme for cut in small.plan.cuts)),
+                "by_macs_saved": round(by_macs.report.macs_saved, 4),
+                "by_macs_ms": round(macs, 3),
+                "by_clock_ms": round(clock, 3),
+                "by_macs_over_by_clock": round(macs / clock, 3),
+            }
+
+        if not options.network or options.network == name:
+            add({"network": name, "batch": batch, "keep_latency": 0.5, "threads": torch.get_num_threads()}, run)
+
+
+def run_planning(options: argparse.Namespace, add: Add) -> None:
+    import torchvision
+
+    torch.manual_seed(0)
+    cases: dict[str, tuple[Any, list[Tensor]]] = {
+        "resnet20": (
+            load_resnet(RECIPES.parent / "examples" / "assets" / "resnet20_cifar10.safetensors"),
+            [torch.randn(128, 3, 32, 32) for _ in range(8)],
+        ),
+        "resnet18": (torchvision.models.resnet18(weights=None).eval(), [torch.randn(32, 3, 224, 224) for _ in range(4)]),
+    }
+    for name, (model, batches) in cases.items():
+
+        def run(model: Any = model, batches: Any = batches) -> dict[str, Any]:
+            seconds = []
+            with tempfile.TemporaryDirectory() as folder:
+                for budget in (Budget(macs=0.5), Budget(macs=0.4), Budget(params=0.3)):
+                    begun = time.perf_counter()
+                    decision = Decision(
+                        model, (batches[0][:1],), Settings(budget, cache=folder), Images(batches, (tuple(batches[0][:1].shape),)), True
+                    )
+                    decision.plan(budget, later=True)
+                    seconds.append(round(time.perf_counter() - begun, 1))
+            return {"first": seconds[0], "next": seconds[1], "next_other_measure": seconds[2]}
+
+        if not options.network or options.network == name:
+            add({"network": name, "images": len(batches) * len(batches[0]), "threads": torch.get_num_threads()}, run)
+
+
+def run_plot(options: argparse.Namespace, _: Add) -> None:
+    from matplotlib.figure import Figure
+
+    rows = json.loads((RECIPES / "budget_rivals.json").read_text())["rows"]
+    networks = sorted({row["network"] for row in rows})
+    figure = Figure(figsize=(9, 3.4 * len(networks)), layout="constrained")
+    grid = figure.subplots(len(networks), 2, squeeze=False)
+    for line, name in zip(grid, networks, strict=True):
+        for axes, measure in zip(line, ("macs", "params"), strict=True):
+            for rule in RIVALS:
+                points = sorted((r["keep"], r["drop"]) for r in rows if (r["network"], r["measure"], r["rule"]) == (name, measure, rule))
+                axes.plot(*zip(*points, strict=True), marker="o", label=rule) if points else None
+            axes.set_title(name)
+            axes.set_xlabel(f"{'MACs' if measure == 'macs' else 'parameters'} kept")
+            axes.set_ylabel("points of accuracy lost")
+            axes.set_yscale("symlog", linthresh=1)
+            axes.grid(alpha=0.3)
+    grid[0][0].legend(fontsize=7)
+    figure.savefig(RECIPES / "rivals.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    runs = {
+        "accuracy": run_accuracy,
+        "rivals": run_rivals,
+        "weightings": run_weightings,
+        "resnet18": run_resnet18,
+        "latency": run_latency,
+        "planning": run_planning,
+        "plot": run_plot,
+    }
+    parser.add_argument("what", choices=list(runs))
+    parser.add_argument("--data", type=Path, help="folder with cifar10/ and weights/")
+    parser.add_argument("--depth", type=int, nargs="*", choices=(20, 56), default=[20, 56])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--measures", nargs="*")
+    parser.add_argument("--network")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    path = options.json or RECIPES / f"budget_{options.what}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def add(key: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
+        if any(all(row.get(k) == v for k, v in key.items()) for row in rows):
+            return
+        rows.append({**key, **run()})
+        print(rows[-1], flush=True)
+        settings = {"torch": torch.__version__, "threads": torch.get_num_threads(), "command": f"budget.py {options.what}"}
+        path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+    runs[options.what](options, add)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,496 @@
+"""The allocator, its tables, the clock, the cache, guard, sweep and recipes."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from dataclasses import replace
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import dsconv_surgery
+from dsconv_surgery import Budget, Calibration, Plan, Recipe, compare, compress, make_plan, pareto
+from dsconv_surgery.budget import Choice, Table
+from dsconv_surgery.cache import Cache, digest
+from dsconv_surgery.clock import Clock
+from dsconv_surgery.decide import Decision, Settings
+from dsconv_surgery.geometry import ConvSpec
+from dsconv_surgery.knapsack import choose
+from dsconv_surgery.moments import Images
+from dsconv_surgery.rules import evbmf_rank, least_damage
+from dsconv_surgery.sweep import Sweep
+
+SHAPES = ((1, 3, 16, 16),)
+
+
+class Net(nn.Module):
+    """Three stages and a classifier, trained on nothing: its weights have a decaying spectrum, so that options differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.wide = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        self.grouped = nn.Conv2d(32, 32, 3, padding=1, groups=2)
+        self.head = nn.Linear(32, 10)
+        for layer in (self.stem, self.wide, self.grouped):
+            with torch.no_grad():
+                u, s, v = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
+                layer.weight.copy_(((u * s * 0.7 ** torch.arange(len(s))) @ v).reshape(layer.weight.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.norm(self.wide(x)))
+        x = torch.relu(self.grouped(x))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def net() -> Net:
+    return Net().eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(1, 3, 16, 16)
+
+
+@pytest.fixture
+def batches() -> list[Tensor]:
+    return [torch.randn(16, 3, 16, 16) for _ in range(2)]
+
+
+def brute_force(damages: list[Any], costs: list[Any], allowed: Any) -> float | None:
+    fitting = [
+        sum(float(d[k]) for d, k in zip(damages, choice, strict=True))
+        for choice in product(*(range(len(d)) for d in damages))
+        if bool((sum(c[k] for c, k in zip(costs, choice, strict=True)) <= allowed).all())
+    ]
+    return min(fitting, default=None)
+
+
+@given(seed=st.integers(0, 10**6), layers=st.integers(1, 5), measures=st.integers(1, 3))
+@settings(max_examples=150, deadline=None)
+def test_the_knapsack_is_exact(seed: int, layers: int, measures: int) -> None:
+    """The damage of brute force's optimum, within all limits; None where nothing fits."""
+    rng = np.random.default_rng(seed)
+    damages = [np.round(rng.exponential(size=int(rng.integers(2, 6))) ** 2, int(rng.integers(0, 5))) for _ in range(layers)]
+    costs = [rng.integers(1, 50, size=(len(d), measures)).astype(float) for d in damages]
+    allowed = np.floor(sum(c.max(0) for c in costs) * rng.uniform(0.2, 0.9, size=measures))
+    best = brute_force(damages, costs, allowed)
+    found = choose(damages, costs, allowed)
+    assert (found is None) == (best is None)
+    if found is not None and best is not None:
+        assert bool((sum(c[k] for c, k in zip(costs, found, strict=True)) <= allowed).all())
+        assert sum(float(d[k]) for d, k in zip(damages, found, strict=True)) == pytest.approx(best, abs=1e-12)
+
+
+def test_a_large_knapsack_is_near_its_bound() -> None:
+    """Two hundred layers of a hundred options each: within a thousandth of the Lagrangian bound."""
+    rng = np.random.default_rng(0)
+    damages = [np.sort(rng.exponential(size=100))[::-1] * rng.exponential() for _ in range(200)]
+    costs = [np.sort(rng.integers(1, 10**6, size=(100, 1)), axis=0).astype(float) for _ in damages]
+    allowed = sum(c.max(0) for c in costs) * 0.4
+    found = choose(damages, costs, allowed)
+    assert found is not None
+    assert sum(c[k] for c, k in zip(costs, found, strict=True)) <= allowed
+    harm = sum(d[k] for d, k in zip(damages, found, strict=True))
+    bound = max(
+        sum(float((d + price * c[:, 0]).min()) for d, c in zip(damages, costs, strict=True)) - price * float(allowed[0])
+        for price in np.geomspace(1e-9, 1e-3, 2000)
+    )
+    assert bound <= harm <= bound * 1.001
+
+
+@pytest.mark.parametrize("budget", [Budget(macs=0.5), Budget(params=0.4), Budget(macs=0.6, params=0.5)], ids=str)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_plans_keep_their_budget_and_are_the_best_of_all(
+    net: Net, x: Tensor, batches: list[Tensor], budget: Budget, calibrated: bool
+) -> None:
+    """No choice among three options a layer that fits does less damage than the rule's."""
+
+    def few(tables: dict[str, Table], allowed: dict[str, float]) -> Choice:
+        small = {
+            name: replace(table, offers={scheme: offers[:: max(1, len(offers) // 2)][:3] for scheme, offers in table.offers.items()})
+            for name, table in tables.items()
+        }
+        choice = least_damage(small, allowed)
+        damages, costs = [], []
+        for table in small.values():
+            every = [(0.0, table.dense)]
+            for scheme, offers in table.offers.items():
+                estimated = table.estimated(scheme, offers)
+                every += zip(table.damage([error for _, error in estimated]), [cost for (_, cost), _ in estimated], strict=True)
+            damages.append(np.array([harm for harm, _ in every]))
+            costs.append(np.array([[getattr(cost, m) for m in allowed] for _, cost in every], dtype=float))
+        best = brute_force(damages, costs, np.array(list(allowed.values())))
+        assert best == pytest.approx(sum(option.damage or 0.0 for option in choice.values() if option))
+        return choice
+
+    calibration = batches if calibrated else None
+    plan = make_plan(net, x, budget=budget, schemes=["spatial", "cp", "bottleneck"], rule=few, calibration=calibration)  # type: ignore[arg-type]
+    assert plan.cuts
+    whole = make_plan(net, x, budget=budget, calibration=calibration)
+    assert whole.rule == "budget"
+    for measure, fraction in budget.limits().items():
+        assert getattr(whole.total_after, measure) <= fraction * getattr(whole.total, measure)
+    assert sum(cut.damage or 0.0 for cut in whole.cuts) <= sum(cut.damage or 0.0 for cut in plan.cuts) + 1e-9
+
+
+def test_a_budget_of_one_cuts_nothing(net: Net, x: Tensor) -> None:
+    assert make_plan(net, x, budget=Budget(macs=1.0)).cuts == ()
+
+
+def test_a_budget_out_of_reach_names_what_can_be_reached(net: Net, x: Tensor) -> None:
+    """And that can be given and kept."""
+    with pytest.raises(ValueError, match=r"Budget\(macs=0.001\) is out of reach.*keeps macs=([\d.]+)") as caught:
+        make_plan(net, x, budget=Budget(macs=0.001), schemes="spatial")
+    fraction = float(str(caught.value).split("keeps macs=")[1].split()[0])
+    plan = make_plan(net, x, budget=Budget(macs=fraction), schemes="spatial")
+    assert plan.total_after.macs <= fraction * plan.total.macs
+
+
+def test_interpolated_errors_are_near_the_true_ones(net: Net, x: Tensor, batches: list[Tensor]) -> None:
+    """Every rank of every scheme of a layer against a fit at that very rank: within a half on average, and in order."""
+    decision = Decision(net, (x,), Settings(Budget(macs=0.5)), Images(Calibration(batches), SHAPES), False)
+    working = decision._workings["wide"]
+    off: list[float] = []
+    for name, offers in decision._tables["wide"].offers.items():
+        ranks = [rank for rank, _ in offers][:: max(1, len(offers) // 12)]
+        estimates = working.estimate(name, ranks)
+        if isinstance(ranks[0], int):
+            assert all(a >= b for a, b in pairwise(estimates))
+        true = [working._fit(name, rank, None, 20)[0] for rank in ranks]
+        off += [abs(math.log(max(a, 1e-4) / max(b, 1e-4))) for a, b in zip(estimates, true, strict=True)]
+    assert np.mean(off) < 0.45
+
+
+def test_sensitive_layers_are_spared(x: Tensor, batches: list[Tensor]) -> None:
+    """Of two layers alike, one of which hardly reaches the output, that one is cut."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loud, self.faint = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(3, 32, 3, padding=1)
+            self.faint.load_state_dict(self.loud.state_dict())
+            self.head = nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((torch.relu(self.loud(x)) + 0.02 * torch.relu(self.faint(x))).mean((2, 3)))
+
+    plan = make_plan(Two().eval(), x, budget=Budget(macs=0.7), include=["loud", "faint"], schemes="channel", calibration=batches)
+    costs = {cut.name: cut.cost_after.macs / cut.cost_before.macs for cut in plan.cuts}
+    assert costs["faint"] < costs.get("loud", 1.0) - 0.2
+
+
+# ---- the cache
+
+
+def test_a_second_plan_comes_from_the_cache(net: Net, x: Tensor, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is fitted, no network is run, for another budget; other images, weights or schemes are not mistaken for these."""
+    first = make_plan(net, x, budget=Budget(macs=0.5), calibration=batches)
+    from dsconv_surgery.options import Workings
+    from dsconv_surgery.sensitivity import Study
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("computed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workings, "_fit", refuse)
+        patch.setattr(Study, "divergence", refuse)
+
+        def plan_again() -> Plan:  # errors of what is chosen are measured anew: not asked for here
+            decision = Decision(net, (x,), Settings(Budget(macs=0.5)), Images(batches, SHAPES), False)
+            return decision.plan(Budget(macs=0.5), later=True)[0]
+
+        again = plan_again()
+        assert [(c.name, c.scheme, c.rank) for c in again.cuts] == [(c.name, c.scheme, c.rank) for c in first.cuts]
+        with torch.no_grad():
+            net.head.weight[0, 0] += 1
+        with pytest.raises(AssertionError, match="computed again"):
+            plan_again()
+        with torch.no_grad():
+            net.head.weight[0, 0] -= 1
+        batches[1] = batches[1] + 1e-6
+        with pytest.raises(AssertionError, match="computed again"):
+            plan_again()
+
+
+def test_damaged_entries_are_noticed_and_made_anew(tmp_path: Path) -> None:
+    """Cut short, emptied, garbled, with another value, or another key's: a warning, and the right value; then it is whole again."""
+    cache = Cache(tmp_path)
+    assert cache.get("kind", ["key"], lambda: [1.5, 2.5]) == [1.5, 2.5]
+    (path,) = tmp_path.rglob("*.json")
+    whole = path.read_text()
+    entry = json.loads(whole)
+    cache.get("kind", ["other"], lambda: [7.0])
+    other = next(p for p in tmp_path.rglob("*.json") if p != path).read_text()
+    for damaged in (whole[: len(whole) // 2], "", "\x00" * 40, json.dumps({**entry, "value": [1.5, 2.6]}), other, "[]"):
+        path.write_text(damaged)
+        with pytest.warns(UserWarning, match="damaged cache entry"):
+            assert cache.get("kind", ["key"], lambda: [1.5, 2.5]) == [1.5, 2.5]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert cache.get("kind", ["key"], lambda: [0.0]) == [1.5, 2.5]
+
+
+def test_a_write_that_is_killed_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the rename, there is no entry, and the value is computed at the next call."""
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            Cache(tmp_path).get("kind", "key", lambda: 1)
+    assert not list(tmp_path.rglob("*.json"))
+    assert Cache(tmp_path).get("kind", "key", lambda: 2) == 2
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_cache(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = Cache(tmp_path / "file")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert cache.get("kind", "key", lambda: 3) == 3
+    assert cache.get("kind", "key", lambda: 4) == 4
+    assert Cache(False).get("kind", "key", lambda: 5) == 5
+
+
+def test_digests_tell_contents_apart() -> None:
+    a = torch.arange(4.0)
+    every = [digest(a), digest(a.reshape(2, 2)), digest(a.double()), digest(a + 1e-6), digest(a, a), digest("a"), digest("a", ""), digest()]
+    assert len(set(every)) == len(every)
+    assert digest(a) == digest(a.clone())
+
+
+# ---- the clock
+
+
+def test_latency_budgets_are_kept_by_the_clock(net: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that we set: chosen is what it calls faster, never what it calls slower than the dense layer."""
+    speed = {"spatial": 1e-6, "depthwise": 1e-4}
+
+    def ticks(_clock: Clock, chain: dict[str, ConvSpec], sizes: Any) -> float:
+        macs = sum(link.macs(size) for size in sizes for link in chain.values())
+        kind = "depthwise" if any(link.groups > 2 for link in chain.values()) else "spatial"
+        return macs * speed[kind]
+
+    from dsconv_surgery import measure
+
+    monkeypatch.setattr(Clock, "time", ticks)
+
+    def whole(models: Any, inputs: Any, rounds: int = 15) -> list[float]:
+        return [
+            sum(ticks(None, {"": ConvSpec.of(m)}, [(1, 8, 8)]) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))  # type: ignore[arg-type]
+            for model in models
+        ]
+
+    monkeypatch.setattr(measure, "latency", whole)
+    plan = make_plan(net, x, budget=Budget(latency=0.6), schemes=["depthwise", "spatial", "channel"])
+    assert plan.cuts
+    assert all(cut.scheme != "depthwise" for cut in plan.cuts)
+    assert plan.timing is not None
+    assert plan.timing.before == plan.total.latency
+    assert plan.timing.conditions.batch == 1
+    for cut in plan.cuts:
+        inner = list(cut.chain.values())[:-1]
+        assert all(link.out_channels % 8 == 0 for link in inner)
+    report = compare(net, compress(net, x, budget=Budget(macs=0.9)).model, x, latency=True)
+    assert report.latency is not None
+    assert report.latency.predicted is None
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_real_time_is_predicted_and_reported(net: Net, x: Tensor) -> None:
+    """The machine's own clock: conditions, prediction and measurement are in the report; timings are kept for the next time."""
+    wide = torch.randn(4, 3, 64, 64)
+    small = compress(net, wide, budget=Budget(latency=0.9))
+    report = compare(net, small.model, wide, plan=small.plan, latency=True)
+    assert small.plan.timing is not None
+    assert report.latency is not None
+    assert report.latency.predicted == small.plan.timing.after
+    assert report.latency.conditions.batch == 4
+    assert "predicted" in str(report)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Clock, "_measure", lambda *_: pytest.fail("timed again"))
+        make_plan(net, wide, budget=Budget(latency=0.9))
+
+
+# ---- rules by name
+
+
+def test_equal_error_equalises(net: Net, x: Tensor) -> None:
+    """The largest error is as small as the budget allows: one step less of it, and the budget is missed."""
+    plan = make_plan(net, x, budget=Budget(macs=0.5), rule="equal_error", schemes=["spatial", "bottleneck"])
+    assert plan.total_after.macs <= 0.5 * plan.total.macs
+    worst = max(cut.error or 0.0 for cut in plan.cuts)
+    uniform = make_plan(net, x, budget=Budget(macs=0.5), rule="uniform", schemes=["spatial", "bottleneck"])
+    assert worst <= max(cut.error or 0.0 for cut in uniform.cuts) + 1e-9
+
+
+def test_evbmf_finds_planted_ranks() -> None:
+    """A matrix of rank 5 in noise, and noise alone."""
+    rng = np.random.default_rng(0)
+    for rows, columns in ((40, 200), (200, 40), (64, 64)):
+        signal = rng.normal(size=(rows, 5)) @ rng.normal(size=(5, columns))
+        noise = rng.normal(size=(rows, columns))
+        for matrix, rank in ((signal + 0.5 * noise, 5), (noise, 0)):
+            assert evbmf_rank(np.linalg.svd(matrix, compute_uv=False).tolist(), rows, columns) == rank
+    assert evbmf_rank([0.0, 0.0], 2, 3) == 0
+
+
+def test_evbmf_chooses_tucker(x: Tensor) -> None:
+    """A kernel of planted multilinear rank (7, 6) gets the next larger pair that is offered; the rule takes no budget."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 64, 3)).eval()
+    core = torch.einsum("opk,oq,ip->qik", torch.randn(6, 7, 9), torch.linalg.qr(torch.randn(64, 6))[0].T, torch.randn(48, 7))
+    layer: Any = model[2]
+    with torch.no_grad():
+        layer.weight.copy_(core.reshape(64, 48, 3, 3) + 0.05 * torch.randn(64, 48, 3, 3))
+    plan = make_plan(model, x, rule="evbmf", schemes="tucker")
+    ((name, rank),) = [(cut.name, cut.rank) for cut in plan.cuts if cut.name == "2"]
+    assert name == "2"
+    assert rank == (8, 8)
+    with pytest.raises(ValueError, match="takes no budget"):
+        make_plan(model, x, rule="evbmf", budget=Budget(macs=0.5))
+
+
+# ---- guard and sweep
+
+
+def test_the_smallest_network_within_a_drop(net: Net, x: Tensor, batches: list[Tensor]) -> None:
+    """A score that falls with what is cut: every try is in the report, the one returned is the smallest that kept the drop."""
+    dense = sum(p.numel() for p in net.parameters())
+
+    def score(model: nn.Module) -> float:
+        return sum(p.numel() for p in model.parameters()) / dense
+
+    small = compress(net, x, budget=Budget(params=0.05), max_drop=0.4, evaluate=score, schemes=["channel", "bottleneck"])
+    tries = small.report.tries
+    assert len(tries) > 3
+    assert {one.within for one in tries} == {True, False}
+    kept = min((one for one in tries if one.within), key=lambda one: one.cost.params)
+    assert small.report.after == kept.cost
+    assert 0.6 <= score(small.model) < 0.68
+    assert "within the drop" in str(small.report)
+    nothing = compress(net, x, max_drop=0.0, evaluate=lambda model: float(model is net))
+    assert nothing.plan.cuts == ()
+    assert not any(one.within for one in nothing.report.tries)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"max_drop": 0.1}, "go together"),
+        ({"evaluate": lambda _: 1.0}, "go together"),
+        ({"max_drop": -1, "evaluate": lambda _: 1.0}, "zero or more"),
+        ({"max_drop": 0.1, "evaluate": lambda _: "good"}, "expected a number"),
+        ({"max_drop": 0.1, "evaluate": lambda _: math.nan}, "expected a number"),
+        ({"max_drop": 0.1, "evaluate": lambda _: 1.0, "budget": Budget(macs=0.5, params=0.5)}, "one measure"),
+        ({"max_drop": 0.1, "evaluate": lambda _: 1.0, "rule": "evbmf"}, "takes a budget"),
+        ({"multiple": 0}, "1 or more"),
+        ({"budget": Budget(macs=0.5), "rule": "budgets"}, "unknown rule 'budgets'. Known: budget"),
+    ],
+)
+def test_bad_settings_are_refused(net: Net, x: Tensor, keywords: dict[str, Any], message: str) -> None:
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        compress(net, x, **keywords)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_sweep_is_a_table_and_a_plot(net: Net, x: Tensor, batches: list[Tensor], tmp_path: Path) -> None:
+    """One network for each fraction, dense first; JSON both ways; a picture of every measure."""
+    found = pareto(net, x, fractions=(0.4, 0.7), calibration=batches, evaluate=lambda _: 0.5, latency=True, schemes=["cp", "bottleneck"])
+    assert [point.fraction for point in found.points] == [1.0, 0.7, 0.4]
+    assert found.points[0].divergence == 0.0
+    assert found.points[0].plan is None
+    assert all(point.cost.macs <= point.fraction * found.points[0].cost.macs for point in found.points)
+    assert all(point.cost.latency > 0 for point in found.points)
+    assert 0 < (found.points[1].divergence or 0) < (found.points[2].divergence or 0)
+    assert Sweep.from_json(found.to_json()) == found
+    assert found.to_markdown().count("\n") == 5
+    assert "budgets on macs" in str(found)
+    found.plot(tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="expected 'macs'"):
+        pareto(net, x, measure="flops")
+    with pytest.raises(ValueError, match="none given"):
+        pareto(net, x, fractions=())
+    with pytest.raises(ValueError, match="out of reach"):
+        pareto(
+            net, x, fractions=(0.5, 0.001), evaluate=lambda _: pytest.fail("nothing is to be computed for a sweep that cannot be finished")
+        )
+
+
+# ---- recipes
+
+
+def test_a_recipe_goes_through_toml(net: Net, x: Tensor, batches: list[Tensor], tmp_path: Path) -> None:
+    """What is written is read again; running it is `compress` with its settings."""
+    text = """
+description = "half the MACs"
+input = [1, 3, 16, 16]
+exclude = ["stem"]
+schemes = ["cp", "bottleneck"]
+seed = 3
+
+[budget]
+macs = 0.5
+
+[calibration]
+images = 24
+"""
+    recipe = Recipe.from_toml(text)
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    (tmp_path / "mine.toml").write_text(text)
+    assert Recipe.load(tmp_path / "mine.toml") == recipe
+    ran = recipe.run(net, x, calibration=batches)
+    first = [batches[0], batches[1][:8]]
+    direct = compress(net, x, budget=Budget(macs=0.5), exclude="stem", schemes=["cp", "bottleneck"], calibration=Calibration(first, seed=3))
+    assert ran.plan == direct.plan
+    assert all(torch.equal(a, b) for a, b in zip(ran.model.state_dict().values(), direct.model.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match="asks for 24 calibration images"):
+        recipe.run(net, x)
+    with pytest.raises(ValueError, match="asks for no calibration images"):
+        Recipe().run(net, x, calibration=batches)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bugdet = 1", r"unknown key 'bugdet'.*Did you mean 'budget'"),
+        ("[budget]\nmac = 0.5", r"unknown key 'mac' at budget.mac.*Did you mean 'macs'"),
+        ("[budget]\nmacs = 1.5", "not a fraction"),
+        ('schemes = ["spatail"]', "Did you mean 'spatial'"),
+        ('rule = "fixed"', "rank= goes with"),
+        ("seed = 'x'", "seed"),
+        ("= 3", "not TOML"),
+    ],
+)
+def test_bad_recipes_say_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_toml(text)
+
+
+def test_shipped_recipes_load_and_have_results() -> None:
+    """Each is valid, says what it does, and lies beside the JSON that its run gave."""
+    known = Recipe.known()
+    assert known
+    for name, path in known.items():
+        assert Recipe.load(name).description, name
+        result = json.loads(path.with_suffix(".json").read_text())
+        assert {"settings", "result"} <= set(result), name
+    with pytest.raises(ValueError, match="no such file or recipe"):
+        Recipe.load("resnet-fifty")
+
+
+def test_the_schema_is_exported() -> None:
+    assert {"budget", "calibration", "schemes"} <= set(Recipe.schema()["properties"])
+    assert dsconv_surgery.Recipe is Recipe
