@@ -19,12 +19,13 @@ from dsconv_surgery.clock import Clock
 from dsconv_surgery.geometry import Rank
 from dsconv_surgery.graph import ConvSite, Skip, Survey
 from dsconv_surgery.moments import Calibration, Images, input_shapes
-from dsconv_surgery.options import Workings, options_of
+from dsconv_surgery.options import options_of
 from dsconv_surgery.plan import Cut, Plan, Timing
 from dsconv_surgery.schemes import Factors, get_scheme, scheme_names
 from dsconv_surgery.sensitivity import Study
 from dsconv_surgery.surgery import cut_model
 from dsconv_surgery.text import nearest
+from dsconv_surgery.workings import Workings
 
 TIMED_MULTIPLE = 8  # channels, where latency is limited: what lies between is no faster
 LOOKS = 1  # at what was chosen, before the last choice

@@ -29,6 +29,8 @@ def choose(damages: Sequence[Numbers], costs: Sequence[Numbers], allowed: Number
     Returns:
         An option's number for every layer; None if no choice that fits was found.
     """
+    if not damages:
+        return []
     unit = np.where(allowed > 0, allowed, 1.0)
     room = allowed / unit + 1e-12
     scaled = [c / unit for c in costs]

@@ -1,222 +1,21 @@
-"""A layer's options: what each scheme would cost at each rank, how far off it would be, and what that would do to the network."""
+"""A layer's options: what each scheme would cost at each rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dsconv_surgery import schemes
-from dsconv_surgery.budget import Table, Unfolding
-from dsconv_surgery.cache import digest
+from dsconv_surgery.budget import Table
 from dsconv_surgery.clock import Clock
 from dsconv_surgery.geometry import Cost, Rank, chain_cost
 from dsconv_surgery.graph import ConvSite, Skip
-from dsconv_surgery.schemes import Factors
 from dsconv_surgery.sensitivity import Study
-
-PULL = 0.1  # ridge towards the weights, in units of the inputs' mean square, when options are judged on data
-ANCHORS = (0.05, 0.1, 0.18, 0.3, 0.5, 0.8)  # parts of a layer's MACs at which errors and times are measured; interpolated between
-ITERATIONS, WIDE_ITERATIONS, WIDE_SIDE = 20, 5, 1024  # of a fit there, and where a patch is longer than
-PROBES = tuple(np.geomspace(0.6, 0.01, 10))  # errors near which it is measured what they do to the network,
-WIDTH = 0.3  # in log error, over which they are averaged: single ones scatter by half
-NEAR = 1.3  # options whose error is at most so many times that of one that costs no more
-TINY = 1e-9  # errors and damages below are not told apart
-
-
-class Workings:
-    """Measures a layer's options, each once, and keeps the factors that it had to find on the way."""
-
-    def __init__(self, site: ConvSite, layer: nn.Module, names: Sequence[str], study: Study) -> None:
-        self.site, self.layer, self.names, self.study = site, layer, names, study
-        self.spec, self.weight = site.spec, layer.get_parameter("weight")
-        self.made: dict[tuple[str, Rank], Factors] = {}
-        self.begun: Callable[[], object] = lambda: None  # called when a layer's first option is measured
-        self._errors: dict[tuple[str, Rank], float] = {}
-        self._explained: dict[str, Tensor | None] = {}
-        self._known: list[tuple[float, float]] = []  # errors, and what they do to the network
-        self._tried: dict[tuple[str, Rank], Factors] = {}  # factors at anchors, until it is known what they do to the network
-        self._key: list[Any] = [site.name, str(site.spec), [list(size) for size in site.sizes]]
-
-    def bounds(self, name: str, ranks: Sequence[Rank]) -> list[float] | None:
-        """Errors of the weights from the scheme's spectrum, upper bounds where that is not exact.
-
-        With calibration, they still tell pairs of ranks apart; where there is one rank, nothing is said about it.
-        """
-        if self.study.images is not None and isinstance(ranks[0], int):
-            return None
-        self._refuse_meta()
-        if name not in self._explained:
-            spectrum = schemes.spectrum(schemes.get_scheme(name), self.spec, self.weight)
-            if spectrum is not None:
-                # What is left out, summed from the small end: small errors keep their digits.
-                total = spectrum.sum()
-                if spectrum.ndim == 1:
-                    spectrum = torch.cat([spectrum.flip(0).cumsum(0).flip(0)[1:], spectrum.new_zeros(1)])
-                else:
-                    spectrum = total - spectrum.cumsum(0).cumsum(1)
-                spectrum = (spectrum / total).clamp(min=0) if total > 0 else torch.zeros_like(spectrum)
-            self._explained[name] = spectrum
-        left = self._explained[name]
-        if left is None:
-            return None
-        return [float(left[rank - 1] if isinstance(rank, int) else left[rank[0] - 1, rank[1] - 1]) for rank in ranks]
-
-    def measure(self, name: str, rank: Rank) -> float:
-        if (name, rank) not in self._errors:
-            self._begin()
-            if self.study.images is None:
-                scheme = schemes.get_scheme(name)
-                factors = next(schemes.factorize(scheme, self.spec, self.weight, [rank]))
-                self._errors[name, rank] = schemes.relative_error(self.weight, schemes.kernel_of(scheme, self.spec, factors))
-            else:
-                self._errors[name, rank], factors = self._fit(name, rank, None, None)
-            self.made[name, rank] = {link: factor.to(self.weight.dtype) for link, factor in factors.items()}
-        return self._errors[name, rank]
-
-    def estimate(self, name: str, ranks: Sequence[Rank]) -> list[float]:
-        """Errors at many ranks: exact where a spectrum tells them, else measured at `anchors` and interpolated, log against log."""
-        known = self.bounds(name, ranks)
-        if known is not None and self.study.images is None:
-            return known
-        anchors = self.anchors(name)
-        found = self._errors_at(name, anchors)
-        at_anchors = self.bounds(name, anchors)  # of pairs, which do not all compare, the weights' errors tell the order
-        x = [float(rank) if isinstance(rank, int) else 0.0 for rank in anchors] if at_anchors is None else [-e for e in at_anchors]
-        asked = [float(rank) if isinstance(rank, int) else 0.0 for rank in ranks] if known is None else [-e for e in known]
-        scale = np.log if at_anchors is None else _log_of_error
-        order = np.argsort(x)
-        errors = np.minimum.accumulate(np.log(np.maximum(np.array(found)[order], TINY)))
-        return np.exp(_along(scale(np.array(x)[order]), errors, scale(np.array(asked)))).clip(0.0, 1.0).tolist()
-
-    def anchors(self, name: str) -> list[Rank]:
-        """The ranks at which a scheme's errors are measured: its cheapest, and those nearest below parts of the layer's MACs."""
-        scheme = schemes.get_scheme(name)
-        block = replace(self.spec.one_group(), bias=False)
-        offers: list[tuple[Rank, float]] = []
-        for rank in scheme.ranks(block):
-            part = chain_cost(schemes.chain_of(scheme, self.spec, rank), self.site.sizes).macs / max(self.site.cost.macs, 1)
-            if part < 1 or not offers:
-                offers.append((rank, part))
-            elif isinstance(rank, int):
-                break
-        bounds = None if isinstance(offers[0][0], int) else self.bounds(name, [rank for rank, _ in offers])
-        chosen: dict[Rank, None] = {offers[0][0]: None}
-        for fraction in ANCHORS:
-            within = [at for at, (_, part) in enumerate(offers) if part <= fraction]
-            if within:  # of pairs the one that the weights like best
-                chosen[offers[within[-1] if bounds is None else min(within, key=bounds.__getitem__)][0]] = None
-        return sorted(chosen)
-
-    def damage(self, errors: Sequence[float]) -> list[float]:
-        """What errors do to the network's outputs, log against log between errors at which that was measured."""
-        if self.study.images is None:
-            return list(errors)
-        found = self._probes()
-        if len(found) < 2:
-            return list(errors)
-        at = np.log(np.maximum(np.array(errors), TINY))
-        x, y = np.log(np.maximum(np.array(found), TINY)).T
-        harm = np.exp(_smooth(x, y, at))
-        return [float(h) if error > TINY else 0.0 for h, error in zip(harm, errors, strict=True)]
-
-    def unfoldings(self, name: str) -> list[Unfolding]:
-        """For tucker: of the kernel by input channel and by output channel; of groups, the one whose values are largest."""
-        if name != "tucker":
-            raise ValueError(f"{self.site.name}: unfoldings are known for tucker, not for {name!r}.")
-        self._refuse_meta()
-        tensor = schemes.kernel_tensor(self.spec, self.weight).flatten(3)
-        found: list[Unfolding] = []
-        for matrix in (tensor.transpose(1, 2).flatten(2), tensor.flatten(2)):
-            values = torch.linalg.svdvals(matrix)
-            found.append((values[int(values.sum(1).argmax())].tolist(), (matrix.shape[1], matrix.shape[2])))
-        return found
-
-    def _errors_at(self, name: str, anchors: list[Rank]) -> list[float]:
-        place = [self.study.digest] if self.study.images is not None else [digest(self.weight)]
-        ranks = [list(rank) if isinstance(rank, tuple) else rank for rank in anchors]
-        return list(self.study.cache.get("errors", [*place, *self._key, name, ranks], lambda: self._fit_all(name, anchors)))
-
-    def _fit_all(self, name: str, anchors: list[Rank]) -> list[float]:
-        """At each anchor, the factors of the weights alone to start with."""
-        self._begin()
-        scheme = schemes.get_scheme(name)
-        rough = self.study.images is not None
-        errors: list[float] = []
-        for rank, start in zip(anchors, schemes.factorize(scheme, self.spec, self.weight, anchors, rough=rough), strict=True):
-            if not rough:
-                errors.append(schemes.relative_error(self.weight, schemes.kernel_of(scheme, self.spec, start)))
-                continue
-            wide = self.weight[0].numel() > WIDE_SIDE
-            error, factors = self._fit(name, rank, start, WIDE_ITERATIONS if wide else ITERATIONS)
-            errors.append(error)
-            self._tried[name, rank] = {link: factor.float() for link, factor in factors.items()}
-        return errors
-
-    def _fit(self, name: str, rank: Rank, start: Factors | None, iterations: int | None) -> tuple[float, Factors]:
-        scheme, objective = schemes.get_scheme(name), self.study.objective(self.site.name)
-        ridged = objective.ridged(PULL * max(objective.scale, 1e-12))
-        factors = schemes.fit(scheme, self.spec, self.weight, rank, ridged, start=start, iterations=iterations)
-        return objective.value(scheme.kernel(replace(self.spec.one_group(), bias=False), factors)), factors
-
-    def look_closer(self, name: str, rank: Rank) -> bool:
-        """Measure what an option does to the network, unless that is known of one with nearly its error; whether it was not."""
-        if self.study.images is None:
-            return False
-        (error,) = self.estimate(name, [rank])
-        if any(abs(np.log(max(error, TINY) / max(known, TINY))) < WIDTH / 4 for known, _ in self._probes()):
-            return False
-        key = [self.study.digest, *self._key, name, list(rank) if isinstance(rank, tuple) else rank]
-        self._known.append(tuple(self.study.cache.get("effect", key, lambda: [error, self._effect(name, rank)])))
-        return True
-
-    def _probes(self) -> list[tuple[float, float]]:
-        """Pairs of an error of this layer and what it does to the network."""
-        if not self._known:
-            found = self.study.cache.get("damage", [self.study.digest, *self._key, sorted(self.names)], self._damages)
-            self._known = [(error, harm) for error, harm in found]
-            self._tried.clear()
-        return self._known
-
-    def _effect(self, name: str, rank: Rank) -> float:
-        factors = self._tried[name, rank] if (name, rank) in self._tried else self._fit(name, rank, None, ITERATIONS)[1]
-        links = schemes.build(schemes.chain_of(schemes.get_scheme(name), self.spec, rank), self.layer, factors)
-        return self.study.divergence(self.site.name, links)
-
-    def _damages(self) -> list[tuple[float, float]]:
-        """The same, first of all for options with errors near `PROBES` that cost about the least for them."""
-        every: list[tuple[float, str, Rank, Cost]] = []
-        for name in self.names:
-            scheme = schemes.get_scheme(name)
-            if schemes.refusal(scheme, self.spec) is None:
-                anchors = self.anchors(name)
-                for rank, error in zip(anchors, self._errors_at(name, anchors), strict=True):
-                    every.append((error, name, rank, chain_cost(schemes.chain_of(scheme, self.spec, rank), self.site.sizes)))
-
-        def beaten(option: tuple[float, str, Rank, Cost], measure: str) -> bool:
-            cost = getattr(option[3], measure)
-            return any(other[0] * NEAR < option[0] and getattr(other[3], measure) <= cost for other in every)
-
-        # Of one error, schemes do different harm: look at those that may be chosen.
-        every = [option for option in every if not (beaten(option, "macs") and beaten(option, "params"))]
-        chosen = {min(every, key=lambda option: abs(np.log(max(option[0], TINY) / probe))): None for probe in PROBES}
-        return [(error, self._effect(name, rank)) for error, name, rank, _ in chosen]
-
-    def _begin(self) -> None:
-        self._refuse_meta()
-        if not self._errors and not self._tried:
-            self.begun()
-
-    def _refuse_meta(self) -> None:
-        if self.weight.is_meta:
-            raise ValueError(
-                f"{self.site.name}: its weights are on the meta device: there is nothing to measure an option's error on. Plan on a model "
-                "that has its weights; that plan then fits this one too, with apply_plan(model, plan, init='empty')."
-            )
+from dsconv_surgery.workings import ANCHORS, Workings
 
 
 def options_of(
@@ -293,37 +92,6 @@ def _timed(name: str, offers: list[tuple[Rank, Cost]], site: ConvSite, workings:
     scheme = schemes.get_scheme(name)
     times = [clock.time(schemes.chain_of(scheme, site.spec, offers[at][0]), site.sizes) for at in chosen]
     return [(rank, replace(cost, latency=float(ms))) for (rank, cost), ms in zip(offers, np.interp(macs, macs[chosen], times), strict=True)]
-
-
-def _log_of_error(negative: Any) -> Any:
-    """Errors, given as their negatives so that they rise with quality, on a logarithmic scale."""
-    return -np.log(np.maximum(-negative, TINY))
-
-
-def _smooth(x: Any, y: Any, at: Any) -> Any:
-    """Local linear regression of y on x, both logarithms, never falling; below the least x with slope 1."""
-    grid = np.linspace(x.min(), max(x.max(), x.min() + 1e-6), 100)
-    off = x - grid[:, None]
-    weight = np.exp(-0.5 * (off / WIDTH) ** 2) + 1e-9
-    # Of slopes, 1.5 is what there is before any measurement.
-    moments = [(weight * off**k).sum(1) for k in range(3)]
-    moments[2] += 0.05
-    seen = [(weight * y).sum(1), (weight * off * y).sum(1) + 0.05 * 1.5]
-    level = (moments[2] * seen[0] - moments[1] * seen[1]) / (moments[0] * moments[2] - moments[1] ** 2)
-    return _along(grid, np.maximum.accumulate(level), at, slope=1.0)
-
-
-def _along(x: Any, y: Any, at: Any, slope: float | None = None) -> Any:
-    """Piecewise linear through (x, y), x rising; beyond the ends with the slope of the last piece, or another one below the first."""
-    x, first = np.unique(x, return_index=True)
-    y = y[first]
-    if len(x) == 1:
-        return np.full(np.shape(at), y[0]) + (slope or 0.0) * (at - x[0])
-    inner = np.interp(at, x, y)
-    low = y[0] + (slope if slope is not None else (y[1] - y[0]) / (x[1] - x[0])) * (at - x[0])
-    last = (y[-1] - y[-2]) / (x[-1] - x[-2])
-    high = y[-1] + (last if slope is None else max(last, slope)) * (at - x[-1])
-    return np.where(at < x[0], low, np.where(at > x[-1], high, inner))
 
 
 def check_finite(name: str, weight: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The command line: the three commands on networks from each source, and every mistake as one line."""
+"""The command line: the commands on networks from each source, and every mistake as one line."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from dsconv_surgery import cli, compress, find_convs, load
 from dsconv_surgery.checkpoint import read_plan
 from dsconv_surgery.report import Report
+from dsconv_surgery.sweep import Sweep
 
 RESNET = ["torchvision:resnet18", "--input", "1,3,64,64"]
 HOME_MADE = """
@@ -172,7 +173,7 @@ def test_json_and_markdown(home: str, tmp_path: Path) -> None:
     assert f"{report.after.macs:,}" in markdown
     latency = Report.from_json(run("report", f"{home}:small", tmp_path / "out", *INPUT, "--latency", "--json")).latency
     assert latency is not None
-    assert latency.batch == 1
+    assert latency.conditions.batch == 1
 
 
 def test_it_runs_as_a_module(home: str) -> None:
@@ -320,3 +321,40 @@ def test_calibration_that_cannot_be_read(home: str, fails: Fails, words: list[st
     Image.fromarray(np.zeros((9, 9, 3), dtype=np.uint8)).save("folder/black.png")
     assert message in fails("compress", f"{home}:small", *INPUT, "--out", "out", *words)
     assert not Path("out").exists()
+
+
+def test_sweep_writes_a_table_and_a_plot(home: str, tmp_path: Path) -> None:
+    """JSON, Markdown and a picture of every budget asked for; images compare outputs."""
+    torch.save(torch.rand(20, 3, 12, 12), tmp_path / "images.pt")
+    out = tmp_path / "swept"
+    words = ("--keep", 0.8, "--keep", 0.6, "--calibration", tmp_path / "images.pt", "--scheme", "channel", "--measure", "params")
+    printed = run("sweep", f"{home}:small", *INPUT, *words, "--out", out)
+    assert "budgets on params" in printed
+    points = Sweep.from_json((out / "sweep.json").read_text()).points
+    assert [point.fraction for point in points] == [1.0, 0.8, 0.6]
+    assert all(point.error is not None for point in points)
+    assert (out / "sweep.md").read_text().count("\n") == 5
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_recipe_runs_from_the_shell(home: str, tmp_path: Path, fails: Fails) -> None:
+    """The recipe's model, or another; its calibration images; what is saved loads."""
+    torch.save(torch.rand(40, 3, 12, 12), tmp_path / "images.pt")
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        f'model = "{home}:small"\ninput = [1, 3, 12, 12]\nschemes = ["channel"]\n[budget]\nmacs = 0.8\n[calibration]\nimages = 16\n'
+    )
+    saved = tmp_path / "saved"
+    report = Report.from_json(run("run", recipe, "--calibration", tmp_path / "images.pt", "--out", saved, "--json"))
+    assert report.macs_saved >= 0.2
+    assert read_plan(saved).calibrated
+    assert "asks for 16 calibration images" in fails("run", recipe, "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    recipe.write_text("[budget]\nmacs = 0.8\n")
+    assert "names no model" in fails("run", recipe, "--out", tmp_path / "other")
+    assert "no such file or recipe" in fails("run", "resnet-fifty", "--out", tmp_path / "other")
+
+
+def test_recipes_are_listed_with_their_schema() -> None:
+    assert "resnet20-cifar10-macs-50" in run("recipes")
+    assert "budget" in json.loads(run("recipes", "--schema"))["properties"]

@@ -58,7 +58,7 @@ def cut() -> nn.Module:
     with torch.no_grad():
         model(torch.rand(8, 3, 32, 32))
     model.eval()
-    plan = make_plan(model, torch.rand(1, 3, 32, 32), schemes=SCHEMES, budget=Budget(macs=0.6))
+    plan = make_plan(model, torch.rand(1, 3, 32, 32), schemes=SCHEMES, budget=Budget(macs=0.6), rule="uniform")
     for at, scheme, rank in (("layer1.0.conv1", "depthwise", 2), ("layer1.0.conv2", "tucker", (4, 5)), ("layer1.1.conv1", "spatial", 6)):
         plan = plan.replace(at, scheme=scheme, rank=rank)
     assert {c.scheme for c in plan.cuts} >= set(SCHEMES[:3])

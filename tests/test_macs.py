@@ -174,7 +174,7 @@ def test_a_plan_foretells_the_cut_network(name: str, scheme: str) -> None:
 def test_a_plan_of_make_plan_foretells_the_cut_network() -> None:
     """With real weights, a rule's own choice among all schemes and the budget kept as counted."""
     model, x = models.shufflenet_v2_x0_5(weights=None).eval(), torch.rand(2, 3, 64, 64)
-    plan = make_plan(model, x, schemes=["depthwise", "spatial", "channel", "bottleneck"])
+    plan = make_plan(model, x, schemes=["depthwise", "spatial", "channel", "bottleneck"], rule="uniform")
     cut = apply_plan(model, plan)
     assert survey(cut, x).total == plan.total_after
     macs, total = counted(cut, x)

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dsconv_surgery import register_scheme, schemes
+from dsconv_surgery.cache import Cache
 from dsconv_surgery.geometry import ConvSpec, Rank, chain_cost
-from dsconv_surgery.options import Workings
+from dsconv_surgery.graph import ConvSite
+from dsconv_surgery.sensitivity import Study
+from dsconv_surgery.workings import Workings
 
 EVERY = schemes.scheme_names()
 CLOSED_FORM = ("depthwise", "pointwise_depthwise", "spatial", "channel", "bottleneck")
@@ -98,6 +101,12 @@ GEOMETRIES = [
 ]
 
 
+def _workings(conv: nn.Conv2d) -> Workings:
+    """A layer by itself, judged by its weights."""
+    site = ConvSite("layer", (), ConvSpec.of(conv), ((1, 16, 16),))
+    return Workings(site, conv, EVERY, Study(conv, [site], None, Cache(False)))
+
+
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("at", range(len(GEOMETRIES)))
 def test_errors_reported_are_errors_measured_at_every_rank(name: str, at: int) -> None:
@@ -106,7 +115,7 @@ def test_errors_reported_are_errors_measured_at_every_rank(name: str, at: int) -
     spec, scheme = ConvSpec.of(conv), schemes.get_scheme(name)
     if schemes.refusal(scheme, spec):
         pytest.skip(f"refused: {schemes.refusal(scheme, spec)}")
-    workings = Workings("layer", spec, conv.weight)
+    workings = _workings(conv)
     ranks = list(scheme.ranks(spec.one_group()))
     bounds = workings.bounds(name, ranks)
     for number, rank in enumerate(ranks):
@@ -166,7 +175,7 @@ def test_closed_forms_are_optimal(name: str) -> None:
     squares = [np.linalg.svd(m, compute_uv=False) ** 2 for m in unfoldings]
     full = full_rank(name, ConvSpec.of(conv))
     assert isinstance(full, int)
-    bounds = Workings("layer", ConvSpec.of(conv), conv.weight).bounds(name, range(1, full + 1))
+    bounds = _workings(conv).bounds(name, range(1, full + 1))
     assert bounds is not None
     for rank, error in enumerate(bounds, 1):
         optimum = sum(s[rank:].sum() for s in squares) / (w**2).sum()
@@ -193,7 +202,7 @@ def test_iterative_schemes_find_a_planted_structure(name: str, rank: Rank) -> No
 def test_cp_is_no_worse_than_depthwise_of_the_same_rank() -> None:
     """CP contains depthwise with m kernels at R = m I, and its search starts there."""
     conv = nn.Conv2d(8, 12, 3).double()
-    workings = Workings("layer", ConvSpec.of(conv), conv.weight)
+    workings = _workings(conv)
     for m in (1, 2, 4):
         assert workings.measure("cp", 8 * m) <= workings.measure("depthwise", m)
 

@@ -90,7 +90,7 @@ def test_zoo(name: str, tmp_path: Path) -> None:
     network = ZOO[name]
     model, x = network.build(), torch.rand(2, 3, 64, 64)
     before = snapshot(model)
-    plan = make_plan(model, x, schemes=network.schemes, exclude=network.exclude, budget=Budget(macs=network.keep))
+    plan = make_plan(model, x, schemes=network.schemes, exclude=network.exclude, budget=Budget(macs=network.keep), rule="uniform")
     cut = apply_plan(model, plan)
     check_cut(model, cut, plan)
     assert {at.scheme for at in plan.cuts} == set(network.schemes)
@@ -136,7 +136,7 @@ def test_googlenet_keeps_its_auxiliary_heads() -> None:
     """A plan made in training mode cuts them and they still answer; one made in evaluation mode says that they never run."""
     model, x = ZOO["googlenet"].build(), torch.rand(2, 3, 64, 64)
     heads = {name for name in layer_names(model) if name.startswith("aux")}
-    plan = make_plan(model, x, schemes="bottleneck", include=["aux*", "fc"], budget=Budget(macs=0.999))
+    plan = make_plan(model, x, schemes="bottleneck", include=["aux*", "fc"], budget=Budget(macs=0.999), rule="uniform")
     assert {at.name for at in plan.cuts} > heads
     cut = apply_plan(model, plan)
     logits, aux2, aux1 = cut(x)
@@ -146,7 +146,7 @@ def test_googlenet_keeps_its_auxiliary_heads() -> None:
     skips = {layer.name: layer.reason for layer in find_convs(model, x) if isinstance(layer, Skip)}
     assert set(skips) == heads
     assert all("never called" in reason for reason in skips.values())
-    quiet = apply_plan(model, make_plan(model, x, schemes="bottleneck", include="inception3a*", budget=Budget(macs=0.99)))
+    quiet = apply_plan(model, make_plan(model, x, schemes="bottleneck", include="inception3a*", budget=Budget(macs=0.99), rule="uniform"))
     assert isinstance(quiet(x), Tensor)
     assert len(quiet.train()(x)) == 3  # the heads are still there for training
 
@@ -173,7 +173,7 @@ def test_faster_rcnn(tmp_path: Path) -> None:
     assert set(sites) == layer_names(model)
     assert sites["rpn.head.conv.0.0"].sizes == tuple((1, side, side) for side in (16, 8, 4, 2, 1))
 
-    plan = make_plan(model, images, schemes=["spatial", "bottleneck"], budget=Budget(macs=0.6))
+    plan = make_plan(model, images, schemes=["spatial", "bottleneck"], budget=Budget(macs=0.6), rule="uniform")
     cut = apply_plan(model, plan)
     check_cut(model, cut, plan)
     assert "rpn.head.conv.0.0" in {at.name for at in plan.cuts}
@@ -214,8 +214,8 @@ def test_a_graph_module_is_cut_node_by_node(tmp_path: Path) -> None:
     model, x = models.resnet18(weights=None).eval(), torch.rand(2, 3, 64, 64)
     graph = fx.symbolic_trace(model)
     original = targets_of(graph)
-    plan = make_plan(graph, x, schemes=["depthwise", "bottleneck"])
-    assert plan == make_plan(model, x, schemes=["depthwise", "bottleneck"])
+    plan = make_plan(graph, x, schemes=["depthwise", "bottleneck"], rule="uniform")
+    assert plan == make_plan(model, x, schemes=["depthwise", "bottleneck"], rule="uniform")
     plan = plan.replace("layer1.0.conv1", scheme="tucker", rank=(20, 30)).replace("layer1.0.conv2", scheme="spatial", rank=40)
     assert {at.scheme for at in plan.cuts} == {"tucker", "depthwise", "spatial", "bottleneck"}
     cut = apply_plan(graph, plan)
@@ -269,6 +269,6 @@ def test_layers_that_a_forward_asks_about_stay() -> None:
     assert other == Skip("other", "its bias is read outside its own call, which needs the dense tensor.")
     assert fc == Skip("fc", "its in_features is read outside its own call, which needs the dense layer.")
     assert type(model.fc) is nn.Linear  # what watches is a copy
-    plan = make_plan(model, x, schemes="spatial", budget=Budget(macs=0.95))
+    plan = make_plan(model, x, schemes="spatial", budget=Budget(macs=0.95), rule="uniform")
     assert [at.name for at in plan.cuts] == ["conv"]
     assert apply_plan(model, plan)(x).shape == (2, 64)

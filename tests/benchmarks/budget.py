@@ -6,6 +6,8 @@ python tests/benchmarks/budget.py weightings --data ../shared/data   how damage 
 python tests/benchmarks/budget.py resnet18 --data ../shared/data     torchvision's resnet18 trained on CIFAR-10 at 64 px: MACs and latency
 python tests/benchmarks/budget.py latency                            half the time at 224 px, and the clock against MACs
 python tests/benchmarks/budget.py planning                           time of the first plan and of the next
+python tests/benchmarks/budget.py torchvision                        the recipes for torchvision's networks: cost and time
+python tests/benchmarks/budget.py recipes                            what `accuracy` and `torchvision` found, beside each recipe
 python tests/benchmarks/budget.py plot                               what `rivals` found, as recipes/rivals.png
 
 No training; calibration images are training images, accuracies are of the whole test set (`weightings`: held-out training images).
@@ -35,11 +37,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - makes torchvision importable beside a CPU build of torch
 from cifar import accuracy, cifar10, load_resnet, to_input
 
-from dsconv_surgery import Budget, Calibration, compress, make_plan
+from dsconv_surgery import Budget, Calibration, Recipe, compress
 from dsconv_surgery.budget import Choice, Table
+from dsconv_surgery.cache import Cache
+from dsconv_surgery.clock import Clock
 from dsconv_surgery.decide import Decision, Settings
 from dsconv_surgery.measure import latency
 from dsconv_surgery.moments import Images
+from dsconv_surgery.pipeline import cut_to
 from dsconv_surgery.rules import equal_error, least_damage
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -189,55 +194,90 @@ def run_resnet18(options: argparse.Namespace, add: Add) -> None:
 
 
 def timed(dense: nn.Module, cut: nn.Module, example: Tensor, timing: Any) -> dict[str, Any]:
-    """Both networks in turn, in one run."""
+    """Both networks in turn, in one run; against what the plan foresaw, where it did."""
     before, after = latency([dense, cut], [example], rounds=31)
-    return {
-        "dense_ms": round(before, 3),
-        "cut_ms": round(after, 3),
-        "faster": round(before / after, 3),
+    found = {"dense_ms": round(before, 3), "cut_ms": round(after, 3), "faster": round(before / after, 3)}
+    if timing is None:
+        return found
+    return found | {
         "predicted_ms": round(timing.after, 3),
         "measured_over_predicted": round(after / timing.after, 3),
         "sum_of_layers_ms": round(timing.tables, 3),
     }
 
 
-def run_latency(options: argparse.Namespace, add: Add) -> None:
-    """Random weights, so by the weights alone and without any claim on accuracy; and the clock against MACs at one predicted damage."""
+def run_torchvision(options: argparse.Namespace, add: Add) -> None:
+    """Each recipe for a torchvision network, random weights: by the weights alone, and no claim on accuracy."""
     import torchvision
 
-    for name, batch in (("resnet18", 1), ("resnet18", 16), ("resnet50", 1), ("vgg16_bn", 1)):
-        torch.manual_seed(0)
-        model = folded(getattr(torchvision.models, name)(weights=None))
-        example = torch.randn(batch, 3, 224, 224)
+    for name, path in Recipe.known().items():
+        recipe = Recipe.load(path)
+        network_name = recipe.model.removeprefix("torchvision:")
+        if not recipe.model or (options.network and options.network != network_name):
+            continue
+        for batch in options.batches:
 
-        def run(model: Any = model, example: Tensor = example) -> dict[str, Any]:
-            begun = time.perf_counter()
-            small = compress(model, example, budget=Budget(latency=0.5))
-            seconds = round(time.perf_counter() - begun, 1)
-            found = timed(model, small.model, example, small.plan.timing)
-            damage = sum(cut.damage or 0.0 for cut in small.plan.cuts)
-            # The network that a budget on MACs gives at the same predicted damage.
-            low, high = 0.05, 1.0
-            for _ in range(12):
+            def run(recipe: Recipe = recipe, network_name: str = network_name, batch: int = batch) -> dict[str, Any]:
+                torch.manual_seed(0)
+                model = folded(getattr(torchvision.models, network_name)(weights=None))
+                example = torch.randn(batch, *recipe.input[1:])
+                begun = time.perf_counter()
+                small = recipe.run(model, example)
+                seconds = round(time.perf_counter() - begun, 1)
+                found = timed(model, small.model, example, small.plan.timing)
+                slower = [cut.name for cut in small.plan.cuts if small.plan.timing and not faster(model, example, cut)]
+                return {
+                    **found,
+                    "chosen_though_slower": slower,
+                    "seconds": seconds,
+                    "params_saved": round(small.report.params_saved, 4),
+                    "macs_saved": round(small.report.macs_saved, 4),
+                    "predicted_damage": round(sum(cut.damage or 0.0 for cut in small.plan.cuts), 4),
+                    "schemes": dict(Counter(cut.scheme for cut in small.plan.cuts)),
+                }
+
+            add({"recipe": name, "batch": batch, "threads": torch.get_num_threads()}, run)
+
+
+def faster(model: nn.Module, example: Tensor, cut: Any) -> bool:
+    """Whether a cut's chain is faster than its layer, timed anew."""
+    clock = Clock(model, [example], Cache(False))
+    return clock.time(cut.chain, cut.sizes) < clock.time({"dense": cut.spec}, cut.sizes)
+
+
+def run_latency(options: argparse.Namespace, add: Add) -> None:
+    """The clock against MACs: two budgets of one predicted damage, by the weights alone."""
+    import torchvision
+
+    name = options.network or "resnet18"
+    for batch in options.batches:
+
+        def run(batch: int = batch) -> dict[str, Any]:
+            torch.manual_seed(0)
+            model = folded(getattr(torchvision.models, name)(weights=None))
+            example = torch.randn(batch, 3, 224, 224)
+            by_clock = compress(model, example, budget=Budget(latency=0.5))
+            damage = sum(cut.damage or 0.0 for cut in by_clock.plan.cuts)
+            decision = Decision(model, (example,), Settings(Budget(macs=0.5)), None, False)
+            low, high = decision.smallest("macs") + 1e-3, 1.0
+            for _ in range(10):
                 middle = (low + high) / 2
-                plan = make_plan(model, example, budget=Budget(macs=middle))
+                plan, _ = decision.plan(Budget(macs=middle), later=True)
                 over = sum(cut.damage or 0.0 for cut in plan.cuts) > damage
                 low, high = (middle, high) if over else (low, middle)
-            by_macs = compress(model, example, budget=Budget(macs=high))
-            clock, macs = latency([small.model, by_macs.model], [example], rounds=31)
+            by_macs = cut_to(decision, Budget(macs=high))
+            dense, clock, macs = latency([model, by_clock.model, by_macs.model], [example], rounds=31)
             return {
-                **found,
-                "seconds": seconds,
-                "macs_saved": round(small.report.macs_saved, 4),
-                "schemes": dict(Counter(cut.scheme for cut in small.plan.cuts)),
-                "by_macs_saved": round(by_macs.report.macs_saved, 4),
-                "by_macs_ms": round(macs, 3),
+                "predicted_damage": round(damage, 4),
+                "dense_ms": round(dense, 3),
                 "by_clock_ms": round(clock, 3),
+                "by_macs_ms": round(macs, 3),
+                "by_clock_macs_saved": round(by_clock.report.macs_saved, 4),
+                "by_macs_macs_saved": round(by_macs.report.macs_saved, 4),
                 "by_macs_over_by_clock": round(macs / clock, 3),
             }
 
-        if not options.network or options.network == name:
-            add({"network": name, "batch": batch, "keep_latency": 0.5, "threads": torch.get_num_threads()}, run)
+        add({"network": name, "batch": batch, "threads": torch.get_num_threads()}, run)
 
 
 def run_planning(options: argparse.Namespace, add: Add) -> None:
@@ -267,6 +307,22 @@ def run_planning(options: argparse.Namespace, add: Add) -> None:
 
         if not options.network or options.network == name:
             add({"network": name, "images": len(batches) * len(batches[0]), "threads": torch.get_num_threads()}, run)
+
+
+def run_recipes(_options: argparse.Namespace, _: Add) -> None:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    settings: dict[str, Any] = {}
+    for source in ("accuracy", "torchvision"):
+        path = RECIPES / f"budget_{source}.json"
+        found = json.loads(path.read_text()) if path.exists() else {"rows": [], "settings": {}}
+        for row in found["rows"]:
+            network_name = row.get("network", "").lower().replace("-", "")
+            name = row.get("recipe") or f"{network_name}-cifar10-{row['measure']}-{round(100 * row['keep'])}"
+            rows.setdefault(name, []).append({key: value for key, value in row.items() if key not in ("recipe", "rule")})
+            settings[name] = found["settings"]
+    for name, path in Recipe.known().items():
+        if name in rows:
+            path.with_suffix(".json").write_text(json.dumps({"settings": settings[name], "result": rows[name]}, indent=1) + "\n")
 
 
 def run_plot(options: argparse.Namespace, _: Add) -> None:
@@ -299,6 +355,8 @@ def main() -> None:
         "resnet18": run_resnet18,
         "latency": run_latency,
         "planning": run_planning,
+        "torchvision": run_torchvision,
+        "recipes": run_recipes,
         "plot": run_plot,
     }
     parser.add_argument("what", choices=list(runs))
@@ -308,6 +366,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--measures", nargs="*")
     parser.add_argument("--network")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     path = options.json or RECIPES / f"budget_{options.what}.json"
