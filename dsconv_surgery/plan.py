@@ -146,7 +146,9 @@ class Plan:
         columns = ("layer", "geometry", "scheme", "rank", "params", "-> params", "MACs", "-> MACs", "error")
         left = "".join(f"\nleft dense: {skip.name} - {skip.reason}" for skip in self.skips)
         how = ", calibrated" if self.calibrated else ""
-        return text_table(f"rule {self.rule}, {self.budget or 'no budget'}{how}", columns, rows) + left
+        t = self.timing
+        timed = "" if t is None else f"\nlatency {t.before:.2f} -> {t.after:.2f} ms predicted ({t.conditions})"
+        return text_table(f"rule {self.rule}, {self.budget or 'no budget'}{how}", columns, rows) + timed + left
 
 
 def _why_left(plan: Plan, name: str) -> str:
