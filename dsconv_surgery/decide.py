@@ -205,7 +205,7 @@ class Decision:
             tables_say = self.total.latency + sum(
                 option.cost.latency - self._tables[name].dense.latency for name, option in choice.items() if option
             )
-            dense, after = measure.latency([self.model, _stand_in(self.model, plan)], self.inputs)
+            dense, after = measure.latency([self.model, _stand_in(self.model, plan)], self.inputs, rounds=31)
             after *= self.total.latency / dense  # the machine may be busier than when the budget was set
             timing = Timing(measure.conditions(self.inputs), self.total.latency, after, tables_say)
             off = abs(after - target) + (target if after > SLACK * target else 0.0)

@@ -17,6 +17,8 @@ from dsconv_surgery.graph import ConvSite, Skip
 from dsconv_surgery.sensitivity import Study
 from dsconv_surgery.workings import ANCHORS, Workings
 
+FASTER = 0.95  # of a layer's time, which an option has to stay below: timings of the same thing differ by as much
+
 
 def options_of(
     site: ConvSite,
@@ -64,7 +66,7 @@ def options_of(
             if all(link.out_channels % multiple == 0 for link in list(chain.values())[:-1]):
                 every.append((rank, cost))
         if clock is not None:
-            every = [(rank, cost) for rank, cost in _timed(name, every, site, workings, clock) if cost.latency < dense.latency]
+            every = [(rank, cost) for rank, cost in _timed(name, every, site, workings, clock) if cost.latency < FASTER * dense.latency]
         if every:
             offers[name] = sorted(every, key=lambda offer: (offer[1].macs, offer[1].params))
     if not offers:

@@ -49,7 +49,7 @@ class Recipe:
         ValueError: settings that do not fit each other.
 
     Example:
-        >>> small = Recipe.load("resnet18-half-macs").run(model, torch.rand(1, 3, 224, 224), calibration=batches)
+        >>> small = Recipe.load("resnet18-half-latency").run(model, torch.rand(1, 3, 224, 224), calibration=batches)
     """
 
     description: str = ""
