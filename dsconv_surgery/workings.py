@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsconv_surgery import schemes
 from dsconv_surgery.budget import Unfolding
-from dsconv_surgery.cache import digest
+from dsconv_surgery.cache import Cache, digest
 from dsconv_surgery.curves import WIDTH, along, smooth
 from dsconv_surgery.geometry import Cost, Rank, chain_cost
 from dsconv_surgery.graph import ConvSite
@@ -33,6 +33,9 @@ class Workings:
     def __init__(self, site: ConvSite, layer: nn.Module, names: Sequence[str], study: Study) -> None:
         self.site, self.layer, self.names, self.study = site, layer, names, study
         self.spec, self.weight = site.spec, layer.get_parameter("weight")
+        # A registered scheme may be another one by the same name next time.
+        ours = all(type(schemes.get_scheme(name)).__module__.startswith("dsconv_surgery.") for name in names)
+        self._cache = study.cache if ours else Cache(False)
         self.made: dict[tuple[str, Rank], Factors] = {}
         self.begun: Callable[[], object] = lambda: None  # called when a layer's first option is measured
         self._errors: dict[tuple[str, Rank], float] = {}
@@ -138,7 +141,7 @@ class Workings:
     def _errors_at(self, name: str, anchors: list[Rank]) -> list[float]:
         place = [self.study.digest] if self.study.images is not None else [digest(self.weight)]
         ranks = [list(rank) if isinstance(rank, tuple) else rank for rank in anchors]
-        return list(self.study.cache.get("errors", [*place, *self._key, name, ranks], lambda: self._fit_all(name, anchors)))
+        return list(self._cache.get("errors", [*place, *self._key, name, ranks], lambda: self._fit_all(name, anchors)))
 
     def _fit_all(self, name: str, anchors: list[Rank]) -> list[float]:
         """At each anchor, the factors of the weights alone to start with."""
@@ -169,13 +172,13 @@ class Workings:
         if any(abs(np.log(max(error, TINY) / max(known, TINY))) < WIDTH / 4 for known, _ in self._probes()):
             return False
         key = [self.study.digest, *self._key, name, list(rank) if isinstance(rank, tuple) else rank]
-        self._known.append(tuple(self.study.cache.get("effect", key, lambda: [error, self._effect(name, rank)])))
+        self._known.append(tuple(self._cache.get("effect", key, lambda: [error, self._effect(name, rank)])))
         return True
 
     def _probes(self) -> list[tuple[float, float]]:
         """Pairs of an error of this layer and what it does to the network."""
         if not self._known:
-            found = self.study.cache.get("damage", [self.study.digest, *self._key, sorted(self.names)], self._damages)
+            found = self._cache.get("damage", [self.study.digest, *self._key, sorted(self.names)], self._damages)
             self._known = [(error, harm) for error, harm in found]
             self._tried.clear()
         return self._known

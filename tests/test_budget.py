@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dsconv_surgery
-from dsconv_surgery import Budget, Calibration, Plan, Recipe, compare, compress, make_plan, pareto
+from dsconv_surgery import Budget, Calibration, Plan, Recipe, compare, compress, make_plan, pareto, schemes
 from dsconv_surgery.budget import Choice, Table
 from dsconv_surgery.cache import Cache, digest
 from dsconv_surgery.clock import Clock
@@ -224,6 +224,17 @@ def test_a_second_plan_comes_from_the_cache(net: Net, x: Tensor, batches: list[T
         batches[1] = batches[1] + 1e-6
         with pytest.raises(AssertionError, match="computed again"):
             plan_again()
+
+
+def test_registered_schemes_are_not_cached(net: Net, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another scheme by the same name may come next time: what was found out about this one is not kept."""
+    mine = type("Mine", (type(schemes.get_scheme("channel")),), {"name": "mine", "__module__": "somewhere"})()
+    monkeypatch.setitem(schemes._SCHEMES, "mine", mine)
+    batches = [torch.randn(16, 3, 16, 16)]
+    make_plan(net, x, schemes="mine", calibration=batches, cache=tmp_path / "one")
+    assert not list((tmp_path / "one").rglob("*.json"))
+    make_plan(net, x, schemes="channel", calibration=batches, cache=tmp_path / "two")
+    assert list((tmp_path / "two").rglob("*.json"))
 
 
 def test_damaged_entries_are_noticed_and_made_anew(tmp_path: Path) -> None:
