@@ -86,10 +86,10 @@ def named_model(name: str, weights: str) -> nn.Module:
         raise ValueError(f"model {name!r}: expected torchvision:NAME, timm:NAME or package.module:callable.")
     pretrained = weights == "DEFAULT"
     if source == "torchvision":
-        model = _import("torchvision.models", "torchvision").getnamed_model(rest, weights="DEFAULT" if pretrained else None)
+        model = _import("torchvision.models", "torchvision").get_model(rest, weights="DEFAULT" if pretrained else None)
     elif source == "timm":
         try:
-            model = _import("timm", "timm").createnamed_model(rest, pretrained=pretrained)
+            model = _import("timm", "timm").create_model(rest, pretrained=pretrained)
         except RuntimeError as error:  # timm's word for a name that it does not know
             raise ValueError(f"model {name!r}: {error}. See timm.list_models().") from error
     else:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from dsconv_surgery import cli, compress, find_convs, load
+from dsconv_surgery import cli, compress, find_convs, load, sources
 from dsconv_surgery.checkpoint import read_plan
 from dsconv_surgery.report import Report
 from dsconv_surgery.sweep import Sweep
@@ -141,8 +141,8 @@ def test_a_callable_of_ones_own(home: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_weights_from_a_file(suffix: str, home: str, tmp_path: Path) -> None:
     """The network that is cut is the one with these weights, and its errors are against them."""
-    cli._model(f"{home}:small", "none")  # so that it can be imported
-    model = cli._model(f"{home}:small", "none")
+    sources.named_model(f"{home}:small", "none")  # so that it can be imported
+    model = sources.named_model(f"{home}:small", "none")
     path = tmp_path / f"weights{suffix}"
     if suffix == ".pt":
         torch.save(model.state_dict(), path)
@@ -155,7 +155,7 @@ def test_weights_from_a_file(suffix: str, home: str, tmp_path: Path) -> None:
     expected = compress(model, torch.zeros(1, 3, 12, 12), schemes="channel", budget=cli.Budget(macs=0.6))
     assert said == expected.report
     x = torch.rand(1, 3, 12, 12)
-    assert torch.equal(load(cli._model(f"{home}:small", "none"), tmp_path / "out")(x), expected.model(x))
+    assert torch.equal(load(sources.named_model(f"{home}:small", "none"), tmp_path / "out")(x), expected.model(x))
     again = Report.from_json(run("report", f"{home}:small", tmp_path / "out", *words, "--json"))
     assert again == said
     other = Report.from_json(run("report", f"{home}:small", tmp_path / "out", *INPUT, "--json"))
@@ -219,7 +219,7 @@ def test_settings_that_are_wrong(fails: Fails, home: str, tmp_path: Path) -> Non
         (["--macs", 1.5], "budget: macs=1.5 is not a fraction to keep"),
         (["--params", 0], "budget: params=0.0 is not a fraction to keep"),
         (["--macs", 0.001], "is out of reach: with every layer at its cheapest"),
-        (["--rule", "best"], "unknown rule 'best'. Known: uniform, energy, fixed"),
+        (["--rule", "best"], "unknown rule 'best'. Known: budget, uniform, equal_error"),
         (["--rule", "fixed"], "rank= goes with rule='fixed'"),
         (["--rule", "fixed", "--rank", 0], "rank=0 is not a rank"),
         (["--energy", 0.9], "energy= goes with rule='energy'"),
@@ -298,7 +298,7 @@ def test_compress_calibrates(home: str, pictures: Path) -> None:
 def test_pictures_are_scaled_cropped_and_normalised(tmp_path: Path) -> None:
     """A grey picture of another shape becomes one number per channel, everywhere."""
     Image.fromarray(np.full((40, 70, 3), 128, dtype=np.uint8)).save(tmp_path / "grey.png")
-    (batch,) = cli._batches(tmp_path, torch.zeros(1, 3, 12, 16), 8, "0.5,0.4,0.3", "0.1,0.2,0.5")
+    (batch,) = sources.image_batches(tmp_path, torch.zeros(1, 3, 12, 16), 8, "0.5,0.4,0.3", "0.1,0.2,0.5")
     expected = (128 / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.1, 0.2, 0.5])
     torch.testing.assert_close(batch, expected.view(1, 3, 1, 1).expand(1, 3, 12, 16))
 
