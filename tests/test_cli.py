@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure  # noqa: F401 - before a fixture puts a copy in the place of sys.modules
 import numpy as np
 import pytest
 import torch
