@@ -320,7 +320,7 @@ def test_latency_budgets_are_kept_by_the_clock(net: Net, x: Tensor, monkeypatch:
 
 
 def test_real_time_is_predicted_and_reported(net: Net, x: Tensor) -> None:
-    """The machine's own clock, under a budget that any machine keeps: conditions, prediction and measurement are in the report; timings are kept for the next time."""
+    """The clock of this machine, under a budget that any keeps: conditions, prediction and measurement are reported, timings kept."""
     wide = torch.randn(4, 3, 64, 64)
     small = compress(net, wide, budget=Budget(latency=1.0))
     report = compare(net, small.model, wide, plan=small.plan, latency=True)
