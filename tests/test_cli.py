@@ -13,6 +13,7 @@ import matplotlib.figure  # noqa: F401 - before a fixture puts a copy in the pla
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -26,6 +27,7 @@ from dsconv_surgery.sweep import Sweep
 RESNET = ["torchvision:resnet18", "--input", "1,3,64,64"]
 HOME_MADE = """
 import torch
+import torch._dynamo
 from torch import nn
 
 def small():
