@@ -48,15 +48,14 @@ class Cache:
 
     def _read(self, path: Path, content: bytes) -> list[Any] | None:
         try:
-            text = path.read_bytes()
-        except OSError:
+            entry = json.loads(path.read_bytes())
+            whole = entry["sha256"] == hashlib.sha256(content + _canonical(entry["value"])).hexdigest()
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        try:
-            entry = json.loads(text)
-            if entry["sha256"] == hashlib.sha256(content + _canonical(entry["value"])).hexdigest():
-                return [entry["value"]]
-        except (ValueError, KeyError, TypeError):
-            pass
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if whole:
+            return [entry["value"]]
         warnings.warn(f"{path}: a damaged cache entry; what it held is computed anew.", stacklevel=3)
         return None
 

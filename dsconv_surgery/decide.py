@@ -198,7 +198,7 @@ class Decision:
         """A plan whose stand-in - the cut network with any weights - keeps the time: layers timed alone do not sum up to a network's."""
         target = (budget.latency or 1.0) * self.total.latency
         least = smallest_total(self._tables, tuple(allowed))["latency"]
-        best: tuple[float, tuple[Plan, Made]] | None = None
+        tried: list[tuple[float, tuple[Plan, Made]]] = []
         for _ in range(SETTLING):
             choice = self._chosen(allowed)
             plan, made = self._written(budget, choice, later)
@@ -209,12 +209,11 @@ class Decision:
             after *= self.total.latency / dense  # the machine may be busier than when the budget was set
             timing = Timing(measure.conditions(self.inputs), self.total.latency, after, tables_say)
             off = abs(after - target) + (target if after > SLACK * target else 0.0)
-            if best is None or off < best[0]:
-                best = off, (replace(plan, timing=timing), made)
+            tried.append((off, (replace(plan, timing=timing), made)))
             if target * (2 - SLACK) <= after <= SLACK * target or not plan.cuts:
                 break
             allowed = {**allowed, "latency": max(allowed["latency"] + target - after, least)}
-        return best[1] if best else self._written(budget, {}, later)
+        return min(tried, key=lambda one: one[0])[1]
 
     def _written(self, budget: Budget | None, choice: Choice, later: bool) -> tuple[Plan, Made]:
         cuts: list[Cut] = []

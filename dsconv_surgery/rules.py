@@ -103,13 +103,12 @@ def evbmf_rank(values: Sequence[float], rows: int, columns: int) -> int:
         x = x[x > 0]
         kept = x[x > edge]
         tau = 0.5 * (kept - (1 + a) + np.sqrt((kept - (1 + a)) ** 2 - 4 * a))
-        energies = float((x - np.log(x)).sum()) + (small - len(x)) * 0.0
-        return energies + float((np.log(tau + 1) + a * np.log(tau / a + 1) - tau).sum())
+        return float((x - np.log(x)).sum()) + float((np.log(tau + 1) + a * np.log(tau / a + 1) - tau).sum())
 
     upper = math.log(total / (small * large))
     first = min(math.ceil(small / (1 + a)) - 1, small - 1)
     floor = max(float(squares[first + 1 :].mean()) if first + 1 < small else 0.0, float(squares[-1]), 1e-12 * float(squares[0]))
-    lower = min(math.log(max(floor / large, float(squares[0]) * 1e-12 / large)), upper)
+    lower = min(math.log(floor / large), upper)
     grid = np.linspace(lower, upper, 400)  # the cost has several dips: the lowest of a fine grid, then closer
     at = int(np.argmin([cost(v) for v in grid]))
     left, right = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]

@@ -22,7 +22,7 @@ from dsconv_surgery.sensitivity import Study
 PULL = 0.1  # ridge towards the weights, in units of the inputs' mean square, when options are judged on data
 ANCHORS = (0.05, 0.1, 0.18, 0.3, 0.5, 0.8)  # parts of a layer's MACs at which errors and times are measured; interpolated between
 ITERATIONS, WIDE_ITERATIONS, WIDE_SIDE = 20, 5, 1024  # of a fit there, and where a patch is longer than
-PROBES = tuple(np.geomspace(0.6, 0.01, 10))  # errors near which it is measured what they do to the network,
+PROBES = tuple(np.geomspace(0.6, 0.01, 10))  # errors near which it is measured what they do to the network
 NEAR = 1.3  # options whose error is at most so many times that of one that costs no more
 TINY = 1e-9  # errors and damages below are not told apart
 
@@ -40,6 +40,8 @@ class Workings:
         self.begun: Callable[[], object] = lambda: None  # called when a layer's first option is measured
         self._errors: dict[tuple[str, Rank], float] = {}
         self._explained: dict[str, Tensor | None] = {}
+        self._anchors: dict[str, list[Rank]] = {}
+        self._idle = True
         self._known: list[tuple[float, float]] = []  # errors, and what they do to the network
         self._tried: dict[tuple[str, Rank], Factors] = {}  # factors at anchors, until it is known what they do to the network
         self._key: list[Any] = [site.name, str(site.spec), [list(size) for size in site.sizes]]
@@ -97,6 +99,8 @@ class Workings:
 
     def anchors(self, name: str) -> list[Rank]:
         """The ranks at which a scheme's errors are measured: its cheapest, and those nearest below parts of the layer's MACs."""
+        if name in self._anchors:
+            return self._anchors[name]
         scheme = schemes.get_scheme(name)
         block = replace(self.spec.one_group(), bias=False)
         offers: list[tuple[Rank, float]] = []
@@ -112,7 +116,8 @@ class Workings:
             within = [at for at, (_, part) in enumerate(offers) if part <= fraction]
             if within:  # of pairs the one that the weights like best
                 chosen[offers[within[-1] if bounds is None else min(within, key=bounds.__getitem__)][0]] = None
-        return sorted(chosen)
+        self._anchors[name] = sorted(chosen)
+        return self._anchors[name]
 
     def damage(self, errors: Sequence[float]) -> list[float]:
         """What errors do to the network's outputs, log against log between errors at which that was measured."""
@@ -209,7 +214,8 @@ class Workings:
 
     def _begin(self) -> None:
         self._refuse_meta()
-        if not self._errors and not self._tried:
+        if self._idle:
+            self._idle = False
             self.begun()
 
     def _refuse_meta(self) -> None:

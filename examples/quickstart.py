@@ -18,15 +18,20 @@ def main() -> None:
     images, labels = demo_images("test")
 
     unlabelled, _ = demo_images("train")
-    settings = {"budget": Budget(params=0.27), "schemes": "cp", "exclude": "linear"}
+    settings = {"budget": Budget(params=0.27), "schemes": "cp", "exclude": ("conv1", "linear")}
 
-    from_weights = compress(model, images[:1], **settings)
-    small = compress(model, images[:1], **settings, calibration=unlabelled[:512].split(128), progress=True)
+    batches = unlabelled[:512].split(128)
+
+    from_weights = compress(model, images[:1], **settings, rule="uniform")
+    small = compress(model, images[:1], **settings, rule="uniform", calibration=batches, progress=True)
+    budgeted = compress(model, images[:1], **settings, calibration=batches, progress=True)
 
     print(compare(model, small.model, images[:1], plan=small.plan, data=images.split(250)))
-    dense, without, calibrated = (accuracy(m, images, labels) for m in (model, from_weights.model, small.model))
+    models = (model, from_weights.model, small.model, budgeted.model)
+    dense, without, calibrated, sensitive = (accuracy(m, images, labels) for m in models)
     print(f"accuracy on 1,000 test images: {dense:.1f} % -> {without:.1f} % from the weights alone")
     print(f"accuracy on 1,000 test images: {dense:.1f} % -> {calibrated:.1f} % calibrated on 512 unlabelled images")
+    print(f"accuracy on 1,000 test images: {dense:.1f} % -> {sensitive:.1f} % and with the ranks where they matter (the default rule)")
 
     with tempfile.TemporaryDirectory() as folder:
         save(small, folder)

@@ -42,6 +42,8 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm2d(32)
         self.grouped = nn.Conv2d(32, 32, 3, padding=1, groups=2)
         self.head = nn.Linear(32, 10)
+        with torch.no_grad():
+            self.head.weight.mul_(50)  # outputs that tell images apart
         for layer in (self.stem, self.wide, self.grouped):
             with torch.no_grad():
                 u, s, v = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
@@ -143,8 +145,11 @@ def test_plans_keep_their_budget_and_are_the_best_of_all(
     assert whole.rule == "budget"
     for measure, fraction in budget.limits().items():
         assert getattr(whole.total_after, measure) <= fraction * getattr(whole.total, measure)
-    # Looking closer at what it chose moves the damages a little.
-    assert sum(cut.damage or 0.0 for cut in whole.cuts) <= 1.5 * sum(cut.damage or 0.0 for cut in plan.cuts) + 1e-6
+    # The same tables, without the closer look that moves their damages.
+    settings = {"schemes": ["spatial", "cp", "bottleneck"], "rule": least_damage, "calibration": calibration}
+    all_options = make_plan(net, x, budget=budget, **settings)  # type: ignore[arg-type]
+    least, restricted = (sum(cut.damage or 0.0 for cut in one.cuts) for one in (all_options, plan))
+    assert 0 < least < restricted
 
 
 def test_a_budget_of_one_cuts_nothing(net: Net, x: Tensor) -> None:

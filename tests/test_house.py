@@ -30,7 +30,7 @@ def test_types() -> None:
 
 
 def test_quickstart_prints_what_the_readme_shows() -> None:
-    """Costs to two points of a percent, accuracies to two: choices made on data differ between machines; the rest to the letter."""
+    """Costs to the digit; accuracies to a point, as they differ between machines in the last bits; the rest to the letter."""
     shown = re.search(r"<!-- quickstart -->\n```\n(.*?)```", README, re.S)
     assert shown is not None
     printed = run(sys.executable, "examples/quickstart.py").splitlines()
@@ -38,11 +38,7 @@ def test_quickstart_prints_what_the_readme_shows() -> None:
         if "accuracy" in line:
             found = next(p for p in printed if p.split("%")[-1] == line.split("%")[-1] and p.startswith("accuracy"))
             was, now = (re.findall(r"([\d.]+) %", text) for text in (line, found))
-            assert [float(a) for a in was] == pytest.approx([float(a) for a in now], abs=2.0)
-        elif line.startswith(("parameters", "MACs")):
-            found = next(p for p in printed if p.split()[0] == line.split()[0] and " -> " in p)
-            was, now = (re.findall(r"[-+]([\d.]+) %", text) for text in (line, found))
-            assert [float(a) for a in was] == pytest.approx([float(a) for a in now], abs=2.0)
+            assert [float(a) for a in was] == pytest.approx([float(a) for a in now], abs=1.0)
         else:
             assert line in printed
 

@@ -26,7 +26,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - makes torchvision importable beside a CPU build of torch
+from calibrated import draw, network, recorder
 from cifar import accuracy, cifar10, load_resnet, to_input
 
 from dsconv_surgery import Budget, Calibration, Recipe, compress
@@ -71,15 +71,6 @@ RIVALS: dict[str, dict[str, Any]] = {
     "equal relative error (ALDS)": {"rule": equal_error},
 }
 WEIGHTINGS: dict[str, Any] = {"output sensitivity": "budget", "one weight": by_one_weight, "none": by_error, "equal error": equal_error}
-
-
-def network(data: Path, depth: int) -> nn.Module:
-    return load_resnet(data / "weights" / f"resnet{depth}_cifar10.safetensors", depth)
-
-
-def draw(images: np.ndarray, count: int, seed: int) -> Tensor:
-    """Of the first 45,000 training images; the last 5,000 are what choices were made on."""
-    return to_input(images[np.random.default_rng(seed).permutation(45000)[:count]])
 
 
 def compressed(model: nn.Module, x: Tensor, budget: Budget, batches: Any, **keywords: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -370,16 +361,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     path = options.json or RECIPES / f"budget_{options.what}.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-
-    def add(key: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
-        if any(all(row.get(k) == v for k, v in key.items()) for row in rows):
-            return
-        rows.append({**key, **run()})
-        print(rows[-1], flush=True)
-        settings = {"torch": torch.__version__, "threads": torch.get_num_threads(), "command": f"budget.py {options.what}"}
-        path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
-
+    add = recorder(path, f"budget.py {options.what}")
     runs[options.what](options, add)
 
 

@@ -70,6 +70,22 @@ def draw(images: np.ndarray, count: int, seed: int) -> Tensor:
     return to_input(images[np.random.default_rng(seed).permutation(45000)[:count]])
 
 
+def recorder(path: Path, command: str) -> Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None]:
+    """A function that runs what a key describes and adds it to a file, unless it is there already."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def add(key: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
+        if any(all(row.get(k) == v for k, v in key.items()) for row in rows):
+            return
+        rows.append({**key, **run()})
+        print(rows[-1], flush=True)
+        settings = {"torch": torch.__version__, "threads": torch.get_num_threads(), "command": command}
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+    return add
+
+
 def describe(settings: dict[str, Any]) -> str:
     return f"params {settings['budget'].params}" if "budget" in settings else f"m={settings['rank']}"
 
@@ -259,17 +275,7 @@ def main() -> None:
     options = parser.parse_args()
     home = HERE.parents[1] / "recipes" if options.what == "images" else HERE
     path = options.json or home / ("images_curve.json" if options.what == "images" else f"calibrated_{options.what}.json")
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-
-    def add(key: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
-        if any(all(row.get(k) == v for k, v in key.items()) for row in rows):
-            return
-        rows.append({**key, **run()})
-        print(rows[-1], flush=True)
-        settings = {"torch": torch.__version__, "threads": torch.get_num_threads(), "command": f"calibrated.py {options.what}"}
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
-
+    add = recorder(path, f"calibrated.py {options.what}")
     runs[options.what](options, add)
 
 
