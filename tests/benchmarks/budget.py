@@ -331,9 +331,10 @@ def run_plot(options: argparse.Namespace, _: Add) -> None:
             axes.set_title(name)
             axes.set_xlabel(f"{'MACs' if measure == 'macs' else 'parameters'} kept")
             axes.set_ylabel("points of accuracy lost")
-            axes.set_yscale("symlog", linthresh=1)
+            axes.set_yscale("symlog", linthresh=0.1)
+            axes.set_xticks(RIVAL_GOALS[measure])
             axes.grid(alpha=0.3)
-    grid[0][0].legend(fontsize=7)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     figure.savefig(RECIPES / "rivals.png", dpi=110)
 
 
