@@ -2,7 +2,7 @@
 
 python examples/quickstart.py
 
-Everything it needs is in examples/assets; no training, no labels, no downloads, about two minutes on two CPU cores.
+Everything it needs is in examples/assets; no training, no labels, no downloads, two to three minutes on two CPU cores.
 """
 
 import tempfile
@@ -19,7 +19,6 @@ def main() -> None:
 
     unlabelled, _ = demo_images("train")
     settings = {"budget": Budget(params=0.27), "schemes": "cp", "exclude": ("conv1", "linear")}
-
     batches = unlabelled[:512].split(128)
 
     from_weights = compress(model, images[:1], **settings, rule="uniform")

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - makes torchvision importable beside a CPU build of torch
-from calibrated import draw, network, recorder
+from calibrated import Add, draw, network, recorder
 from cifar import accuracy, cifar10, load_resnet, to_input
 
 from dsconv_surgery import Budget, Calibration, Recipe, compress
@@ -50,7 +50,6 @@ from dsconv_surgery.rules import equal_error, least_damage
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 GOALS = {20: {"macs": (0.5, 0.4, 0.3), "params": (0.4, 0.25)}, 56: {"macs": (0.5, 0.4, 0.3)}}
 RIVAL_GOALS = {"macs": (0.5, 0.4, 0.3), "params": (0.5, 0.4, 0.25)}
-Add = Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None]
 
 
 def by_error(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choice:

@@ -39,6 +39,7 @@ from dsconv_surgery.schemes import chain_of, factorize, fit, get_scheme, kernel_
 from dsconv_surgery.surgery import cut_for_data
 
 HERE = Path(__file__).parent
+Add = Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None]
 SHAPES = ((1, 3, 32, 32),)
 CASES: list[tuple[int, str, dict[str, Any]]] = [
     *((20, "cp", {"budget": Budget(params=keep)}) for keep in (0.4, 0.27, 0.14)),
@@ -70,7 +71,7 @@ def draw(images: np.ndarray, count: int, seed: int) -> Tensor:
     return to_input(images[np.random.default_rng(seed).permutation(45000)[:count]])
 
 
-def recorder(path: Path, command: str) -> Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None]:
+def recorder(path: Path, command: str) -> Add:
     """A function that runs what a key describes and adds it to a file, unless it is there already."""
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
 
