@@ -3,8 +3,10 @@
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.checkpoint import load, save
 from dsconv_surgery.decide import make_plan
+from dsconv_surgery.finetune import fine_tune
 from dsconv_surgery.graph import find_convs
-from dsconv_surgery.moments import Calibration
+from dsconv_surgery.history import FineTune
+from dsconv_surgery.images import Calibration
 from dsconv_surgery.pipeline import compress
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.recipe import Recipe
@@ -19,6 +21,7 @@ __all__ = [
     "Calibration",
     "DepthwiseConv2d",
     "DepthwiseSeparableConv2d",
+    "FineTune",
     "Plan",
     "PointwiseConv2d",
     "Recipe",
@@ -26,6 +29,7 @@ __all__ = [
     "compare",
     "compress",
     "find_convs",
+    "fine_tune",
     "fold_back",
     "load",
     "make_plan",

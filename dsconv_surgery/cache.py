@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +15,8 @@ from typing import Any
 import platformdirs
 import torch
 from torch import Tensor
+
+from dsconv_surgery.files import replaced
 
 FOLDER_VARIABLE = "DSCONV_SURGERY_CACHE"
 FORMAT = 1  # of the entries; another one, another version of torch or of this library, and entries are not found
@@ -63,14 +64,8 @@ class Cache:
         """Into place by a rename: an entry is there whole, or not at all."""
         entry = {"value": value, "sha256": hashlib.sha256(content + _canonical(value)).hexdigest()}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-            try:
-                with os.fdopen(handle, "w") as file:
-                    json.dump(entry, file)
-                os.replace(name, path)
-            finally:
-                Path(name).unlink(missing_ok=True)
+            with replaced(path, durable=False) as written:
+                written.write_text(json.dumps(entry))
         except OSError as error:
             warnings.warn(f"{path}: cannot be written ({error}); nothing is kept for the next time.", stacklevel=3)
             self.folder = None

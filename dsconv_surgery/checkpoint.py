@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dsconv_surgery.files import sync, temporary
 from dsconv_surgery.pipeline import Compressed
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.schemes import is_channels_last
@@ -70,7 +68,7 @@ def save(compressed: Compressed | nn.Module, folder: str | os.PathLike[str], pla
         raise ValueError(f"{(odd + meta)[0]}: {what} ({len(odd + meta)} such entries). Nothing was written.")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with _temporary(target) as written, _temporary(target) as manifest:
+    with temporary(target) as written, temporary(target) as manifest:
         # Cloned, for safetensors takes neither overlapping nor channels-last tensors; one that has several names is written once.
         kept = {names[0]: state[names[0]] for names in _by_tensor(state)}
         save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in kept.items()}, written)
@@ -80,9 +78,9 @@ def save(compressed: Compressed | nn.Module, folder: str | os.PathLike[str], pla
         manifest.write_bytes(_ADAPTER.dump_json(_Saved(plan, weights.name, digest, channels_last), indent=1) + b"\n")
         for source, place in ((written, weights), (manifest, target / PLAN_FILE)):
             source.chmod(0o644)
-            _sync(source)
+            sync(source)
             os.replace(source, place)
-    _sync(target)
+    sync(target)
     for old in target.glob("weights-*.safetensors"):
         if old.name != weights.name:
             old.unlink()
@@ -184,25 +182,6 @@ def _read(folder: Path) -> tuple[_Saved, Path]:
             return saved, weights
     except SafetensorError as error:
         raise ValueError(f"{weights}: not a safetensors file: {error}. Save again.") from error
-
-
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """A new file in a folder, removed at the end unless it was renamed."""
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
-    os.close(handle)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

@@ -187,21 +187,25 @@ def run(
     model: Annotated[str | None, typer.Option(help="instead of the recipe's; as for compress")] = None,
     weights: Weights = "none",
     calibration: Calibrate = None,
+    train: Annotated[Path | None, typer.Option(help="images to fine-tune on, where the recipe says so: as for --calibration")] = None,
     mean: Mean = IMAGENET_MEAN,
     std: Std = IMAGENET_STD,
     latency: Latency = False,
     cache: Cached = True,
     json: Json = False,
 ) -> None:
-    """Compress as a recipe says, and save."""
+    """Compress, and fine-tune towards the dense network, as a recipe says, and save."""
     known = Recipe.load(recipe)
     if not (model or known.model):
         raise ValueError(f"recipe {recipe!r} names no model. Give one with --model.")
     dense, example = named_model(model or known.model, weights), example_input(",".join(map(str, known.input)))
     count = known.calibration.images if known.calibration else 1
     batches = None if calibration is None else image_batches(calibration, example, count, mean, std)
-    small = known.run(dense, example, calibration=batches, cache=cache, progress=True)
+    tuning = None if train is None else image_batches(train, example, sys.maxsize, mean, std)
+    small = known.run(dense, example, calibration=batches, train=tuning, cache=cache, progress=True)
     save(small, out)
+    for history in small.tuned:
+        typer.echo(str(history), err=True)
     found = compare(dense, small.model, example, plan=small.plan, latency=True) if latency else small.report
     _print(found.to_json() if json else str(found))
     typer.echo(f"saved to {out}", err=True)
@@ -221,7 +225,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one line, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {' '.join(str(error).split())}", markup=False, highlight=False)
         sys.exit(1)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
+from dsconv_surgery import ranks
 from dsconv_surgery.cache import Cache
 from dsconv_surgery.geometry import ConvSpec, Size
 from dsconv_surgery.measure import Conditions, conditions
@@ -40,7 +41,7 @@ class Clock:
         links = list(chain.values())
         # A bias or a name do not matter, so that layers alike share their timings.
         key = {"links": [str(link) for link in links], "sizes": [list(size) for size in sizes], **self._where}
-        return float(self._cache.get("latency", key, lambda: sum(self._measure(links, size) for size in sizes)))
+        return ranks.agreed(self._cache.get("latency", key, lambda: sum(self._measure(links, size) for size in sizes)))
 
     def _measure(self, links: Sequence[ConvSpec], size: Size) -> float:
         layers = nn.Sequential(*(make_layer(link, self._like) for link in links)).eval()

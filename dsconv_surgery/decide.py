@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dsconv_surgery import graph, measure, rules
+from dsconv_surgery import graph, measure, ranks, rules
 from dsconv_surgery.budget import WITHOUT_BUDGET, Budget, Choice, Rule, Table, allowance, check_settings, smallest_total
 from dsconv_surgery.cache import Cache
 from dsconv_surgery.clock import Clock
 from dsconv_surgery.geometry import Rank
 from dsconv_surgery.graph import ConvSite, Skip, Survey
-from dsconv_surgery.moments import Calibration, Images, input_shapes
+from dsconv_surgery.images import Calibration, Images, input_shapes
 from dsconv_surgery.options import options_of
 from dsconv_surgery.plan import Cut, Plan, Timing
 from dsconv_surgery.schemes import Factors, get_scheme, scheme_names
@@ -136,10 +136,11 @@ class Decision:
         self._seen = graph.survey(model, *inputs)
         self._sites, self._skips = _select(self._seen, settings)
         self.total = self._seen.total
-        cache, clock = Cache(settings.cache), None
+        # Processes that share the images have to find out the same at the same time, whatever each has in its cache.
+        cache, clock = Cache(settings.cache if ranks.world()[1] == 1 else False), None
         if "latency" in settings.measures:
             clock = Clock(model, inputs, cache)
-            self.total = replace(self.total, latency=measure.latency([model], inputs)[0])
+            self.total = replace(self.total, latency=ranks.agreed(measure.latency([model], inputs)[0]))
         study = Study(model, self._sites, images, cache)
         self._tables: dict[str, Table] = {}
         self._workings: dict[str, Workings] = {}
@@ -205,7 +206,7 @@ class Decision:
             tables_say = self.total.latency + sum(
                 option.cost.latency - self._tables[name].dense.latency for name, option in choice.items() if option
             )
-            dense, after = measure.latency([self.model, _stand_in(self.model, plan)], self.inputs, rounds=31)
+            dense, after = map(ranks.agreed, measure.latency([self.model, _stand_in(self.model, plan)], self.inputs, rounds=31))
             after *= self.total.latency / dense  # the machine may be busier than when the budget was set
             timing = Timing(measure.conditions(self.inputs), self.total.latency, after, tables_say)
             off = abs(after - target) + (target if after > SLACK * target else 0.0)

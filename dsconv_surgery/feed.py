@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dsconv_surgery.moments import Images
+from dsconv_surgery.images import Images
 
 TOGETHER = 8  # layers handled in one pass
 

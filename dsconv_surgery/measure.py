@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -190,3 +191,11 @@ def latency(models: Sequence[nn.Module], inputs: Sequence[Any], rounds: int = 15
             for timer, found in zip(timers, times, strict=True):
                 found.append(1e3 * timer.timeit(1).median)
     return [statistics.median(found) for found in times]
+
+
+def scored(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+    """A network's score; ValueError unless it is a number."""
+    score = evaluate(model)
+    if not isinstance(score, Real) or score != score:
+        raise ValueError(f"evaluate: found {score!r}, expected a number, higher for better.")
+    return float(score)

@@ -1,110 +1,22 @@
-"""Calibration: images, checked, and the moments of what a layer sees in them."""
+"""Calibration: the moments of what a layer sees in images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from dsconv_surgery import ranks
 from dsconv_surgery.geometry import ConvSpec, Size
+from dsconv_surgery.images import ENOUGH, Images, held_out
 from dsconv_surgery.schemes import Objective
 
-HELD = 4  # every fourth image is held out to choose by,
-ENOUGH = 4 * HELD  # given so many
 CHUNK = 2**24  # patch entries worked on at a time (64 MiB in float32)
 DOUBLE_SIDE = 640  # up to this length of a patch the solves run in float64
-NUMBERS_AT_ONCE = 2**21  # input numbers sent through the networks at a time
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Unlabelled images to factorise for, and how much of them to use.
-
-    Args:
-        batches: any iterable of batches that can be iterated again (a list, a DataLoader): tensors, or tuples of the model's
-            inputs, what comes after them (labels) ignored. A few hundred images of the kind that the network will see.
-        patches: of each layer's input at most so many are looked at, drawn evenly from all images.
-        memory: bytes of activations to keep in memory; more are kept in temporary files.
-        seed: of the draws.
-
-    Raises:
-        ValueError: patches or memory are not positive.
-
-    Example:
-        >>> Calibration([torch.rand(64, 3, 32, 32) for _ in range(4)], memory=2**30)
-    """
-
-    batches: Iterable[Any]
-    patches: int = 2**17
-    memory: int = 2**31
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("patches", "memory"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"calibration: {name}={getattr(self, name)!r}, expected a positive whole number.")
-
-
-def input_shapes(inputs: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-    """Of every tensor among a model's inputs."""
-    return tuple(tuple(t.shape) for t in pytree.tree_leaves(tuple(inputs)) if isinstance(t, Tensor))
-
-
-class Images:
-    """Calibration batches as the model takes them, checked once, a few images at a time."""
-
-    def __init__(self, calibration: Calibration | Iterable[Any], shapes: tuple[tuple[int, ...], ...]) -> None:
-        self.settings = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
-        self.shapes = shapes
-        self.example = max(1, shapes[0][0] if shapes and shapes[0] else 1)  # images that a plan's sizes are for
-        batches = self.settings.batches
-        if isinstance(batches, Tensor):
-            raise ValueError("calibration: found a tensor, expected an iterable of batches. Pass [images], or images.split(64).")
-        if not isinstance(batches, Iterable):
-            raise TypeError(f"calibration: expected an iterable of batches, found {type(batches).__name__}.")
-        if iter(batches) is batches:
-            raise ValueError(
-                "calibration: found an iterator, which can be gone through only once; several passes are needed. "
-                "Pass a list (list(...)), a DataLoader, or any object that can be iterated again."
-            )
-        self.count = sum(inputs[0].shape[0] for inputs in self._checked())
-        if not self.count:
-            raise ValueError("calibration: no images. Pass at least one batch; a few hundred images are a good start.")
-
-    def __iter__(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        """The number of the first image, and inputs, as many at a time as fit."""
-        first = 0
-        for inputs in self._checked():
-            lead = inputs[0]
-            size = max(1, min(128, NUMBERS_AT_ONCE // max(lead[0].numel(), 1)))
-            for at in range(0, lead.shape[0], size):
-                yield first + at, pytree.tree_map(lambda t, at=at, size=size: t[at : at + size] if isinstance(t, Tensor) else t, inputs)
-            first += lead.shape[0]
-
-    def _checked(self) -> Iterator[tuple[Any, ...]]:
-        for number, batch in enumerate(self.settings.batches):
-            inputs = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            inputs = inputs[: len(self.shapes)]
-            where = f"calibration: batch {number}"
-            if len(inputs) < len(self.shapes) or not all(isinstance(t, Tensor) for t in inputs):
-                found = ", ".join(type(t).__name__ for t in inputs)
-                raise ValueError(f"{where} holds {found or 'nothing'}, expected {len(self.shapes)} tensor(s), as the model takes them.")
-            for tensor, shape in zip(inputs, self.shapes, strict=True):
-                if tensor.ndim != len(shape) or (len(shape) > 1 and tensor.shape[1] != shape[1]):
-                    raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected one like the example input's, {shape}.")
-                if tensor.shape[:1] != inputs[0].shape[:1]:
-                    raise ValueError(f"{where}: inputs of {inputs[0].shape[0]} and {tensor.shape[0]} images, expected equally many.")
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    bad = int((~torch.isfinite(tensor)).sum())
-                    raise ValueError(f"{where}: {bad} of {tensor.numel()} numbers are NaN or infinite. Leave out or repair those images.")
-            if inputs[0].shape[0]:
-                yield inputs
 
 
 class Moments:
@@ -186,6 +98,17 @@ class Moments:
             sums["spread"] += t.mT @ t
             sums["wanted"] += t.sum(1)
 
+    def sum_over_ranks(self) -> None:
+        """To be called when all has been added: with several processes, each has seen its part of the images."""
+        if ranks.world()[1] == 1:
+            return
+        for fold in range(2):
+            for value in (*(() if self._again else self._patch[fold].values()), *self._target[fold].values()):
+                value.copy_(ranks.summed(value))
+            if self.as_rows and not self._again:
+                g, _, n = self.weight.shape
+                self._rows[fold] = [ranks.gathered(torch.cat([self._zero((g, 0, n)).float(), *self._rows[fold]], 1))]
+
     @property
     def count(self) -> int:
         """Patches drawn."""
@@ -230,11 +153,6 @@ class Moments:
             sum((self._patch[f]["mean"] for f in folds), torch.zeros(())) / count,
             sum((self._target[f]["wanted"] for f in folds), torch.zeros(())) / count,
         )
-
-
-def held_out(first: int, count: int) -> Tensor:
-    """Which of so many images, the first of this number, are held out to choose by."""
-    return torch.arange(first, first + count) % HELD == HELD - 1
 
 
 def moments_for(spec: ConvSpec, weight: Tensor, sizes: Iterable[Size], images: Images, hold: bool) -> Moments:

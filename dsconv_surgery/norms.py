@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from dsconv_surgery import ranks
 from dsconv_surgery.feed import on_device
-from dsconv_surgery.moments import ENOUGH, Images, held_out
+from dsconv_surgery.images import ENOUGH, Images, held_out
 
 
 def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images, always: bool = False) -> bool:
@@ -43,6 +44,11 @@ def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images, always: 
             fit = ~held_out(first, inputs[0].shape[0])
             if int(fit.sum()) > 1:
                 trial(*on_device(_some(inputs, fit), dense))
+    counted: Any
+    for counted in norms.values():  # of this process's part of the images, weighted by batches
+        share = ranks.summed(counted.num_batches_tracked.double())
+        for value in (counted.running_mean, counted.running_var):
+            value.copy_(ranks.summed(value * counted.num_batches_tracked) / share)
     trial.eval()
     if not always:
         as_it_is, anew = _off(dense, (copy.deepcopy(cut).eval(), trial), images)
@@ -71,4 +77,4 @@ def _off(dense: nn.Module, cuts: Sequence[nn.Module], images: Images) -> list[fl
                 for at, cut in enumerate(cuts):
                     pairs = zip(wanted, pytree.tree_leaves(cut(*copy.deepcopy(given))), strict=True)
                     off[at] += sum(float((a.double() - b.double()).square().sum()) for a, b in pairs if isinstance(a, Tensor))
-    return off
+    return ranks.summed(torch.tensor(off, dtype=torch.float64)).tolist()

@@ -77,6 +77,7 @@ def options_of(
             return Skip(site.name, f"left dense - nothing was faster than the layer itself ({dense.latency:.3f} ms) on this machine.")
         costs_text = f"costs {cost.macs:,} MACs and {cost.params:,} parameters, the layer {site.cost.macs:,} and {site.cost.params:,}."
         return Skip(site.name, f"left dense - {name} at rank {rank} already {costs_text}")
+    workings.offers = offers
     return Table(site.name, dense, offers, workings), workings
 
 

@@ -13,7 +13,9 @@ from torch import nn
 from dsconv_surgery.budget import Budget, Rule
 from dsconv_surgery.decide import Decision, Settings
 from dsconv_surgery.geometry import Rank
-from dsconv_surgery.moments import Calibration, Images, input_shapes
+from dsconv_surgery.history import History
+from dsconv_surgery.images import Calibration, Images, input_shapes
+from dsconv_surgery.measure import scored
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.report import Report, Try, compare
 from dsconv_surgery.surgery import cut_for_data, cut_model
@@ -23,11 +25,12 @@ TRIES = 7  # budgets tried to find the smallest network within a drop
 
 @dataclass(frozen=True)
 class Compressed:
-    """A cut network, the plan that it was cut by, and what that saved."""
+    """A cut network, the plan that it was cut by, what that saved, and how it was fine-tuned, if it was."""
 
     model: nn.Module
     plan: Plan
     report: Report
+    tuned: tuple[History, ...] = ()
 
 
 def compress(
@@ -94,14 +97,6 @@ def cut_to(decision: Decision, budget: Budget | None) -> Compressed:
         cut, errors = cut_for_data(model, plan, images, made, decision.progress)
         plan = replace(plan, cuts=tuple(replace(c, error=errors[c.name]) for c in plan.cuts))
     return Compressed(cut, plan, compare(model, cut, *decision.inputs, plan=plan))
-
-
-def scored(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
-    """A network's score; ValueError unless it is a number."""
-    score = evaluate(model)
-    if not isinstance(score, Real) or score != score:
-        raise ValueError(f"evaluate: found {score!r}, expected a number, higher for better.")
-    return float(score)
 
 
 def _within(decision: Decision, lowest: Budget | None, max_drop: float, evaluate: Callable[[nn.Module], float]) -> Compressed:

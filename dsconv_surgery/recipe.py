@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,9 +14,13 @@ from torch import Tensor, nn
 
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.decide import Settings
+from dsconv_surgery.finetune import fine_tune
 from dsconv_surgery.geometry import Rank
-from dsconv_surgery.moments import Calibration
+from dsconv_surgery.history import FineTune, History
+from dsconv_surgery.images import Calibration
 from dsconv_surgery.pipeline import Compressed, compress
+from dsconv_surgery.report import compare
+from dsconv_surgery.surgery import fold_back
 from dsconv_surgery.text import nearest, parse_json
 
 HOMES = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a clone
@@ -43,6 +47,9 @@ class Recipe:
         input: shape of the example input, batch first, for the command line.
         budget, schemes, rule, energy, rank, include, exclude, multiple, max_drop: as for `compress`.
         calibration: how to use calibration images, which then have to be given; none to go by the weights.
+        fine_tune: settings of a fine-tuning after the cut, for which training batches then have to be given.
+        stages: reach the budget in so many cuts, in even proportions, with a fine-tuning after each: between them the factors are
+            multiplied out (`fold_back`), and the network as it then is is cut anew.
         seed: of whatever is drawn.
 
     Raises:
@@ -65,12 +72,20 @@ class Recipe:
     multiple: int | None = None
     max_drop: float | None = None
     calibration: Images | None = field(default=None)
+    fine_tune: FineTune | None = None
+    stages: int = 1
     seed: int = 0
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         Settings(self.budget, self.schemes, self.rule, self.energy, self.rank, self.include, self.exclude, self.multiple)
+        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 1:
+            raise ValueError(f"stages={self.stages!r}: expected a whole number of cuts, 1 or more.")
+        if self.stages > 1 and (self.fine_tune is None or self.budget is None or self.max_drop is not None):
+            raise ValueError(
+                f"stages={self.stages} needs fine_tune and a budget, and no max_drop: each stage is cut to a part of the budget."
+            )
 
     def run(
         self,
@@ -78,18 +93,21 @@ class Recipe:
         *example_inputs: Any,
         calibration: Iterable[Any] | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
+        train: Iterable[Any] | None = None,
+        validate: Callable[[nn.Module], float] | None = None,
         cache: bool | str | Path = True,
         progress: bool = False,
     ) -> Compressed:
-        """`compress` with this recipe's settings.
+        """`compress` with this recipe's settings and then, if it says so, `fine_tune` with the dense network as the teacher.
 
         Args:
             model, example_inputs, cache, progress: as for `compress`.
             calibration: batches of unlabelled images, where the recipe asks for some; no more than it says are used.
             evaluate: a network's score, where the recipe has a `max_drop`.
+            train, validate: batches, with labels or without, and a score by epoch, where the recipe has `fine_tune`; see there.
 
         Raises:
-            ValueError: images or a score that the recipe asks for are not given, or given where it asks for none.
+            ValueError: images, batches or a score that the recipe asks for are not given, or given where it asks for none.
 
         Example:
             >>> small = Recipe(budget=Budget(macs=0.5)).run(model, torch.rand(1, 3, 224, 224))
@@ -101,23 +119,41 @@ class Recipe:
         if self.calibration is not None and calibration is not None:
             few = calibration if iter(calibration) is calibration else _First(calibration, self.calibration.images)
             images = Calibration(few, self.calibration.patches, self.calibration.memory, self.seed)
-        return compress(
-            model,
-            *example_inputs,
-            budget=self.budget,
-            schemes=self.schemes,
-            rule=self.rule,
-            energy=self.energy,
-            rank=self.rank,
-            include=self.include,
-            exclude=self.exclude,
-            calibration=images,
-            multiple=self.multiple,
-            max_drop=self.max_drop,
-            evaluate=evaluate,
-            cache=cache,
-            progress=progress,
-        )
+        if (self.fine_tune is None) != (train is None):
+            asks = "no training batches" if self.fine_tune is None else "training batches (train=)"
+            raise ValueError(f"recipe: it asks for {asks}; found {'none' if train is None else 'some'}.")
+        stages: list[History] = []
+        dense = model
+        for stage in range(1, self.stages + 1):
+            part = None if self.budget is None else Budget(**{m: keep ** (stage / self.stages) for m, keep in self.budget.limits().items()})
+            small = compress(
+                dense,
+                *example_inputs,
+                budget=part,
+                schemes=self.schemes,
+                rule=self.rule,
+                energy=self.energy,
+                rank=self.rank,
+                include=self.include,
+                exclude=self.exclude,
+                calibration=images,
+                multiple=self.multiple,
+                max_drop=self.max_drop,
+                evaluate=evaluate,
+                cache=cache,
+                progress=progress,
+            )
+            if self.fine_tune is not None and train is not None:
+                settings = replace(self.fine_tune, seed=self.seed + stage - 1)
+                found = fine_tune(
+                    small.model, train, teacher=model, validate=validate, plan=small.plan, settings=settings, progress=progress
+                )
+                stages.append(found)
+            if stage < self.stages:
+                dense = fold_back(small.model, small.plan)
+        if not stages:
+            return small
+        return Compressed(small.model, small.plan, compare(model, small.model, *example_inputs, plan=small.plan), tuple(stages))
 
     def to_toml(self) -> str:
         """As `load` reads it; what is as it would be anyway is left out."""

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from dsconv_surgery import schemes
+from dsconv_surgery import ranks, schemes
 from dsconv_surgery.feed import After, Call, Feed, on_device
-from dsconv_surgery.moments import Images, held_out, moments_for
+from dsconv_surgery.images import Images, held_out
+from dsconv_surgery.moments import moments_for
 from dsconv_surgery.plan import Cut
 from dsconv_surgery.schemes import Factors, Objective
 from dsconv_surgery.walk import feed
@@ -118,6 +119,7 @@ class _Fit:
 
     def solve(self, source: Feed, start: Factors | None) -> Fitted:
         """Choose the ridge, fit, fit with the ReLU in mind, and last of all on the held-out images, too."""
+        self.moments.sum_over_ranks()
         plain = self.moments.objective("all", self.centred)
         held = self.moments.objective("held", self.centred) if self.moments.holds_out else None
         ridge, factors = self._ridge(start, held)
@@ -205,9 +207,10 @@ class _Fit:
             asked, given = gain * call.wanted + offset + lost, gain * before(call) + offset + aside
             target = torch.where(asked > 0, asked, given.clamp(max=0))
             self.add(call, _divided(target - offset - aside, gain, call.wanted))
+        self.moments.sum_over_ranks()
         better = self._fit(self.moments.objective("fit", self.centred), ridge, factors, WIDE_TRIAL if self.wide else TRIAL)
         after = self._running(better)
-        errors = [0.0, 0.0]
+        errors = torch.zeros(2, dtype=torch.float64)
         for call in source.calls([self.cut.name]):
             held = held_out(call.first, call.wanted.shape[0])
             gain, offset = self._affine(call.wanted)
@@ -215,7 +218,7 @@ class _Fit:
             asked = (gain * call.wanted + offset + lost)[held].relu()
             for at, run in enumerate((before, after)):
                 errors[at] += float((asked - (gain * run(call) + offset + aside)[held].relu()).square().sum())
-        if errors[1] < errors[0]:
+        if float(ranks.summed(errors).diff()) < 0:
             return better
         self.moments.retarget(linear)
         return factors
@@ -291,4 +294,7 @@ def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> di
             probes = [torch.randn(t.shape, generator=draws).to(t) for t in outputs]
             torch.autograd.backward(outputs, probes)
             probe.zero_grad(set_to_none=True)
+    if ranks.world()[1] > 1:
+        zeros = {name: torch.zeros(2 * model.get_submodule(name).get_parameter("weight").shape[:1], dtype=torch.float64) for name in names}
+        sums = {name: ranks.summed(sums.get(name, zeros[name])) for name in names}
     return sums

@@ -15,8 +15,8 @@ from dsconv_surgery.budget import Budget
 from dsconv_surgery.feed import check_runs
 from dsconv_surgery.geometry import Cost, Rank
 from dsconv_surgery.graph import Skip
+from dsconv_surgery.images import Calibration, Images, input_shapes
 from dsconv_surgery.measure import Fidelity, Latency
-from dsconv_surgery.moments import Calibration, Images, input_shapes
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.surgery import chain_kernel, check_cut, degeneracy
 from dsconv_surgery.text import parse_json, text_table

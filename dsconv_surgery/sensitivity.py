@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dsconv_surgery import graph
+from dsconv_surgery import graph, ranks
 from dsconv_surgery.cache import Cache, digest
 from dsconv_surgery.feed import on_device
 from dsconv_surgery.graph import ConvSite
+from dsconv_surgery.images import Images
 from dsconv_surgery.measure import detached
-from dsconv_surgery.moments import Images
 from dsconv_surgery.schemes import Objective
 from dsconv_surgery.walk import layer_moments
 
+PULL = 0.1  # ridge towards the weights, in units of the inputs' mean square, when options are judged on data
 PROBED, PROBED_NUMBERS = 256, 2**23  # images at most, and numbers in them, on which an error's effect is measured
 
 
@@ -36,12 +37,17 @@ class Study:
     def __init__(self, model: nn.Module, sites: Sequence[ConvSite], images: Images | None, cache: Cache) -> None:
         self._model, self.images, self.cache = model, images, cache
         self._objective = None if images is None else layer_moments(model, images, sites)
+        self._latest: tuple[str, tuple[Objective, Objective]] | None = None  # one layer's: of wide ones they take time and memory
 
-    def objective(self, name: str) -> Objective:
-        """What a layer should give on the images, given what it sees in the dense network."""
+    def objectives(self, name: str) -> tuple[Objective, Objective]:
+        """What a layer should give on the images, given what it sees in the dense network; and with a pull towards its weights."""
         if self._objective is None:
             raise ValueError("there are no calibration images to judge by.")
-        return self._objective(name)
+        if self._latest is None or self._latest[0] != name:
+            self._latest = None
+            plain = self._objective(name)
+            self._latest = name, (plain, plain.ridged(PULL * max(plain.scale, 1e-12)))
+        return self._latest[1]
 
     @cached_property
     def digest(self) -> str:
@@ -64,7 +70,7 @@ class Study:
 
         Of a classifier the Kullback-Leibler divergence from its own softmax, in nats; of other networks the squared relative error.
         """
-        wanted, centred = self._wanted, self.objective(name).centred
+        wanted, centred = self._wanted, self.objectives(name)[0].centred
         layer = self._dense.get_submodule(name)
         replacement = replacement.eval()
 
@@ -104,9 +110,14 @@ class Study:
 
 
 def _distance(wanted: list[list[Tensor]], given: list[list[Tensor]]) -> float:
-    if all(len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1 for outputs in wanted):
-        p, q = (torch.cat([outputs[0] for outputs in side]).double().log_softmax(1) for side in (wanted, given))
-        return max(0.0, float((p.exp() * (p - q)).sum(1).mean()))
-    pairs = [(a.double(), b.double()) for one, other in zip(wanted, given, strict=True) for a, b in zip(one, other, strict=True)]
-    total = float(sum(a.square().sum() for a, _ in pairs))
-    return float(sum((a - b).square().sum() for a, b in pairs)) / total if total else 0.0
+    off, total = 0.0, 0.0
+    for outputs, its in zip(wanted, given, strict=True):
+        if len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1:
+            p, q = (side[0].double().log_softmax(1) for side in (outputs, its))
+            off, total = off + float((p.exp() * (p - q)).sum()), total + len(p)
+        else:
+            pairs = [(a.double(), b.double()) for a, b in zip(outputs, its, strict=True)]
+            off += float(sum((a - b).square().sum() for a, b in pairs))
+            total += float(sum(a.square().sum() for a, _ in pairs))
+    off, total = ranks.summed(torch.tensor([off, total], dtype=torch.float64)).tolist()
+    return max(0.0, off / total) if total else 0.0

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from dsconv_surgery import graph, measure, schemes
 from dsconv_surgery.geometry import ConvSpec
+from dsconv_surgery.images import Calibration, Images
 from dsconv_surgery.layers import irreplaceable, is_layer, named_layers, refuse_wrapped
-from dsconv_surgery.moments import Calibration, Images
 from dsconv_surgery.norms import keep_better_norms
 from dsconv_surgery.options import check_finite
 from dsconv_surgery.plan import Cut, Plan

@@ -13,10 +13,10 @@ from torch import nn
 from dsconv_surgery.budget import Budget, Rule
 from dsconv_surgery.decide import Decision, Settings
 from dsconv_surgery.geometry import Cost
-from dsconv_surgery.measure import fidelity
+from dsconv_surgery.images import Calibration, Images, input_shapes
+from dsconv_surgery.measure import fidelity, scored
 from dsconv_surgery.measure import latency as milliseconds
-from dsconv_surgery.moments import Calibration, Images, input_shapes
-from dsconv_surgery.pipeline import cut_to, scored
+from dsconv_surgery.pipeline import cut_to
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.text import parse_json, text_table
 

@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 
 from dsconv_surgery.feed import After, Call, Feed, Passes, check_runs, on_device, watch
 from dsconv_surgery.graph import ConvSite, traced
+from dsconv_surgery.images import Images
 from dsconv_surgery.layers import is_layer, named_layers
 from dsconv_surgery.measure import detached
-from dsconv_surgery.moments import Images, Moments, moments_for
+from dsconv_surgery.moments import Moments, moments_for
 from dsconv_surgery.schemes import Objective, kernel_tensor
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -71,6 +72,8 @@ def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -
                 gathered[name][0].add(x, None, first)
 
             watch(dense, [site.name for site in sites], saw, inputs)
+        for moments, _ in gathered.values():
+            moments.sum_over_ranks()
 
     def objective(name: str) -> Objective:
         if not gathered:

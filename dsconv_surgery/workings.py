@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_surgery import schemes
-from dsconv_surgery.budget import Unfolding
+from dsconv_surgery.budget import Offer, Unfolding
 from dsconv_surgery.cache import Cache, digest
 from dsconv_surgery.curves import WIDTH, along, smooth
 from dsconv_surgery.geometry import Cost, Rank, chain_cost
@@ -19,10 +20,10 @@ from dsconv_surgery.graph import ConvSite
 from dsconv_surgery.schemes import Factors
 from dsconv_surgery.sensitivity import Study
 
-PULL = 0.1  # ridge towards the weights, in units of the inputs' mean square, when options are judged on data
 ANCHORS = (0.05, 0.1, 0.18, 0.3, 0.5, 0.8)  # parts of a layer's MACs at which errors and times are measured; interpolated between
 ITERATIONS, WIDE_ITERATIONS, WIDE_SIDE = 20, 5, 1024  # of a fit there, and where a patch is longer than
 PROBES = tuple(np.geomspace(0.6, 0.01, 10))  # errors near which it is measured what they do to the network
+FAR = 2.0  # options whose error, roughly, is more than so many times that of cheaper ones are not looked into
 NEAR = 1.3  # options whose error is at most so many times that of one that costs no more
 TINY = 1e-9  # errors and damages below are not told apart
 
@@ -43,6 +44,8 @@ class Workings:
         self._anchors: dict[str, list[Rank]] = {}
         self._idle = True
         self._known: list[tuple[float, float]] = []  # errors, and what they do to the network
+        self.offers: Mapping[str, Sequence[Offer]] = {}  # as in the layer's table
+        self._judged: dict[tuple[str, Rank], float] = {}  # errors at anchors
         self._tried: dict[tuple[str, Rank], Factors] = {}  # factors at anchors, until it is known what they do to the network
         self._key: list[Any] = [site.name, str(site.spec), [list(size) for size in site.sizes]]
 
@@ -144,28 +147,67 @@ class Workings:
         return found
 
     def _errors_at(self, name: str, anchors: list[Rank]) -> list[float]:
-        place = [self.study.digest] if self.study.images is not None else [digest(self.weight)]
-        ranks = [list(rank) if isinstance(rank, tuple) else rank for rank in anchors]
-        return list(self._cache.get("errors", [*place, *self._key, name, ranks], lambda: self._fit_all(name, anchors)))
+        if self.study.images is None:
+            return list(self._cache.get("errors", [digest(self.weight), *self._key, name, _plain(anchors)], lambda: self._rough(name)))
+        if not self._judged:
+            self._judge()
+        return [self._judged[name, rank] for rank in anchors]
 
-    def _fit_all(self, name: str, anchors: list[Rank]) -> list[float]:
-        """At each anchor, the factors of the weights alone to start with."""
+    def _judge(self) -> None:
+        """Errors on data at the anchors of every scheme: all links fitted where that may pay, elsewhere the last one only.
+
+        An option is far off if, so far, others leave less than half of its error and cost no more, by each measure: fitting all
+        links lowers errors by some tens of percent.
+        """
+        rough: dict[tuple[str, Rank], tuple[float, list[float]]] = {}
+        for name in self.names:
+            if schemes.refusal(schemes.get_scheme(name), self.spec) is None:
+                anchors = self.anchors(name)
+                key = [self.study.digest, *self._key, name, _plain(anchors)]
+                for rank, error in zip(anchors, self._cache.get("rough", key, partial(self._rough, name)), strict=True):
+                    rough[name, rank] = error, self._costs(name, rank)
+
+        def far(error: float, costs: list[float]) -> bool:
+            better = [its for other, its in rough.values() if other * FAR < error]
+            return all(any(its[m] <= cost for its in better) for m, cost in enumerate(costs))
+
+        wide = self.weight[0].numel() > WIDE_SIDE
+        for (name, rank), (error, costs) in rough.items():
+
+            def fitted(name: str = name, rank: Rank = rank) -> float:
+                self._begin()
+                error, factors = self._fit(name, rank, self._tried.get((name, rank)), WIDE_ITERATIONS if wide else ITERATIONS)
+                self._tried[name, rank] = {link: factor.float() for link, factor in factors.items()}
+                return error
+
+            key = [self.study.digest, *self._key, name, _plain([rank])]
+            self._judged[name, rank] = error if far(error, costs) else self._cache.get("fitted", key, fitted)
+
+    def _costs(self, name: str, rank: Rank) -> list[float]:
+        """MACs, parameters and, where options were timed, milliseconds between those of the nearest offers."""
+        cost = chain_cost(schemes.chain_of(schemes.get_scheme(name), self.spec, rank), self.site.sizes)
+        found = [float(cost.macs), float(cost.params)]
+        timed = [(float(its.macs), its.latency) for _, its in self.offers.get(name, ())]
+        if any(its.latency for offers in self.offers.values() for _, its in offers):
+            found.append(float(np.interp(cost.macs, *np.array(timed).T)) if timed else np.inf)
+        return found
+
+    def _rough(self, name: str) -> list[float]:
+        """At each anchor, the error of the factors of the weights alone, with data of those with the last link fitted."""
         self._begin()
-        scheme = schemes.get_scheme(name)
+        scheme, anchors = schemes.get_scheme(name), self.anchors(name)
         errors: list[float] = []
         for rank, start in zip(anchors, schemes.factorize(scheme, self.spec, self.weight, anchors, rough=True), strict=True):
             if self.study.images is None:
                 errors.append(schemes.relative_error(self.weight, schemes.kernel_of(scheme, self.spec, start)))
                 continue
-            wide = self.weight[0].numel() > WIDE_SIDE
-            error, factors = self._fit(name, rank, start, WIDE_ITERATIONS if wide else ITERATIONS)
+            error, factors = self._fit(name, rank, start, 0)
             errors.append(error)
             self._tried[name, rank] = {link: factor.float() for link, factor in factors.items()}
         return errors
 
     def _fit(self, name: str, rank: Rank, start: Factors | None, iterations: int | None) -> tuple[float, Factors]:
-        scheme, objective = schemes.get_scheme(name), self.study.objective(self.site.name)
-        ridged = objective.ridged(PULL * max(objective.scale, 1e-12))
+        scheme, (objective, ridged) = schemes.get_scheme(name), self.study.objectives(self.site.name)
         factors = schemes.fit(scheme, self.spec, self.weight, rank, ridged, start=start, iterations=iterations)
         return objective.value(scheme.kernel(replace(self.spec.one_group(), bias=False), factors)), factors
 
@@ -176,7 +218,7 @@ class Workings:
         (error,) = self.estimate(name, [rank])
         if any(abs(np.log(max(error, TINY) / max(known, TINY))) < WIDTH / 4 for known, _ in self._probes()):
             return False
-        key = [self.study.digest, *self._key, name, list(rank) if isinstance(rank, tuple) else rank]
+        key = [self.study.digest, *self._key, name, *_plain([rank])]
         self._known.append(tuple(self._cache.get("effect", key, lambda: [error, self._effect(name, rank)])))
         return True
 
@@ -224,6 +266,11 @@ class Workings:
                 f"{self.site.name}: its weights are on the meta device: there is nothing to measure an option's error on. Plan on a model "
                 "that has its weights; that plan then fits this one too, with apply_plan(model, plan, init='empty')."
             )
+
+
+def _plain(ranks: Sequence[Rank]) -> list[Any]:
+    """Ranks as JSON has them."""
+    return [list(rank) if isinstance(rank, tuple) else rank for rank in ranks]
 
 
 def _log_of_error(negative: Any) -> Any:

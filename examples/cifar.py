@@ -1,5 +1,6 @@
 """What the CIFAR-10 examples share: the ResNet of He et al. (2016), images kept as lossless sheets, and the accuracy."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,33 @@ def to_input(images: np.ndarray) -> Tensor:
     """uint8 (n, 32, 32, 3) -> normalised float32 (n, 3, 32, 32)."""
     x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float().div_(255)
     return x.sub_(torch.tensor(MEAN).view(3, 1, 1)).div_(torch.tensor(STD).view(3, 1, 1))
+
+
+def augment(x: Tensor) -> Tensor:
+    """Pad by 4, crop each image at random, mirror half of them."""
+    n, _, height, width = x.shape
+    padded = F.pad(x, (4, 4, 4, 4))
+    top, left = (torch.randint(0, 9, (n, 1), device=x.device) for _ in range(2))
+    columns = left + torch.arange(width, device=x.device)
+    columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns.flip(1), columns)
+    rows = top + torch.arange(height, device=x.device)
+    return padded[torch.arange(n, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class Batches:
+    """Shuffled, augmented training batches of images and labels, anew each time they are gone through."""
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None, size: int = 128) -> None:
+        self.images, self.labels, self.size = images, labels, size
+
+    def __len__(self) -> int:
+        return len(self.images) // self.size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        order = torch.randperm(len(self.images))[: len(self) * self.size]
+        for chosen in order.split(self.size):
+            x = augment(self.images[chosen])
+            yield (x,) if self.labels is None else (x, self.labels[chosen])
 
 
 def demo_images(split: str) -> tuple[Tensor, Tensor]:

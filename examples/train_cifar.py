@@ -14,21 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cifar import CifarResNet, accuracy, cifar10, to_input
+from cifar import CifarResNet, accuracy, augment, cifar10, to_input
 from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
-
-
-def augment(x: Tensor) -> Tensor:
-    """Pad by 4, crop each image at random, mirror half of them."""
-    n, _, height, width = x.shape
-    padded = F.pad(x, (4, 4, 4, 4))
-    top, left = (torch.randint(0, 9, (n, 1), device=x.device) for _ in range(2))
-    columns = left + torch.arange(width, device=x.device)
-    columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns.flip(1), columns)
-    rows = top + torch.arange(height, device=x.device)
-    return padded[torch.arange(n, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from dsconv_surgery.cache import Cache, digest
 from dsconv_surgery.clock import Clock
 from dsconv_surgery.decide import Decision, Settings
 from dsconv_surgery.geometry import ConvSpec
+from dsconv_surgery.images import Images
 from dsconv_surgery.knapsack import choose
-from dsconv_surgery.moments import Images
 from dsconv_surgery.rules import evbmf_rank, least_damage
 from dsconv_surgery.sweep import Sweep
 

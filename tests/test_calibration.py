@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dsconv_surgery import Budget, Calibration, Plan, apply_plan, compare, compress, fold_back, load, make_plan, save
 from dsconv_surgery.geometry import ConvSpec
-from dsconv_surgery.moments import Images, Moments, positions_of
+from dsconv_surgery.images import Images
+from dsconv_surgery.moments import Moments, positions_of
 from dsconv_surgery.norms import keep_better_norms
 from dsconv_surgery.reconstruct import Steps
 from dsconv_surgery.schemes import Objective, factorize, fit, get_scheme, kernel_of, kernel_tensor, refusal, scheme_names

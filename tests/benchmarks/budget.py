@@ -42,8 +42,8 @@ from dsconv_surgery.budget import Choice, Table
 from dsconv_surgery.cache import Cache
 from dsconv_surgery.clock import Clock
 from dsconv_surgery.decide import Decision, Settings
+from dsconv_surgery.images import Images
 from dsconv_surgery.measure import latency
-from dsconv_surgery.moments import Images
 from dsconv_surgery.pipeline import cut_to
 from dsconv_surgery.rules import equal_error, least_damage
 

@@ -32,7 +32,8 @@ from cifar import accuracy, cifar10, load_resnet, to_input
 
 from dsconv_surgery import Budget, Calibration, apply_plan, compress, make_plan
 from dsconv_surgery.geometry import ConvSpec, chain_cost
-from dsconv_surgery.moments import Images, Moments, positions_of
+from dsconv_surgery.images import Images
+from dsconv_surgery.moments import Moments, positions_of
 from dsconv_surgery.norms import keep_better_norms
 from dsconv_surgery.reconstruct import Steps
 from dsconv_surgery.schemes import chain_of, factorize, fit, get_scheme, kernel_of, kernel_tensor, refusal, scheme_names

@@ -1,0 +1,123 @@
+"""Fine-tune after surgery: win back, in a few epochs, what the cut cost."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dsconv_surgery import ranks
+from dsconv_surgery.distill import Lesson, Loss
+from dsconv_surgery.history import FineTune, History
+from dsconv_surgery.plan import Plan
+from dsconv_surgery.training import Optimizers, Training
+
+
+def fine_tune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    teacher: nn.Module | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
+    loss: Loss | None = None,
+    plan: Plan | None = None,
+    settings: FineTune | None = None,
+    optimizer: Optimizers | None = None,
+    inputs: int = 1,
+    checkpoint: str | Path | None = None,
+    callback: Callable[[int, Mapping[str, float]], object] | None = None,
+    progress: bool = False,
+) -> History:
+    """Train a cut network, in place, to win back what the cut cost.
+
+    Lowers `(1 - d) labels + d teacher + f features` (see `dsconv_surgery.distill`) with AdamW. Whatever requires no gradient stays as it
+    is. Started by torchrun, this is distributed training: every process is given the same batches and works on its share of each,
+    so that the global batch is the same however many there are.
+
+    Args:
+        model: a cut network; ends with the last weights (their average, if that is asked for), its training flags as they were.
+        batches: an iterable of batches that can be iterated again, once for each epoch: tensors, or tuples of inputs and then labels.
+        teacher: the dense network; batches may then do without labels.
+        validate: a network's score, higher for better, after each epoch; it is given the network in evaluation mode.
+        loss: `(outputs, *labels) -> mean over the batch`; cross-entropy if not given.
+        plan: the plan that the network was cut by; needed for `weight_decay`.
+        settings: see `FineTune`.
+        optimizer: makes another optimizer than AdamW from groups of parameters.
+        inputs: how many items of a batch the network takes; what follows are labels.
+        checkpoint: a file to go on from after an interruption, written every `settings.save_every` steps and at the end. The run then
+            ends with the same weights as an undisturbed one.
+        callback: called after each step with its number and its "loss" and "lr", after each epoch with "score" as well.
+        progress: show a bar with loss, score and time left.
+
+    Returns:
+        A `History`: print it, or see `to_json()` and `plot(path)`; `weights["best"]` and `weights["last"]` are state_dicts.
+
+    Raises:
+        ValueError: settings or batches that do not fit, a checkpoint of another run.
+        TypeError: batches that are not iterable, a model that is wrapped.
+        FloatingPointError: the loss is not finite any more. The model has the last good weights.
+
+    Example:
+        >>> history = fine_tune(small.model, loader, teacher=model, settings=FineTune(epochs=3))
+    """
+    settings = settings or FineTune()
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise TypeError("fine_tune: found a wrapped model. Pass model.module; under torchrun it is wrapped here.")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("fine_tune: none of the model's parameters requires a gradient, so there is nothing to train.")
+    if settings.weight_decay and plan is None:
+        raise ValueError("fine_tune: weight_decay is taken of products of factors, which only the plan knows. Pass plan=, or leave it out.")
+    per_epoch = _steps_per_epoch(batches, settings, checkpoint)
+    with ExitStack() as after:
+        after.enter_context(ranks.joined(trained[0].device))
+        after.enter_context(_as_it_was(model, teacher))
+        lesson = Lesson(model, teacher, loss, settings.distill, settings.temperature, settings.features)
+        after.enter_context(lesson.watching())
+        training = Training(model, batches, lesson, validate, plan, settings, optimizer, inputs, per_epoch, callback)
+        return training.run(None if checkpoint is None else Path(checkpoint), progress)
+
+
+def _steps_per_epoch(batches: Iterable[Any], settings: FineTune, checkpoint: str | Path | None) -> int | None:
+    """How many optimizer steps an epoch takes, if batches say; ValueError if they cannot be used as asked."""
+    if isinstance(batches, Tensor):
+        raise ValueError("fine_tune: found a tensor, expected an iterable of batches. Pass images.split(128), or a DataLoader.")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"fine_tune: expected an iterable of batches, found {type(batches).__name__}.")
+    if iter(batches) is batches and (settings.epochs > 1 or checkpoint is not None):
+        why = f"{settings.epochs} epochs need it" if settings.epochs > 1 else "going on after an interruption needs it"
+        raise ValueError(
+            f"fine_tune: found an iterator, which can be gone through only once; {why} again. Pass a list, a DataLoader, or any object "
+            "that can be iterated again."
+        )
+    if not isinstance(batches, Sized):
+        if settings.steps is None:
+            raise ValueError("fine_tune: batches have no length, which the schedule needs. Say how many steps: FineTune(steps=...).")
+        return None
+    count = len(batches)
+    if not count:
+        raise ValueError("fine_tune: no batches. Pass at least one.")
+    return -(-count // settings.accumulate)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
+    """Training flags and random states are put back at the end."""
+    flags = [(m, m.training) for network in (model, teacher) if network is not None for m in network.modules()]
+    drawn, drawn_too = random.getstate(), np.random.get_state()
+    try:
+        if teacher is not None:
+            teacher.eval()
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(drawn)
+        np.random.set_state(drawn_too)
+        for module, training in flags:
+            module.training = training

@@ -1,0 +1,299 @@
+"""The training loop of `fine_tune`: it can be interrupted at any moment, and goes on where it was."""
+
+from __future__ import annotations
+
+import math
+import platform
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from dsconv_surgery import ranks
+from dsconv_surgery.cache import digest
+from dsconv_surgery.distill import Lesson
+from dsconv_surgery.files import replaced
+from dsconv_surgery.history import Epoch, FineTune, History
+from dsconv_surgery.measure import scored
+from dsconv_surgery.optimise import by_rate, decay, products, rise
+from dsconv_surgery.plan import Plan
+
+Optimizers = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # groups of parameters, each with its "lr" -> an optimizer
+
+
+class Training:
+    """One run of `fine_tune`, whose arguments it takes, checked."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        lesson: Lesson,
+        validate: Callable[[nn.Module], float] | None,
+        plan: Plan | None,
+        settings: FineTune,
+        optimizer: Optimizers | None,
+        inputs: int,
+        per_epoch: int | None,
+        callback: Callable[[int, Mapping[str, float]], object] | None,
+    ) -> None:
+        self.model, self.batches, self.lesson, self.validate = model, batches, lesson, validate
+        self.settings, self.inputs, self.callback = settings, inputs, callback or (lambda _step, _values: None)
+        if settings.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.trained[0].device
+        every = settings.epochs * (per_epoch or settings.steps or 0)
+        self.total = min(every, settings.steps or every)
+        make = optimizer or (lambda groups: torch.optim.AdamW(groups, weight_decay=0.0))
+        self.optimizer = make(by_rate(self.trained, settings.lr))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
+        self.average = [p.detach().clone() for p in self.trained] if settings.average else []
+        self.products = products(model, plan) if plan is not None and settings.weight_decay else []
+        self.net: Any = model if ranks.world()[1] == 1 else nn.parallel.DistributedDataParallel(model)
+        self.step, self.epoch, self.into_epoch = 0, 0, 0  # steps done, epochs done, steps done in this one
+        self.sums: dict[str, float] = {}  # over this epoch's steps
+        self.epochs: list[Epoch] = []
+        self.best: dict[str, Tensor] = {}
+        self.seconds, self._since = 0.0, time.perf_counter()
+        self._good: tuple[dict[str, Tensor], int] = ({}, 0)  # what a loss that is not finite falls back to, and since which step
+        self._identity = digest(repr(sorted(asdict(settings).items())), str(self.total), str(model), *model.state_dict().values())
+
+    def run(self, checkpoint: Path | None, progress: bool) -> History:
+        """From where the checkpoint left off, if there is one, to the end."""
+        if checkpoint is not None and checkpoint.exists():
+            self._load(checkpoint)
+        self._good = (self._weights(), self.step)
+        with tqdm(total=self.total, initial=self.step, desc="fine-tune", unit="step", disable=not progress) as bar:
+            while not self.finished:
+                self._begin_epoch()
+                for group in self._groups_of_batches():
+                    shown = self._step(group)
+                    bar.set_postfix_str(
+                        f"loss {shown:.4f}" + "".join(f", score {e.score:.4f}" for e in self.epochs[-1:] if e.score is not None)
+                    )
+                    bar.update()
+                    if self.step % self.settings.save_every == 0 and self.step < self.total:
+                        self._keep(checkpoint)
+                    if self.step >= self.total:
+                        break
+                self._end_epoch()
+                self._keep(checkpoint)
+        kept = {"last": self._weights()} | ({"best": self.best} if self.best else {})
+        versions = {"torch": torch.__version__, "dsconv_surgery": version("dsconv_surgery"), "python": platform.python_version()}
+        return History(tuple(self.epochs), asdict(self.settings), versions, kept)
+
+    def _begin_epoch(self) -> None:
+        seed = _seed(self.settings.seed, "data", self.epoch)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        sampler = getattr(self.batches, "sampler", None)
+        owners: tuple[Any, Any] = (self.batches, sampler)
+        for owner in owners:
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+            if hasattr(owner, "set_epoch"):
+                owner.set_epoch(self.epoch)
+        self._set_mode()
+
+    def _set_mode(self) -> None:
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm) and self.settings.norms != "trained":
+                module.eval()
+
+    def _groups_of_batches(self) -> Iterator[list[Any]]:
+        """The batches of each optimizer step that this epoch still has to do."""
+        size = self.settings.accumulate
+        batches = islice(iter(self.batches), self.into_epoch * size, None)
+        while group := list(islice(batches, size)):
+            yield group
+        if not self.into_epoch:
+            raise ValueError("fine_tune: no batches. Pass at least one, in every epoch.")
+
+    def _step(self, group: list[Any]) -> float:
+        """One optimizer step; the loss."""
+        rank, count = ranks.world()
+        rising = rise(self.step, self.total, self.settings.warmup)
+        for its, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            its["lr"] = rate * rising
+        names, values = ["loss"], torch.zeros(())
+        # What steps draw (dropout) is theirs alone: data are drawn alike however many of them ran before an interruption.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(_seed(self.settings.seed, "step", self.step, rank))
+            for at, batch in enumerate(group):
+                mine, weight = ranks.share(batch)
+                with self.net.no_sync() if count > 1 and at < len(group) - 1 else nullcontext():
+                    loss, parts = self._lesson(mine)
+                    self.scaler.scale(loss * (weight / len(group))).backward()
+                names = ["loss", *parts]
+                values = values + torch.stack([loss.detach(), *parts.values()]).cpu() * (weight / count / len(group))
+        means = dict(zip(names, ranks.summed(values.to(self.device)).tolist(), strict=True))
+        self.scaler.unscale_(self.optimizer)
+        limit = self.settings.clip or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trained, limit))
+        if not math.isfinite(means["loss"]) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            self._give_up(means["loss"], norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.products:
+            decay(self.products, self.settings.weight_decay * self.settings.lr * rising)
+        if self.average:
+            get_ema_multi_avg_fn(self.settings.average)(self.average, [p.detach() for p in self.trained], None)
+        self.step += 1
+        self.into_epoch += 1
+        for name, value in means.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.callback(self.step, {"loss": means["loss"], "lr": self.settings.lr * rising})
+        return means["loss"]
+
+    def _lesson(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        items = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+        if len(items) < self.inputs or not isinstance(items[0], Tensor):
+            found = ", ".join(type(item).__name__ for item in items) or "nothing"
+            raise ValueError(f"fine_tune: a batch holds {found}, expected {self.inputs} input(s), as the network takes them, then labels.")
+        if len(items) == self.inputs and self.lesson.teacher is None:
+            raise ValueError("fine_tune: a batch holds no labels, and there is no teacher. Pass teacher=, the dense network, or labels.")
+        items = pytree.tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), items)
+        inputs, targets = items[: self.inputs], items[self.inputs :]
+        if self.settings.channels_last:
+            inputs = tuple(t.contiguous(memory_format=torch.channels_last) if isinstance(t, Tensor) and t.ndim == 4 else t for t in inputs)
+        dtype = getattr(torch, self.settings.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            outputs = self.net(*inputs)
+            wanted = self.lesson.wanted(inputs)
+        return self.lesson(outputs, wanted, targets)
+
+    def _give_up(self, loss: float, norm: float) -> None:
+        weights, step = self._good
+        self.model.load_state_dict(weights)
+        raise FloatingPointError(
+            f"fine_tune: at step {self.step + 1} of {self.total} the loss is {loss:.4g} and its gradient's norm {norm:.4g}, expected "
+            f"finite ones. The weights after step {step} were put back. Lower lr (now {self.settings.lr:g}), clip lower "
+            f"(now {self.settings.clip}), or look for inputs or labels that are not finite."
+        )
+
+    def _end_epoch(self) -> None:
+        self.epoch += 1
+        means = {name: value / self.into_epoch for name, value in self.sums.items()}
+        self.into_epoch, self.sums = 0, {}
+        if self.finished:
+            self._settle()
+        score = None
+        if self.validate is not None:
+            with self._averaged():
+                self.model.eval()
+                score = scored(self.validate, self.model)
+                if not self.best or score > max(e.score for e in self.epochs if e.score is not None):
+                    self.best = self._weights()
+        labels, teacher, features = (means.get(name) for name in ("labels", "teacher", "features"))
+        self.epochs.append(Epoch(self.epoch, self.step, means["loss"], labels, teacher, features, score, round(self._elapsed(), 2)))
+        if score is not None:
+            self.callback(self.step, {"loss": means["loss"], "score": score})
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.settings.epochs or self.step >= self.total
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in the place of the last ones for as long as this lasts."""
+        kept = [p.detach().clone() for p in self.trained] if self.average else []
+        self._copy(self.average)
+        try:
+            yield
+        finally:
+            self._copy(kept)
+
+    @torch.no_grad()
+    def _copy(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.trained, values, strict=False):
+            parameter.copy_(value)
+
+    def _settle(self) -> None:
+        """The weights that the run ends with: their average, if there is one, and BatchNorm statistics that go with it."""
+        self._copy(self.average)
+        self.average = []
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        if self.settings.norms != "late" or not norms:
+            return
+        kept = [norm.momentum for norm in norms]
+        self.model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over batches
+            norm.train()
+        with torch.no_grad():
+            for batch in self.batches:
+                items = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+                self.model(*pytree.tree_map_only(Tensor, lambda t: t.to(self.device), items[: self.inputs]))
+        for norm, momentum in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self._since
+
+    def _keep(self, checkpoint: Path | None) -> None:
+        """Take note of where the run is: in memory, and in the checkpoint."""
+        self._good = (self._weights(), self.step)
+        if checkpoint is None or ranks.world()[0]:
+            return
+        places = {"step": self.step, "epoch": self.epoch, "into_epoch": self.into_epoch, "seconds": self._elapsed(), "sums": self.sums}
+        state = {
+            "run": self._identity,
+            "places": places,
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+            "model": self._good[0],
+            "best": self.best,
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        with replaced(checkpoint) as written, written.open("wb") as file:
+            torch.save(state, file)
+
+    def _load(self, checkpoint: Path) -> None:
+        try:
+            state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+            its = state["run"]
+        except Exception as error:  # whatever a file that is none of ours, or half of one, makes torch say
+            raise ValueError(
+                f"{checkpoint}: not a checkpoint of fine_tune ({type(error).__name__}). Remove it, or name another."
+            ) from error
+        if its != self._identity:
+            raise ValueError(
+                f"{checkpoint}: of another run - other settings, another network, other weights to begin with, or another number of "
+                "batches. Go on with those, remove the file, or name another."
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.best, self.average = state["best"], state["average"]
+        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+        for name, value in state["places"].items():
+            setattr(self, name, value)
+
+
+def _seed(*parts: int | str) -> int:
+    """32 bits, all that some generators take, that depend on every part."""
+    return random.Random(repr(parts)).getrandbits(32)

@@ -1,0 +1,366 @@
+"""Fine-tuning after surgery: what README and recipes say of it.
+
+python tests/benchmarks/finetune.py accuracy --data ../shared/data   ResNet-20 and -56 cut and tuned, whole test set, last weights
+python tests/benchmarks/finetune.py ablation --data ../shared/data   one setting after the other, judged on held-out training images
+python tests/benchmarks/finetune.py starts --data ../shared/data     our start against random factors, data-free ones and scratch
+python tests/benchmarks/finetune.py plot                             what `starts` found, as recipes/finetune_starts.png
+python tests/benchmarks/finetune.py cost                             time of a step against the plain loop a user would write
+python tests/benchmarks/finetune.py kills                            kill -9 at random moments, and going on
+
+Cut networks are calibrated on 1,024 unlabelled training images and kept in --work; results are added to recipes/finetune_*.json as they
+come, and what is there already is not run again. Nothing is chosen on test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from calibrated import Add, draw, network, recorder
+from cifar import Batches, CifarResNet, accuracy, cifar10, demo_images, demo_resnet20, to_input
+
+from dsconv_surgery import Budget, Calibration, FineTune, apply_plan, compare, compress, fine_tune, load, optimise, save
+from dsconv_surgery.checkpoint import read_plan
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+WHOLE: dict[str, Any] = {"exclude": ("conv1", "linear")}
+CASES: dict[str, tuple[int, dict[str, Any], int]] = {  # name -> depth, how it is cut, epochs
+    "resnet20-alds": (20, {"budget": Budget(params=0.251, macs=0.321)}, 10),
+    "resnet20-half": (20, {"budget": Budget(params=0.5, macs=0.5)}, 3),
+    "resnet20-depthwise": (20, {"rule": "fixed", "rank": 1, "schemes": "depthwise", **WHOLE}, 10),
+    "resnet56-2.5x": (56, {"budget": Budget(macs=0.4)}, 10),
+    "resnet56-4.1x": (56, {"budget": Budget(macs=1 / 4.1)}, 10),
+}
+
+
+def cut(options: argparse.Namespace, case: str, seed: int) -> tuple[nn.Module, nn.Module, Any]:
+    """Dense and cut network, and the plan; cut once and kept."""
+    depth, how, _ = CASES[case]
+    dense, folder = network(options.data, depth), options.work / f"{case}-{seed}"
+    if not (folder / "plan.json").exists():
+        images = draw(cifar10(options.data / "cifar10", "train")[0], 1024, seed)
+        small = compress(dense, images[:1], calibration=Calibration(images.split(128), seed=seed), progress=True, **how)
+        save(small, folder)
+    return dense, load(dense, folder), read_plan(folder)
+
+
+def training(options: argparse.Namespace, held_out: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels to train on, and to judge by: training images held out, or the test images."""
+    images, labels = cifar10(options.data / "cifar10", "train")
+    x, y = to_input(images), torch.from_numpy(labels)
+    if held_out:
+        return x[:45000], y[:45000], x[45000:], y[45000:]
+    test, test_labels = cifar10(options.data / "cifar10", "test")
+    return x, y, to_input(test), torch.from_numpy(test_labels)
+
+
+def run_accuracy(options: argparse.Namespace, add: Add) -> None:
+    data = training(options, held_out=False)
+    for case in options.cases or CASES:
+        epochs = CASES[case][2]
+        for seed in options.seeds:
+
+            def run(case: str = case, epochs: int = epochs, seed: int = seed) -> dict[str, Any]:
+                x, y, test, labels = data
+                dense, model, plan = cut(options, case, seed)
+                report = compare(dense, model, x[:1], plan=plan)
+                before, start = accuracy(dense, test, labels), accuracy(model, test, labels)
+                begun = time.perf_counter()
+                settings = FineTune(epochs=epochs, seed=seed, **options.settings)
+                kept = options.work / f"{case}-{seed}.pt"
+                history = fine_tune(model, Batches(x, y), teacher=dense, settings=settings, checkpoint=kept, progress=True)
+                after = accuracy(model, test, labels)
+                return {
+                    "params_saved": round(report.params_saved, 4),
+                    "macs_saved": round(report.macs_saved, 4),
+                    "dense": before,
+                    "cut": start,
+                    "tuned": after,
+                    "drop": round(before - after, 2),
+                    "epochs": epochs,
+                    "losses": [round(epoch.loss, 4) for epoch in history.epochs],
+                    "settings": history.settings,
+                    "seconds": round(time.perf_counter() - begun, 1),
+                }
+
+            add({"case": case, "seed": seed, **({"changed": options.settings} if options.settings else {})}, run)
+
+
+# Each against the line before it that it names; the scores are of 5,000 training images held out.
+ABLATION: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "no teacher (labels alone)": {"distill": 0.0, "teacher": False},
+    "teacher alone": {"distill": 1.0},
+    "half labels, half teacher": {"distill": 0.5},
+    "temperature 1": {"temperature": 1.0},
+    "temperature 4": {"temperature": 4.0},
+    "block features x0.3": {"features": 0.3},
+    "block features x1": {"features": 1.0},
+    "block features x3": {"features": 3.0},
+    "lr 3e-4": {"lr": 3e-4},
+    "lr 2e-3": {"lr": 2e-3},
+    "lr 4e-3": {"lr": 4e-3},
+    "lr 8e-3": {"lr": 8e-3},
+    "lr by link (relative)": {"scaling": 1.0},
+    "lr by link, lr 2e-3": {"scaling": 1.0, "lr": 2e-3},
+    "SGD, momentum 0.9, lr 0.01": {"optimizer": "sgd", "lr": 0.01},
+    "SGD, momentum 0.9, lr 0.05": {"optimizer": "sgd", "lr": 0.05},
+    "unbalanced factors": {"unbalanced": True},
+    "BatchNorm trained": {"norms": "trained"},
+    "BatchNorm late": {"norms": "late"},
+    "no clipping": {"clip": None},
+    "clip 0.3": {"clip": 0.3},
+    "no warm-up": {"warmup": 0.0},
+    "warm-up 20 %": {"warmup": 0.2},
+    "decay of products 1e-4": {"weight_decay": 1e-4},
+    "decay of products 1e-2": {"weight_decay": 1e-2},
+    "decay of factors 1e-2": {"optimizer": "adamw", "factor_decay": 1e-2},
+    "weights averaged, 0.99": {"average": 0.99},
+    "weights averaged, 0.998": {"average": 0.998},
+    "bfloat16": {"precision": "bfloat16"},
+}
+
+
+def run_ablation(options: argparse.Namespace, add: Add) -> None:
+    x, y, held, labels = training(options, held_out=True)
+    for case in options.cases or ["resnet20-alds"]:
+        for name, change in ABLATION.items():
+            if options.only and not any(part in name for part in options.only):
+                continue
+
+            def run(case: str = case, change: dict[str, Any] = change) -> dict[str, Any]:
+                dense, model, plan = cut(options, case, 0)
+                change = {**options.settings, **change}
+                teacher = dense if change.pop("teacher", True) else None
+                optimise.SCALING = change.pop("scaling", optimise.SCALING)
+                kind, decay = change.pop("optimizer", None), change.pop("factor_decay", 0.0)
+                makers: dict[Any, Callable[..., Any] | None] = {
+                    None: None,
+                    "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9, nesterov=True),
+                    "adamw": lambda groups: torch.optim.AdamW(groups, weight_decay=decay),
+                }
+                if change.pop("unbalanced", False):
+                    unbalance(model, plan)
+                settings = FineTune(**{"epochs": 3, **change})
+                before = accuracy(model, held, labels)
+                begun = time.perf_counter()
+                history = fine_tune(
+                    model, Batches(x, y), teacher=teacher, plan=plan, settings=settings, optimizer=makers[kind], progress=True
+                )
+                seconds = round(time.perf_counter() - begun, 1)
+                with torch.inference_mode():
+                    wanted, given = (torch.cat([m(part) for part in held.split(500)]).log_softmax(1) for m in (dense, model))
+                return {
+                    "dense": accuracy(dense, held, labels),
+                    "cut": before,
+                    "tuned": accuracy(model, held, labels),
+                    "held_out_loss": round(float(F.nll_loss(given, labels)), 4),
+                    "divergence": round(float((wanted.exp() * (wanted - given)).sum(1).mean()), 4),
+                    "epochs": settings.epochs,
+                    "train_loss": round(history.epochs[-1].loss, 4),
+                    "seconds": seconds,
+                }
+
+            add({"case": case, "change": name, **({"base": options.settings} if options.settings else {})}, run)
+            optimise.SCALING = 0.0
+
+
+def unbalance(model: nn.Module, plan: Any) -> None:
+    """The same kernels, the first link ten times as large and the last a tenth."""
+    for one in plan.cuts:
+        links: list[Any] = list(model.get_submodule(one.name).children())
+        with torch.no_grad():
+            links[0].weight.mul_(10)
+            links[-1].weight.div_(10)
+
+
+STARTS = ("calibrated factors", "data-free factors", "random factors", "dense network from scratch")
+
+
+def run_starts(options: argparse.Namespace, add: Add) -> None:
+    """The same network, the same loop, the same epochs; where it begins differs."""
+    x, y, held, held_labels = training(options, held_out=True)
+    _, _, test, labels = training(options, held_out=False)
+    for start in STARTS:
+
+        def run(start: str = start) -> dict[str, Any]:
+            case = "resnet20-alds"
+            dense, model, plan = cut(options, case, 0)
+            scratch = FineTune(epochs=10, norms="trained", **options.settings)
+            settings, teacher = FineTune(epochs=10, **options.settings), dense
+            if start == "data-free factors":
+                model = apply_plan(dense, replace(plan, calibrated=False))
+            elif start != "calibrated factors":
+                torch.manual_seed(0)
+                fresh = CifarResNet(20)
+                model = fresh if start.startswith("dense") else apply_plan(fresh, replace(plan, calibrated=False), init="empty")
+                for module in model.modules():
+                    if isinstance(module, nn.Conv2d | nn.Linear):
+                        module.reset_parameters()
+                settings = scratch
+            before = accuracy(model, held, held_labels)
+            history = fine_tune(
+                model,
+                Batches(x, y),
+                teacher=teacher,
+                settings=settings,
+                validate=lambda m: accuracy(m, held, held_labels),
+                progress=True,
+            )
+            scores = [before, *(epoch.score for epoch in history.epochs)]
+            return {"held_out_by_epoch": scores, "test": accuracy(model, test, labels), "settings": history.settings}
+
+        add({"start": start}, run)
+
+
+def run_plot(_options: argparse.Namespace, _: Add) -> None:
+    from matplotlib.figure import Figure
+
+    rows = json.loads((RECIPES / "finetune_starts.json").read_text())["rows"]
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        axes.plot(row["held_out_by_epoch"], marker="o", label=row["start"])
+    axes.set(xlabel="epochs", ylabel="accuracy on held-out training images, %", title="ResNet-20, parameters -75 %, MACs -68 %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(RECIPES / "finetune_starts.png", dpi=110)
+
+
+def run_cost(_options: argparse.Namespace, add: Add) -> None:
+    """Steps of fine_tune and of a plain loop in turn, without a teacher."""
+
+    def run() -> dict[str, Any]:
+        images, labels = demo_images("train")
+        small = compress(demo_resnet20(), images[:1], budget=Budget(params=0.4), rule="uniform", schemes="cp", exclude=("conv1", "linear"))
+        batches = [(a, b) for a, b in zip(images.split(128)[:30], labels.split(128)[:30], strict=True)]
+
+        def plain(model: nn.Module) -> None:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+            model.train()
+            for inputs, target in batches:
+                loss = F.cross_entropy(model(inputs), target)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+
+        def ours(model: nn.Module) -> None:
+            fine_tune(model, batches, settings=FineTune(epochs=1, norms="trained"))
+
+        times: dict[Any, list[float]] = {plain: [], ours: []}
+        for _ in range(7):
+            for loop, found in times.items():
+                model = copy.deepcopy(small.model)
+                begun = time.perf_counter()
+                loop(model)
+                found.append((time.perf_counter() - begun) / len(batches))
+        plain_ms, ours_ms = (1e3 * sorted(found)[len(found) // 2] for found in times.values())
+        return {"plain_ms": round(plain_ms, 2), "fine_tune_ms": round(ours_ms, 2), "ratio": round(ours_ms / plain_ms, 3)}
+
+    add({"network": "ResNet-20, CP, parameters -60 %, batch 128", "threads": torch.get_num_threads()}, run)
+
+
+KILLED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from cifar import Batches, demo_images, demo_resnet20
+from dsconv_surgery import FineTune, fine_tune, load
+from safetensors.torch import save_file
+dense = demo_resnet20()
+model = load(dense, sys.argv[2])
+images, labels = demo_images("train")
+settings = FineTune(epochs=2, save_every=3, average=0.9)
+fine_tune(model, Batches(images[:1280], labels[:1280], 64), teacher=dense, settings=settings, checkpoint=sys.argv[3])
+save_file(model.state_dict(), sys.argv[4])
+"""
+
+
+def run_kills(options: argparse.Namespace, add: Add) -> None:
+    """A run killed at a random moment, as often as asked for, and each time begun again until it ends."""
+
+    def run() -> dict[str, Any]:
+        examples = str(Path(__file__).resolve().parents[2] / "examples")
+        draws, same, interrupted = random.Random(0), 0, 0
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            images, _ = demo_images("train")
+            small = compress(demo_resnet20(), images[:1], budget=Budget(params=0.3), rule="uniform", schemes="cp", exclude="conv1")
+            save(small, folder / "cut")
+
+            def command(number: int) -> list[str]:
+                return [
+                    sys.executable,
+                    "-c",
+                    KILLED,
+                    examples,
+                    str(folder / "cut"),
+                    str(folder / f"{number}.pt"),
+                    str(folder / f"{number}.end"),
+                ]
+
+            begun = time.perf_counter()
+            subprocess.run(command(-1), check=True)
+            whole = time.perf_counter() - begun
+            for number in range(options.kills):
+                for attempt in range(2):
+                    process = subprocess.Popen(command(number))
+                    try:
+                        process.wait(draws.uniform(0.3, 0.95) * whole if attempt == 0 else None)
+                    except subprocess.TimeoutExpired:
+                        process.send_signal(signal.SIGKILL)
+                        process.wait()
+                        interrupted += 1
+                same += (folder / f"{number}.end").read_bytes() == (folder / "-1.end").read_bytes()
+        return {"killed": interrupted, "runs": options.kills, "identical": same}
+
+    add({"what": "kill -9"}, run)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    runs = {
+        "accuracy": run_accuracy,
+        "ablation": run_ablation,
+        "starts": run_starts,
+        "plot": run_plot,
+        "cost": run_cost,
+        "kills": run_kills,
+    }
+    parser.add_argument("what", choices=list(runs))
+    parser.add_argument("--data", type=Path, help="folder with cifar10/ and weights/")
+    parser.add_argument(
+        "--work", type=Path, default=Path.home() / ".cache" / "dsconv-surgery-benchmarks", help="where cut networks are kept"
+    )
+    parser.add_argument("--cases", nargs="*", choices=list(CASES))
+    parser.add_argument("--only", nargs="*", help="lines of the ablation that contain one of these words")
+    parser.add_argument("--settings", type=json.loads, default={}, help='FineTune settings other than the defaults, as {"lr": 0.002}')
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    runs[options.what](options, recorder(options.json or RECIPES / f"finetune_{options.what}.json", f"finetune.py {options.what}"))
+
+
+if __name__ == "__main__":
+    main()
