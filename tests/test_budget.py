@@ -18,7 +18,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dsconv_surgery
-from dsconv_surgery import Budget, Calibration, Plan, Recipe, compare, compress, make_plan, pareto, schemes
+from dsconv_surgery import (
+    Budget,
+    Calibration,
+    FineTune,
+    Plan,
+    Recipe,
+    compare,
+    compress,
+    fine_tune,
+    fold_back,
+    make_plan,
+    pareto,
+    schemes,
+    workings,
+)
 from dsconv_surgery.budget import Choice, Table
 from dsconv_surgery.cache import Cache, digest
 from dsconv_surgery.clock import Clock
@@ -240,6 +254,26 @@ def test_registered_schemes_are_not_cached(net: Net, x: Tensor, tmp_path: Path, 
     assert not list((tmp_path / "one").rglob("*.json"))
     make_plan(net, x, schemes="channel", calibration=batches, cache=tmp_path / "two")
     assert list((tmp_path / "two").rglob("*.json"))
+
+
+def test_options_that_are_far_off_are_not_fitted(net: Net, x: Tensor, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last link is fitted of an option whose error is a multiple of cheaper ones'; plans stay as they are without that."""
+    plans, fitted, fit = [], [], schemes.fit
+    for far in (workings.FAR, 1e9):
+        count = [0, 0]
+
+        def counted(*args: Any, count: list[int] = count, **keywords: Any) -> Any:
+            count[keywords["iterations"] != 0] += 1
+            return fit(*args, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(workings, "FAR", far)
+            patch.setattr(workings.schemes, "fit", counted)
+            plans.append(make_plan(net, x, budget=Budget(macs=0.4), calibration=batches, cache=False))
+        fitted.append(count)
+    assert fitted[0][0] == fitted[1][0]
+    assert 0 < fitted[0][1] < fitted[1][1]
+    assert [(c.name, c.scheme, c.rank) for c in plans[0].cuts] == [(c.name, c.scheme, c.rank) for c in plans[1].cuts]
 
 
 def test_damaged_entries_are_noticed_and_made_anew(tmp_path: Path) -> None:
@@ -489,11 +523,46 @@ images = 24
         ('rule = "fixed"', "rank= goes with"),
         ("seed = 'x'", "seed"),
         ("= 3", "not TOML"),
+        ("[fine_tune]\nepoch = 3", r"unknown key 'epoch'.*Did you mean 'epochs'"),
+        ("[fine_tune]\nlr = -1.0", "lr=-1.0, expected a positive"),
+        ("stages = 2", "stages=2 needs fine_tune and a budget"),
+        ("stages = 0", "stages=0: expected a whole number of cuts"),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe.from_toml(text)
+
+
+def test_a_recipe_fine_tunes_in_stages(net: Net, x: Tensor, batches: list[Tensor]) -> None:
+    """Cut, tune, multiply out, cut again: the budget is reached in even proportions, the last cut is of the tuned network."""
+    text = """
+stages = 2
+exclude = ["stem"]
+[budget]
+macs = 0.36
+[fine_tune]
+epochs = 2
+lr = 1e-3
+"""
+    recipe = Recipe.from_toml(text)
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    before = [p.clone() for p in net.state_dict().values()]
+    ran = recipe.run(net, x, train=batches)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), before, strict=True))
+    assert len(ran.tuned) == 2
+    assert [history.settings["seed"] for history in ran.tuned] == [0, 1]
+    assert ran.report.macs_saved >= 0.64
+    first = compress(net, x, budget=Budget(macs=0.6), exclude="stem")
+    fine_tune(first.model, batches, teacher=net, settings=FineTune(epochs=2, lr=1e-3))
+    second = compress(fold_back(first.model, first.plan), x, budget=Budget(macs=0.36), exclude="stem")
+    assert ran.plan.cuts == second.plan.cuts
+    fine_tune(second.model, batches, teacher=net, settings=FineTune(epochs=2, lr=1e-3, seed=1))
+    assert all(torch.equal(a, b) for a, b in zip(ran.model.state_dict().values(), second.model.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match=r"asks for training batches \(train=\); found none"):
+        recipe.run(net, x)
+    with pytest.raises(ValueError, match="asks for no training batches; found some"):
+        Recipe().run(net, x, train=batches)
 
 
 def test_shipped_recipes_load_and_have_results() -> None:
