@@ -16,7 +16,7 @@ COLUMNS = ("epoch", "steps", "loss", "labels", "teacher", "features", "score", "
 
 @dataclass(frozen=True)
 class FineTune:
-    """Settings of `fine_tune`; the defaults won the ablation in recipes/finetune_ablation.json.
+    """Settings of `fine_tune`.
 
     Args:
         epochs: passes over the batches.
@@ -45,7 +45,7 @@ class FineTune:
 
     epochs: int = 3
     steps: int | None = None
-    lr: float = 1e-3
+    lr: float = 3e-4
     warmup: float = 0.05
     weight_decay: float = 0.0
     clip: float | None = 1.0

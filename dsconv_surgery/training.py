@@ -198,7 +198,7 @@ class Training:
             self._settle()
         score = None
         if self.validate is not None:
-            with self._averaged():
+            with self._averaged(), torch.no_grad():
                 self.model.eval()
                 score = scored(self.validate, self.model)
                 if not self.best or score > max(e.score for e in self.epochs if e.score is not None):

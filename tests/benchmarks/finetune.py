@@ -1,7 +1,7 @@
 """Fine-tuning after surgery: what README and recipes say of it.
 
 python tests/benchmarks/finetune.py accuracy --data ../shared/data   ResNet-20 and -56 cut and tuned, whole test set, last weights
-python tests/benchmarks/finetune.py ablation --data ../shared/data   one setting after the other, judged on held-out training images
+python tests/benchmarks/finetune.py ablation --data ../shared/data   one setting after the other, judged on held-out training images, warped
 python tests/benchmarks/finetune.py starts --data ../shared/data     our start against random factors, data-free ones and scratch
 python tests/benchmarks/finetune.py plot                             what `starts` found, as recipes/finetune_starts.png
 python tests/benchmarks/finetune.py cost                             time of a step against the plain loop a user would write
@@ -61,12 +61,25 @@ def cut(options: argparse.Namespace, case: str, seed: int) -> tuple[nn.Module, n
     return dense, load(dense, folder), read_plan(folder)
 
 
+def warped(x: Tensor) -> Tensor:
+    """Images turned, scaled and shifted a little, as none were in training."""
+    draws = torch.Generator().manual_seed(0)
+    angle, scale, *shift = (torch.rand(4, len(x), generator=draws) * 2 - 1) * torch.tensor([0.26, 0.12, 0.06, 0.06])[:, None]
+    cosine, sine = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
+    rows = torch.stack([torch.stack([cosine, -sine, shift[0]], 1), torch.stack([sine, cosine, shift[1]], 1)], 1)
+    return F.grid_sample(x, F.affine_grid(rows, list(x.shape), align_corners=False), align_corners=False, padding_mode="reflection")
+
+
 def training(options: argparse.Namespace, held_out: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels to train on, and to judge by: training images held out, or the test images."""
+    """Images and labels to train on, and to judge by: training images held out, or the test images.
+
+    The dense networks were trained on the images held out, too, and know them by heart (99.8 %); a network cut from them still does, and
+    whatever training forgets would count against it. So they are judged by as slightly `warped` ones, on which ResNet-20 has 92.9 %.
+    """
     images, labels = cifar10(options.data / "cifar10", "train")
     x, y = to_input(images), torch.from_numpy(labels)
     if held_out:
-        return x[:45000], y[:45000], x[45000:], y[45000:]
+        return x[:45000], y[:45000], warped(x[45000:]), y[45000:]
     test, test_labels = cifar10(options.data / "cifar10", "test")
     return x, y, to_input(test), torch.from_numpy(test_labels)
 
@@ -103,7 +116,7 @@ def run_accuracy(options: argparse.Namespace, add: Add) -> None:
             add({"case": case, "seed": seed, **({"changed": options.settings} if options.settings else {})}, run)
 
 
-# Each against the line before it that it names; the scores are of 5,000 training images held out.
+# One setting changed at a time; the scores are of 5,000 training images held out, warped.
 ABLATION: dict[str, dict[str, Any]] = {
     "defaults": {},
     "no teacher (labels alone)": {"distill": 0.0, "teacher": False},
@@ -114,12 +127,10 @@ ABLATION: dict[str, dict[str, Any]] = {
     "block features x0.3": {"features": 0.3},
     "block features x1": {"features": 1.0},
     "block features x3": {"features": 3.0},
-    "lr 3e-4": {"lr": 3e-4},
-    "lr 2e-3": {"lr": 2e-3},
-    "lr 4e-3": {"lr": 4e-3},
-    "lr 8e-3": {"lr": 8e-3},
+    "lr 1e-4": {"lr": 1e-4},
+    "lr 1e-3": {"lr": 1e-3},
+    "lr 3e-3": {"lr": 3e-3},
     "lr by link (relative)": {"scaling": 1.0},
-    "lr by link, lr 2e-3": {"scaling": 1.0, "lr": 2e-3},
     "SGD, momentum 0.9, lr 0.01": {"optimizer": "sgd", "lr": 0.01},
     "SGD, momentum 0.9, lr 0.05": {"optimizer": "sgd", "lr": 0.05},
     "unbalanced factors": {"unbalanced": True},
