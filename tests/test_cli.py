@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch._dynamo
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -353,6 +353,15 @@ def test_a_recipe_runs_from_the_shell(home: str, tmp_path: Path, fails: Fails) -
     assert read_plan(saved).calibrated
     assert "asks for 16 calibration images" in fails("run", recipe, "--out", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+    recipe.write_text(f'model = "{home}:small"\ninput = [1, 3, 12, 12]\n[budget]\nmacs = 0.8\n[fine_tune]\nepochs = 2\n')
+    assert "asks for training batches" in fails("run", recipe, "--out", tmp_path / "other")
+    run("run", recipe, "--train", tmp_path / "images.pt", "--out", tmp_path / "tuned")
+    untuned = tmp_path / "untuned"
+    recipe.write_text(recipe.read_text().split("[fine_tune]")[0])
+    run("run", recipe, "--out", untuned)
+    first, second = (load_file(next(folder.glob("*.safetensors"))) for folder in (tmp_path / "tuned", untuned))
+    assert list(first) == list(second)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
     recipe.write_text("[budget]\nmacs = 0.8\n")
     assert "names no model" in fails("run", recipe, "--out", tmp_path / "other")
     assert "no such file or recipe" in fails("run", "resnet-fifty", "--out", tmp_path / "other")
