@@ -184,6 +184,7 @@ class Training:
     def _give_up(self, loss: float, norm: float) -> None:
         weights, step = self._good
         self.model.load_state_dict(weights)
+        self.optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(
             f"fine_tune: at step {self.step + 1} of {self.total} the loss is {loss:.4g} and its gradient's norm {norm:.4g}, expected "
             f"finite ones. The weights after step {step} were put back. Lower lr (now {self.settings.lr:g}), clip lower "

@@ -423,6 +423,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(poisoned: st
     with pytest.raises(FloatingPointError, match=r"at step 5 of 6 the loss is nan.*weights after step 3 were put back"):
         fine_tune(model, batches, teacher=dense, settings=FineTune(epochs=1, save_every=3), callback=spoil)
     assert same(weights(model), kept[3])
+    assert all(p.grad is None for p in model.parameters())
 
 
 def one_shot(batches: Any) -> Iterator[Any]:
@@ -533,7 +534,7 @@ from dsconv_surgery.reconstruct import Steps
 from dsconv_surgery.surgery import cut_for_data
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")
-dense, model, plan = t.cut_net()
+dense, model, plan = t.cut_net(schemes="channel")  # in closed form: no search that magnifies the last bits
 images = Images(Calibration(list(t.Labelled(95, 20)), patches=2**22), ((1, 3, 8, 8),))
 calibrated, errors = cut_for_data(dense, plan, images, {}, False, Steps(metric=False))
 losses = [e.loss for e in fine_tune(model, t.Labelled(95, 20), teacher=dense, settings=FineTune(epochs=3, accumulate=2)).epochs]
