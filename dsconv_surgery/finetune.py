@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from dsconv_surgery import ranks
 from dsconv_surgery.distill import Lesson, Loss
@@ -95,6 +96,11 @@ def _steps_per_epoch(batches: Iterable[Any], settings: FineTune, checkpoint: str
         raise ValueError(
             f"fine_tune: found an iterator, which can be gone through only once; {why} again. Pass a list, a DataLoader, or any object "
             "that can be iterated again."
+        )
+    if isinstance(getattr(batches, "sampler", None), DistributedSampler):
+        raise ValueError(
+            "fine_tune: found a DistributedSampler, which gives each process other batches, of which each would then take its share only. "
+            "Give every process the same batches: shuffle=True instead."
         )
     if not isinstance(batches, Sized):
         if settings.steps is None:

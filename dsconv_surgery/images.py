@@ -72,7 +72,7 @@ class Images:
         self.count = sum(inputs[0].shape[0] for inputs in self._checked())
         if not self.count:
             raise ValueError("calibration: no images. Pass at least one batch; a few hundred images are a good start.")
-        if next(iter(self), None) is None:
+        if ranks.world()[1] > 1 and next(iter(self), None) is None:
             raise ValueError(
                 f"calibration: fewer images in every batch than the {ranks.world()[1]} processes that share them. Pass larger ones."
             )
