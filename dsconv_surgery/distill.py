@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -75,11 +75,15 @@ class Lesson:
         with torch.no_grad():
             return self.teacher(*inputs)
 
-    def __call__(self, outputs: Any, wanted: Any, targets: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and its parts by name, before they are weighted."""
+    def __call__(self, outputs: Any, wanted: Any, targets: tuple[Any, ...], kept: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its parts by name, before they are weighted; targets of `mixed` batches have those mixed in after them."""
         parts: dict[str, Tensor] = {}
         if targets:
-            parts["labels"] = self._loss(pytree.tree_map_only(Tensor, Tensor.float, outputs), *targets)
+            given = pytree.tree_map_only(Tensor, Tensor.float, outputs)
+            half = len(targets) if kept == 1 else len(targets) // 2
+            parts["labels"] = kept * self._loss(given, *targets[:half])
+            if half < len(targets):
+                parts["labels"] = parts["labels"] + (1 - kept) * self._loss(given, *targets[half:])
         if self.teacher is not None:
             parts["teacher"] = self._apart(outputs, wanted)
             if self.blocks:
@@ -98,6 +102,47 @@ class Lesson:
             y, z = ((t.float() / self._temperature).log_softmax(1) for t in (given[0], its[0]))
             return F.kl_div(y, z, log_target=True, reduction="batchmean") * self._temperature**2
         return _off(outputs, wanted)
+
+
+def mixed(items: tuple[Any, ...], inputs: int, share: float) -> tuple[tuple[Any, ...], float]:
+    """With a chance of `share`, images of a batch with others of the same batch mixed in.
+
+    Half of the time `k x + (1 - k) x'` (mixup, Zhang et al. 2018), k uniform in [0, 1] and x' the images in another order; else a
+    rectangle of x' with a share 1 - k of the area in the place of what is there in x (CutMix, Yun et al. 2019). The dense network says
+    what such images are, far from those that it was trained on and may know by heart (function matching, Beyer et al. 2022). Maps
+    as targets are blended only; where inputs or targets are no tensors with a row for each image, nothing is mixed.
+
+    Args:
+        items: inputs, each (images, ...), and targets.
+        inputs: how many of them are inputs.
+        share: in [0, 1].
+
+    Returns:
+        The inputs, the targets and, if mixed, the targets of x'; k, 1 if not mixed.
+    """
+    images, targets = items[:inputs], items[inputs:]
+    usable = all(isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 for x in images)
+    usable = usable and all(isinstance(t, Tensor) and len(t) == len(images[0]) for t in targets)
+    if not usable or float(torch.rand(())) >= share:
+        return items, 1.0
+    order, kept, blend = torch.randperm(len(images[0])), float(torch.rand(())), bool(torch.rand(()) < 0.5)
+    if blend or any(x.ndim != 4 for x in images) or any(t.ndim > 2 for t in targets):
+        images = tuple(kept * x + (1 - kept) * x[order.to(x.device)] for x in images)
+    else:
+        at, side = torch.rand(2).tolist(), (1 - kept) ** 0.5
+        images = tuple(_patched(x, x[order.to(x.device)], at, side) for x in images)
+    return (*images, *targets, *(t[order.to(t.device)] for t in targets)), kept
+
+
+def _patched(x: Tensor, other: Tensor, at: Sequence[float], side: float) -> Tensor:
+    """A rectangle of the other images, `side` of the height and of the width, in the place of what is there in x."""
+    spans = []
+    for place, length in zip(at, x.shape[2:], strict=True):
+        long = round(side * length)
+        first = round(place * (length - long))
+        index = torch.arange(length, device=x.device)
+        spans.append((index >= first) & (index < first + long))
+    return torch.where(spans[0][:, None] & spans[1], other, x)
 
 
 def _off(given: Any, wanted: Any) -> Tensor:

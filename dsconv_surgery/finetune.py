@@ -37,7 +37,7 @@ def fine_tune(
 ) -> History:
     """Train a cut network, in place, to win back what the cut cost.
 
-    Lowers `(1 - d) labels + d teacher + f features` (see `dsconv_surgery.distill`) with AdamW. Whatever requires no gradient stays as it
+    Lowers `(1 - d) labels + d teacher + f features` (see `dsconv_surgery.distill`), with SOAP or AdamW. Whatever requires no gradient stays as it
     is. Started by torchrun, this is distributed training: every process is given the same batches and works on its share of each,
     so that the global batch is the same however many there are.
 
@@ -49,7 +49,7 @@ def fine_tune(
         loss: `(outputs, *labels) -> mean over the batch`; cross-entropy if not given.
         plan: the plan that the network was cut by; needed for `weight_decay`.
         settings: see `FineTune`.
-        optimizer: makes another optimizer than AdamW from groups of parameters.
+        optimizer: makes another optimizer than those of `settings` from groups of parameters.
         inputs: how many items of a batch the network takes; what follows are labels.
         checkpoint: a file to go on from after an interruption, written every `settings.save_every` steps and at the end. The run then
             ends with the same weights as an undisturbed one.

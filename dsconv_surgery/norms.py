@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,12 +35,7 @@ def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images, always: 
     norms = {name: module for name, module in trial.named_modules() if isinstance(module, _BatchNorm) and module.running_mean is not None}
     if not norms or images.count < ENOUGH:
         return False
-    trial.eval()
-    for norm in norms.values():
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain average over batches
-        norm.train()
-    with torch.no_grad():
+    with estimated_anew(trial), torch.no_grad():
         for first, inputs in images:
             fit = ~held_out(first, inputs[0].shape[0])
             if int(fit.sum()) > 1:
@@ -49,7 +45,6 @@ def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images, always: 
         share = ranks.summed(counted.num_batches_tracked.double())
         for value in (counted.running_mean, counted.running_var):
             value.copy_(ranks.summed(value * counted.num_batches_tracked) / share)
-    trial.eval()
     if not always:
         as_it_is, anew = _off(dense, (copy.deepcopy(cut).eval(), trial), images)
         if anew >= as_it_is:
@@ -59,6 +54,24 @@ def keep_better_norms(dense: nn.Module, cut: nn.Module, images: Images, always: 
         its.running_mean.copy_(norm.running_mean)
         its.running_var.copy_(norm.running_var)
     return True
+
+
+@contextmanager
+def estimated_anew(model: nn.Module) -> Iterator[None]:
+    """Statistics of BatchNorms become the plain mean over the batches seen for as long as this lasts, in evaluation mode."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+    kept = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+        norm.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        for norm, momentum in zip(norms, kept, strict=True):
+            norm.momentum = momentum
 
 
 def _some(inputs: tuple[Any, ...], mask: Tensor) -> tuple[Any, ...]:

@@ -10,12 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_optimizer import SOAP
 from torch import Tensor, nn
 
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.schemes import get_scheme, links_of
 
 SCALING = 0.0  # learning rates grow with this power of a weight's root mean square
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {  # groups of parameters, each with its "lr"
+    # Adam in the eigenbasis of a weight's second moments, row by row and column by column (Vyas et al. 2024), up to so many of them
+    "soap": partial(SOAP, betas=(0.9, 0.99), shampoo_beta=0.95, weight_decay=0.0, max_precondition_dim=1024),
+    "adamw": partial(torch.optim.AdamW, weight_decay=0.0),
+}
 Product = tuple[Callable[[], Tensor], list[Tensor]]  # gives a kernel, and the weights that it is made of
 
 

@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from dsconv_surgery import ranks
 from dsconv_surgery.cache import digest
-from dsconv_surgery.distill import Lesson
+from dsconv_surgery.distill import Lesson, mixed
 from dsconv_surgery.files import replaced
 from dsconv_surgery.history import Epoch, FineTune, History
 from dsconv_surgery.measure import scored
-from dsconv_surgery.optimise import by_rate, decay, products, rise
+from dsconv_surgery.norms import estimated_anew
+from dsconv_surgery.optimise import OPTIMIZERS, by_rate, decay, products, rise
 from dsconv_surgery.plan import Plan
 
 Optimizers = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # groups of parameters, each with its "lr" -> an optimizer
@@ -58,13 +59,13 @@ class Training:
         self.device = self.trained[0].device
         every = settings.epochs * (per_epoch or settings.steps or 0)
         self.total = min(every, settings.steps or every)
-        make = optimizer or (lambda groups: torch.optim.AdamW(groups, weight_decay=0.0))
-        self.optimizer = make(by_rate(self.trained, settings.lr))
+        self.optimizer = (optimizer or OPTIMIZERS[settings.optimizer])(by_rate(self.trained, settings.lr))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
         self.average = [p.detach().clone() for p in self.trained] if settings.average else []
         self.products = products(model, plan) if plan is not None and settings.weight_decay else []
         self.net: Any = model if ranks.world()[1] == 1 else nn.parallel.DistributedDataParallel(model)
+        self.mix = float(lesson.teacher is not None) if settings.mix is None else settings.mix
         self.step, self.epoch, self.into_epoch = 0, 0, 0  # steps done, epochs done, steps done in this one
         self.sums: dict[str, float] = {}  # over this epoch's steps
         self.epochs: list[Epoch] = []
@@ -136,11 +137,13 @@ class Training:
         names, values = ["loss"], torch.zeros(())
         # What steps draw (dropout) is theirs alone: data are drawn alike however many of them ran before an interruption.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(_seed(self.settings.seed, "mix", self.step))
+            mixtures = [mixed(_items(batch), self.inputs, self.mix) for batch in group]
             torch.manual_seed(_seed(self.settings.seed, "step", self.step, rank))
-            for at, batch in enumerate(group):
+            for at, (batch, kept) in enumerate(mixtures):
                 mine, weight = ranks.share(batch)
                 with self.net.no_sync() if count > 1 and at < len(group) - 1 else nullcontext():
-                    loss, parts = self._lesson(mine)
+                    loss, parts = self._lesson(mine, kept)
                     self.scaler.scale(loss * (weight / len(group))).backward()
                 names = ["loss", *parts]
                 values = values + torch.stack([loss.detach(), *parts.values()]).cpu() * (weight / count / len(group))
@@ -164,8 +167,7 @@ class Training:
         self.callback(self.step, {"loss": means["loss"], "lr": self.settings.lr * rising})
         return means["loss"]
 
-    def _lesson(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        items = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    def _lesson(self, items: tuple[Any, ...], kept: float) -> tuple[Tensor, dict[str, Tensor]]:
         if len(items) < self.inputs or not isinstance(items[0], Tensor):
             found = ", ".join(type(item).__name__ for item in items) or "nothing"
             raise ValueError(f"fine_tune: a batch holds {found}, expected {self.inputs} input(s), as the network takes them, then labels.")
@@ -179,7 +181,7 @@ class Training:
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             outputs = self.net(*inputs)
             wanted = self.lesson.wanted(inputs)
-        return self.lesson(outputs, wanted, targets)
+        return self.lesson(outputs, wanted, targets, kept)
 
     def _give_up(self, loss: float, norm: float) -> None:
         weights, step = self._good
@@ -232,21 +234,11 @@ class Training:
         """The weights that the run ends with: their average, if there is one, and BatchNorm statistics that go with it."""
         self._copy(self.average)
         self.average = []
-        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        if self.settings.norms != "late" or not norms:
-            return
-        kept = [norm.momentum for norm in norms]
-        self.model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over batches
-            norm.train()
-        with torch.no_grad():
-            for batch in self.batches:
-                items = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-                self.model(*pytree.tree_map_only(Tensor, lambda t: t.to(self.device), items[: self.inputs]))
-        for norm, momentum in zip(norms, kept, strict=True):
-            norm.momentum = momentum
+        if self.settings.norms == "late":
+            with estimated_anew(self.model), torch.no_grad():
+                for batch in self.batches:
+                    items = _items(batch)
+                    self.model(*pytree.tree_map_only(Tensor, lambda t: t.to(self.device), items[: self.inputs]))
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -293,6 +285,10 @@ class Training:
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         for name, value in state["places"].items():
             setattr(self, name, value)
+
+
+def _items(batch: Any) -> tuple[Any, ...]:
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
 def _seed(*parts: int | str) -> int:

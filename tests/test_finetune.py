@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dsconv_surgery import Budget, FineTune, Plan, apply_plan, compress, fine_tune, make_plan
-from dsconv_surgery.distill import Lesson, blocks_of
+from dsconv_surgery.distill import Lesson, blocks_of, mixed
 from dsconv_surgery.history import History
 from dsconv_surgery.optimise import decay, products, rise
 from dsconv_surgery.schemes import scheme_names
@@ -158,6 +158,36 @@ def test_the_loss_is_what_the_formula_says() -> None:
     assert float(loss) == pytest.approx(float(0.3 * labels + 0.7 * divergence + 2 * off), rel=1e-4)
 
 
+def test_images_are_mixed() -> None:
+    """Blends are k x + (1 - k) x' and patches a rectangle of x' with 1 - k of the area; the loss of labels is weighted alike."""
+    x, y = torch.rand(6, 3, 20, 20), torch.arange(6)
+    torch.manual_seed(0)
+    kinds: set[bool] = set()
+    for _ in range(20):
+        (mix, first, second), kept = mixed((x, y), 1, 1.0)
+        other = x[second]
+        assert torch.equal(first, y)
+        assert sorted(second.tolist()) == y.tolist()
+        taken = (mix == other) & (other != x)
+        blended = kept * x + (1 - kept) * other
+        kinds.add(torch.equal(mix, blended))
+        if torch.equal(mix, blended):
+            continue
+        moved = taken.any(0).any(0)
+        assert torch.equal(mix, torch.where(moved, other, x))
+        rows, columns = moved.any(1), moved.any(0)
+        assert torch.equal(moved, rows[:, None] & columns)
+        for edge in (rows, columns):
+            assert float(edge.diff().sum()) <= 2  # in one piece
+            assert int(edge.sum()) == pytest.approx(20 * math.sqrt(1 - kept), abs=0.51)
+    assert kinds == {True, False}
+    assert mixed((x, y), 1, 0.0)[0][0] is x
+    assert mixed((y, y), 1, 1.0) == ((y, y), 1.0)  # nothing to mix: words, not images
+    given = torch.randn(6, 4)
+    loss, _ = Lesson(nn.Identity(), None, F.mse_loss, 0.0, 1.0, 0.0)(given, None, (given + 1, given + 3), 0.25)
+    assert float(loss) == pytest.approx(0.25 * 1 + 0.75 * 9)
+
+
 def test_blocks_are_the_modules_around_cuts() -> None:
     dense = demo_resnet20()
     plan = make_plan(dense, torch.rand(1, 3, 32, 32), schemes="channel", rule="fixed", rank=4, include="layer2.*")
@@ -171,7 +201,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, norms: An
     dense, model, _ = cut_net(dropout=0.3)
     data = Labelled()
     shuffled = DataLoader(TensorDataset(data.x, data.y), batch_size=10, shuffle=True)
-    settings = FineTune(epochs=3, norms=norms, accumulate=accumulate, average=0.8, save_every=4)
+    settings = FineTune(epochs=3, norms=norms, accumulate=accumulate, average=0.8, mix=0.5, save_every=4)
 
     class StopHere(Exception):  # noqa: N818
         pass
@@ -341,7 +371,7 @@ def test_accumulated_batches_are_one_large_one() -> None:
         data = Labelled(80, size)
         batches = [(x.double(), y) for x, y in data]
         trained = copy.deepcopy(model)
-        fine_tune(trained, batches, teacher=dense, settings=FineTune(epochs=2, accumulate=accumulate))
+        fine_tune(trained, batches, teacher=dense, settings=FineTune(epochs=2, accumulate=accumulate, mix=0.0, optimizer="adamw"))
         found.append(weights(trained))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-7, atol=1e-9)
@@ -495,6 +525,8 @@ def test_an_iterator_will_do_for_one_epoch() -> None:
         ({"lr": math.nan}, "lr=nan"),
         ({"distill": 1.5}, r"distill=1.5, expected a share"),
         ({"average": 1.0}, "average=1.0"),
+        ({"mix": 1.1}, "mix=1.1"),
+        ({"optimizer": "adam"}, "optimizer='adam', expected one of soap, adamw"),
         ({"norms": "free"}, "norms='free', expected one of frozen, late, trained"),
         ({"clip": 0.0}, "clip=0.0"),
         ({"features": -1.0}, "features=-1.0"),
@@ -540,7 +572,7 @@ if dist.is_torchelastic_launched():
 dense, model, plan = t.cut_net(schemes="channel")  # in closed form: no search that magnifies the last bits
 images = Images(Calibration(list(t.Labelled(95, 20)), patches=2**22), ((1, 3, 8, 8),))
 calibrated, errors = cut_for_data(dense, plan, images, {}, False, Steps(metric=False))
-losses = [e.loss for e in fine_tune(model, t.Labelled(95, 20), teacher=dense, settings=FineTune(epochs=3, accumulate=2)).epochs]
+losses = [e.loss for e in fine_tune(model, t.Labelled(95, 20), teacher=dense, settings=FineTune(epochs=3, accumulate=2, mix=0.7)).epochs]
 if not dist.is_initialized() or dist.get_rank() == 0:
     print(*errors.values(), *(float(p.double().norm()) for p in calibrated.state_dict().values()))
     print(*losses)

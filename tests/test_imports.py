@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "sources": {"text"},
     "recipe": {"budget", "decide", "finetune", "geometry", "history", "images", "pipeline", "report", "surgery", "text"},
     "finetune": {"distill", "history", "plan", "ranks", "training"},
-    "training": {"cache", "distill", "files", "history", "measure", "optimise", "plan", "ranks"},
+    "training": {"cache", "distill", "files", "history", "measure", "norms", "optimise", "plan", "ranks"},
     "optimise": {"plan", "schemes"},
     "distill": set(),
     "history": {"text"},
