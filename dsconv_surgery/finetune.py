@@ -37,9 +37,9 @@ def fine_tune(
 ) -> History:
     """Train a cut network, in place, to win back what the cut cost.
 
-    Lowers `(1 - d) labels + d teacher + f features` (see `dsconv_surgery.distill`), with SOAP or AdamW. Whatever requires no gradient stays as it
-    is. Started by torchrun, this is distributed training: every process is given the same batches and works on its share of each,
-    so that the global batch is the same however many there are.
+    Lowers `(1 - d) labels + d teacher + f features` (see `dsconv_surgery.distill`), with SOAP or AdamW. Whatever requires no gradient
+    stays as it is. Started by torchrun, this is distributed training: every process is given the same batches and works on its share of
+    each, so that the global batch is the same however many there are.
 
     Args:
         model: a cut network; ends with the last weights (their average, if that is asked for), its training flags as they were.

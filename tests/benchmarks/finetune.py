@@ -4,6 +4,7 @@ python tests/benchmarks/finetune.py accuracy --data ../shared/data   ResNet-20 a
 python tests/benchmarks/finetune.py ablation --data ../shared/data   one setting after the other, judged on held-out training images, warped
 python tests/benchmarks/finetune.py starts --data ../shared/data     our start against random factors, data-free ones and scratch
 python tests/benchmarks/finetune.py plot                             what `starts` found, as recipes/finetune_starts.png
+python tests/benchmarks/finetune.py recipes                          what `accuracy` found, beside each recipe
 python tests/benchmarks/finetune.py cost                             time of a step against the plain loop a user would write
 python tests/benchmarks/finetune.py kills                            kill -9 at random moments, and going on
 
@@ -36,27 +37,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from calibrated import Add, draw, network, recorder
 from cifar import Batches, CifarResNet, accuracy, cifar10, demo_images, demo_resnet20, to_input
 
-from dsconv_surgery import Budget, Calibration, FineTune, apply_plan, compare, compress, fine_tune, load, optimise, save
+from dsconv_surgery import Budget, FineTune, Recipe, apply_plan, compare, compress, fine_tune, load, optimise, save
 from dsconv_surgery.checkpoint import read_plan
+from dsconv_surgery.recipe import Images
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-WHOLE: dict[str, Any] = {"exclude": ("conv1", "linear")}
-CASES: dict[str, tuple[int, dict[str, Any], int]] = {  # name -> depth, how it is cut, epochs
-    "resnet20-alds": (20, {"budget": Budget(params=0.251, macs=0.321)}, 10),
-    "resnet20-half": (20, {"budget": Budget(params=0.5, macs=0.5)}, 3),
-    "resnet20-depthwise": (20, {"rule": "fixed", "rank": 1, "schemes": "depthwise", **WHOLE}, 10),
-    "resnet56-2.5x": (56, {"budget": Budget(macs=0.4)}, 10),
-    "resnet56-4.1x": (56, {"budget": Budget(macs=1 / 4.1)}, 10),
+RECIPE_OF = {
+    "resnet20-alds": "resnet20-cifar10-params-25-tuned",
+    "resnet20-half": "resnet20-cifar10-half-tuned",
+    "resnet20-depthwise": "resnet20-cifar10-depthwise-tuned",
 }
+FAST: dict[str, Any] = {"epochs": 10, "lr": 5e-4, "precision": "bfloat16", "channels_last": True}
+CASES: dict[str, tuple[int, Recipe]] = {  # name -> depth, and how it is cut and tuned
+    **{case: (20, Recipe.load(name)) for case, name in RECIPE_OF.items()},
+    "resnet56-2.5x": (56, Recipe(budget=Budget(macs=0.4), calibration=Images(1024), fine_tune=FineTune(**FAST))),
+    "resnet56-4.1x": (56, Recipe(budget=Budget(macs=1 / 4.1), calibration=Images(1024), fine_tune=FineTune(**FAST))),
+}
+
+
+def tuning(case: str, **changes: Any) -> FineTune:
+    """The recipe's settings, with changes."""
+    settings = CASES[case][1].fine_tune
+    assert settings is not None
+    return replace(settings, **changes)
 
 
 def cut(options: argparse.Namespace, case: str, seed: int) -> tuple[nn.Module, nn.Module, Any]:
     """Dense and cut network, and the plan; cut once and kept."""
-    depth, how, _ = CASES[case]
+    depth, recipe = CASES[case]
     dense, folder = network(options.data, depth), options.work / f"{case}-{seed}"
     if not (folder / "plan.json").exists():
         images = draw(cifar10(options.data / "cifar10", "train")[0], 1024, seed)
-        small = compress(dense, images[:1], calibration=Calibration(images.split(128), seed=seed), progress=True, **how)
+        small = replace(recipe, fine_tune=None, seed=seed).run(dense, images[:1], calibration=images.split(128), progress=True)
         save(small, folder)
     return dense, load(dense, folder), read_plan(folder)
 
@@ -87,16 +99,15 @@ def training(options: argparse.Namespace, held_out: bool) -> tuple[Tensor, Tenso
 def run_accuracy(options: argparse.Namespace, add: Add) -> None:
     data = training(options, held_out=False)
     for case in options.cases or CASES:
-        epochs = CASES[case][2]
         for seed in options.seeds:
 
-            def run(case: str = case, epochs: int = epochs, seed: int = seed) -> dict[str, Any]:
+            def run(case: str = case, seed: int = seed) -> dict[str, Any]:
                 x, y, test, labels = data
                 dense, model, plan = cut(options, case, seed)
                 report = compare(dense, model, x[:1], plan=plan)
                 before, start = accuracy(dense, test, labels), accuracy(model, test, labels)
                 begun = time.perf_counter()
-                settings = FineTune(epochs=epochs, seed=seed, **options.settings)
+                settings = tuning(case, seed=seed, **options.settings)
                 kept = options.work / f"{case}-{seed}.pt"
                 history = fine_tune(model, Batches(x, y), teacher=dense, settings=settings, checkpoint=kept, progress=True)
                 after = accuracy(model, test, labels)
@@ -107,7 +118,7 @@ def run_accuracy(options: argparse.Namespace, add: Add) -> None:
                     "cut": start,
                     "tuned": after,
                     "drop": round(before - after, 2),
-                    "epochs": epochs,
+                    "epochs": settings.epochs,
                     "losses": [round(epoch.loss, 4) for epoch in history.epochs],
                     "settings": history.settings,
                     "seconds": round(time.perf_counter() - begun, 1),
@@ -218,8 +229,8 @@ def run_starts(options: argparse.Namespace, add: Add) -> None:
         def run(start: str = start) -> dict[str, Any]:
             case = "resnet20-alds"
             dense, model, plan = cut(options, case, 0)
-            scratch = FineTune(epochs=10, norms="trained", **options.settings)
-            settings, teacher = FineTune(epochs=10, **options.settings), dense
+            scratch = tuning(case, norms="trained", **options.settings)
+            settings = tuning(case, **options.settings)
             if start == "data-free factors":
                 model = apply_plan(dense, replace(plan, calibrated=False))
             elif start != "calibrated factors":
@@ -234,7 +245,7 @@ def run_starts(options: argparse.Namespace, add: Add) -> None:
             history = fine_tune(
                 model,
                 Batches(x, y),
-                teacher=teacher,
+                teacher=dense,
                 settings=settings,
                 validate=lambda m: accuracy(m, held, held_labels),
                 progress=True,
@@ -257,6 +268,15 @@ def run_plot(_options: argparse.Namespace, _: Add) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(RECIPES / "finetune_starts.png", dpi=110)
+
+
+def run_recipes(_options: argparse.Namespace, _: Add) -> None:
+    found = json.loads((RECIPES / "finetune_accuracy.json").read_text())
+    for case, name in RECIPE_OF.items():
+        rows = [row for row in found["rows"] if row["case"] == case and "changed" not in row]
+        if rows:
+            result = {"settings": found["settings"], "result": rows}
+            (RECIPES / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def run_cost(_options: argparse.Namespace, add: Add) -> None:
@@ -367,6 +387,7 @@ def main() -> None:
         "ablation": run_ablation,
         "starts": run_starts,
         "plot": run_plot,
+        "recipes": run_recipes,
         "cost": run_cost,
         "kills": run_kills,
     }
@@ -377,7 +398,7 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="*", choices=list(CASES))
     parser.add_argument("--only", nargs="*", help="lines of the ablation that contain one of these words")
-    parser.add_argument("--settings", type=json.loads, default={}, help='FineTune settings other than the defaults, as {"lr": 0.002}')
+    parser.add_argument("--settings", type=json.loads, default={}, help='other FineTune settings, as {"lr": 0.002}')
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--json", type=Path)
