@@ -369,7 +369,7 @@ def run_kills(options: argparse.Namespace, add: Add) -> None:
                 for attempt in range(2):
                     process = subprocess.Popen(command(number))
                     try:
-                        process.wait(draws.uniform(0.3, 0.95) * whole if attempt == 0 else None)
+                        process.wait(draws.uniform(0.3, 0.85) * whole if attempt == 0 else None)
                     except subprocess.TimeoutExpired:
                         process.send_signal(signal.SIGKILL)
                         process.wait()
