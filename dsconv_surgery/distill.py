@@ -104,13 +104,20 @@ class Lesson:
         return _off(outputs, wanted)
 
 
+def mixable(items: tuple[Any, ...], inputs: int) -> bool:
+    """Whether all inputs of a batch are floating-point tensors, and all inputs and targets tensors with a row for each image."""
+    if not items or not all(isinstance(t, Tensor) and t.ndim for t in items):
+        return False
+    return all(x.is_floating_point() and x.ndim > 1 for x in items[:inputs]) and len({len(t) for t in items}) == 1
+
+
 def mixed(items: tuple[Any, ...], inputs: int, share: float) -> tuple[tuple[Any, ...], float]:
-    """With a chance of `share`, images of a batch with others of the same batch mixed in.
+    """With a chance of `share`, images of a `mixable` batch with others of the same batch mixed in.
 
     Half of the time `k x + (1 - k) x'` (mixup, Zhang et al. 2018), k uniform in [0, 1] and x' the images in another order; else a
     rectangle of x' with a share 1 - k of the area in the place of what is there in x (CutMix, Yun et al. 2019). The dense network says
-    what such images are, far from those that it was trained on and may know by heart (function matching, Beyer et al. 2022). Maps
-    as targets are blended only; where inputs or targets are no tensors with a row for each image, nothing is mixed.
+    what such images are, far from those that it was trained on and may know by heart (function matching, Beyer et al. 2022). Images
+    whose targets are maps are blended only.
 
     Args:
         items: inputs, each (images, ...), and targets.
@@ -119,11 +126,18 @@ def mixed(items: tuple[Any, ...], inputs: int, share: float) -> tuple[tuple[Any,
 
     Returns:
         The inputs, the targets and, if mixed, the targets of x'; k, 1 if not mixed.
+
+    Raises:
+        ValueError: a batch that is not `mixable`.
     """
+    if not mixable(items, inputs):
+        found = ", ".join(type(item).__name__ for item in items) or "nothing"
+        raise ValueError(
+            f"fine_tune: mix={share:g}, but a batch of {found} cannot be mixed: expected floating-point inputs, and tensors with a row for "
+            "each image throughout. Leave mix out."
+        )
     images, targets = items[:inputs], items[inputs:]
-    usable = all(isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 for x in images)
-    usable = usable and all(isinstance(t, Tensor) and len(t) == len(images[0]) for t in targets)
-    if not usable or float(torch.rand(())) >= share:
+    if float(torch.rand(())) >= share:
         return items, 1.0
     order, kept, blend = torch.randperm(len(images[0])), float(torch.rand(())), bool(torch.rand(()) < 0.5)
     if blend or any(x.ndim != 4 for x in images) or any(t.ndim > 2 for t in targets):

@@ -16,8 +16,9 @@ from torch.utils.data import DistributedSampler
 from dsconv_surgery import ranks
 from dsconv_surgery.distill import Lesson, Loss
 from dsconv_surgery.history import FineTune, History
+from dsconv_surgery.optimise import Optimizers
 from dsconv_surgery.plan import Plan
-from dsconv_surgery.training import Optimizers, Training
+from dsconv_surgery.training import Training
 
 
 def fine_tune(

@@ -30,7 +30,7 @@ class FineTune:
         temperature: of its outputs.
         features: weight of the blocks' outputs.
         mix: share of the batches whose images are mixed with one another, blended or patched (see `dsconv_surgery.distill.mixed`);
-            None for all where there is a teacher, and none where there is not.
+            None for all that can be, where there is a teacher, and none where there is not.
         norms: BatchNorm statistics: "frozen", "late" (frozen, and estimated anew at the end) or "trained" along the way.
         average: decay of the exponential average of weights that is kept instead of the last ones; 0 for none.
         precision: of the products in forward and backward passes (autocast).

@@ -17,7 +17,8 @@ from dsconv_surgery.plan import Plan
 from dsconv_surgery.schemes import get_scheme, links_of
 
 SCALING = 0.0  # learning rates grow with this power of a weight's root mean square
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {  # groups of parameters, each with its "lr"
+Optimizers = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # groups of parameters, each with its "lr" -> an optimizer
+OPTIMIZERS: dict[str, Optimizers] = {
     # Adam in the eigenbasis of a weight's second moments, row by row and column by column (Vyas et al. 2024), up to so many of them
     "soap": partial(SOAP, betas=(0.9, 0.99), shampoo_beta=0.95, weight_decay=0.0, max_precondition_dim=1024),
     "adamw": partial(torch.optim.AdamW, weight_decay=0.0),

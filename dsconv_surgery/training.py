@@ -24,15 +24,13 @@ from tqdm import tqdm
 
 from dsconv_surgery import ranks
 from dsconv_surgery.cache import digest
-from dsconv_surgery.distill import Lesson, mixed
+from dsconv_surgery.distill import Lesson, mixable, mixed
 from dsconv_surgery.files import replaced
 from dsconv_surgery.history import Epoch, FineTune, History
 from dsconv_surgery.measure import scored
 from dsconv_surgery.norms import estimated_anew
-from dsconv_surgery.optimise import OPTIMIZERS, by_rate, decay, products, rise
+from dsconv_surgery.optimise import OPTIMIZERS, Optimizers, by_rate, decay, products, rise
 from dsconv_surgery.plan import Plan
-
-Optimizers = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # groups of parameters, each with its "lr" -> an optimizer
 
 
 class Training:
@@ -138,7 +136,10 @@ class Training:
         # What steps draw (dropout) is theirs alone: data are drawn alike however many of them ran before an interruption.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(_seed(self.settings.seed, "mix", self.step))
-            mixtures = [mixed(_items(batch), self.inputs, self.mix) for batch in group]
+            mixtures = [
+                mixed(items, self.inputs, self.mix) if self.settings.mix or mixable(items, self.inputs) else (items, 1.0)
+                for items in map(_items, group)
+            ]
             torch.manual_seed(_seed(self.settings.seed, "step", self.step, rank))
             for at, (batch, kept) in enumerate(mixtures):
                 mine, weight = ranks.share(batch)

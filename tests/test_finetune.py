@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dsconv_surgery import Budget, FineTune, Plan, apply_plan, compress, fine_tune, make_plan
-from dsconv_surgery.distill import Lesson, blocks_of, mixed
+from dsconv_surgery.distill import Lesson, blocks_of, mixable, mixed
 from dsconv_surgery.history import History
 from dsconv_surgery.optimise import decay, products, rise
 from dsconv_surgery.schemes import scheme_names
@@ -182,10 +182,22 @@ def test_images_are_mixed() -> None:
             assert int(edge.sum()) == pytest.approx(20 * math.sqrt(1 - kept), abs=0.51)
     assert kinds == {True, False}
     assert mixed((x, y), 1, 0.0)[0][0] is x
-    assert mixed((y, y), 1, 1.0) == ((y, y), 1.0)  # nothing to mix: words, not images
+    assert mixable((x, y), 1)
+    assert not any(mixable(items, 1) for items in ((), (y, y), (x, y[0]), (x, y[:5]), (x, [y]), ("words", y)))
     given = torch.randn(6, 4)
     loss, _ = Lesson(nn.Identity(), None, F.mse_loss, 0.0, 1.0, 0.0)(given, None, (given + 1, given + 3), 0.25)
     assert float(loss) == pytest.approx(0.25 * 1 + 0.75 * 9)
+
+
+def test_batches_that_cannot_be_mixed_are_learned_from_as_they_are() -> None:
+    """A target that is one number for the batch: by default nothing is mixed, and the loss is of the very images."""
+    dense, model, _ = cut_net()
+    x, _ = next(iter(Labelled()))
+    with torch.no_grad():
+        wanted = float((model(x).mean() - 2.0).square())
+    settings = FineTune(epochs=1, distill=0.0)
+    history = fine_tune(model, [(x, torch.tensor(2.0))], teacher=dense, loss=lambda y, t: (y.mean() - t).square(), settings=settings)
+    assert history.epochs[0].loss == pytest.approx(wanted, rel=1e-5)
 
 
 def test_blocks_are_the_modules_around_cuts() -> None:
@@ -478,6 +490,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"batches": [torch.rand(4, 3, 8, 8)], "teacher": None},
         ValueError,
         "holds no labels, and there is no teacher",
+    ),
+    "an empty batch": ({"batches": [()]}, ValueError, "a batch holds nothing, expected 1 input"),
+    "mixing of what cannot be": (
+        {"batches": [(torch.rand(4, 3, 8, 8), torch.tensor(1))], "settings": FineTune(mix=0.5)},
+        ValueError,
+        r"mix=0.5, but a batch of Tensor, Tensor cannot be mixed.*Leave mix out",
     ),
     "strings": ({"batches": ["a"]}, ValueError, "a batch holds str"),
     "decay without plan": ({"settings": FineTune(weight_decay=0.1)}, ValueError, "Pass plan="),

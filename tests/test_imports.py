@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "cli": {"budget", "checkpoint", "graph", "pipeline", "recipe", "report", "sources", "sweep", "text"},
     "sources": {"text"},
     "recipe": {"budget", "decide", "finetune", "geometry", "history", "images", "pipeline", "report", "surgery", "text"},
-    "finetune": {"distill", "history", "plan", "ranks", "training"},
+    "finetune": {"distill", "history", "optimise", "plan", "ranks", "training"},
     "training": {"cache", "distill", "files", "history", "measure", "norms", "optimise", "plan", "ranks"},
     "optimise": {"plan", "schemes"},
     "distill": set(),

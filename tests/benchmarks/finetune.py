@@ -157,7 +157,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "warm-up 20 %": {"warmup": 0.2},
     "decay of products 1e-4": {"weight_decay": 1e-4},
     "decay of products 1e-2": {"weight_decay": 1e-2},
-    "decay of factors 1e-2": {"maker": "adamw", "factor_decay": 1e-2},
+    "AdamW, decay of factors 1e-2": {"maker": "adamw", "factor_decay": 1e-2},
     "weights averaged, 0.99": {"average": 0.99},
     "weights averaged, 0.998": {"average": 0.998},
     "bfloat16": {"precision": "bfloat16"},
@@ -229,7 +229,7 @@ def run_starts(options: argparse.Namespace, add: Add) -> None:
         def run(start: str = start) -> dict[str, Any]:
             case = "resnet20-alds"
             dense, model, plan = cut(options, case, 0)
-            scratch = tuning(case, norms="trained", **options.settings)
+            scratch = tuning(case, **{"norms": "trained", **options.settings})
             settings = tuning(case, **options.settings)
             if start == "data-free factors":
                 model = apply_plan(dense, replace(plan, calibrated=False))
