@@ -172,7 +172,10 @@ def run_resnet18(options: argparse.Namespace, add: Add) -> None:
                 x = enlarged(draw(train, 512, 0))
                 example = x[: 16 if measure == "latency" else 1]
                 begun = time.perf_counter()
-                small = compress(model, example, budget=Budget(**{measure: fraction}), calibration=x.split(64))
+                try:
+                    small = compress(model, example, budget=Budget(**{measure: fraction}), calibration=x.split(64))
+                except ValueError as error:
+                    return {"refused": str(error)}
                 found = {"seconds": round(time.perf_counter() - begun, 1), "macs_saved": round(small.report.macs_saved, 4)}
                 if small.plan.timing is not None:
                     found |= timed(model, small.model, example, small.plan.timing)

@@ -39,20 +39,16 @@ from cifar import Batches, CifarResNet, accuracy, cifar10, demo_images, demo_res
 
 from dsconv_surgery import Budget, FineTune, Recipe, apply_plan, compare, compress, fine_tune, load, optimise, save
 from dsconv_surgery.checkpoint import read_plan
-from dsconv_surgery.recipe import Images
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RECIPE_OF = {
     "resnet20-alds": "resnet20-cifar10-params-25-tuned",
     "resnet20-half": "resnet20-cifar10-half-tuned",
     "resnet20-depthwise": "resnet20-cifar10-depthwise-tuned",
+    "resnet56-2.5x": "resnet56-cifar10-macs-40-tuned",
+    "resnet56-4.1x": "resnet56-cifar10-macs-24-tuned",
 }
-FAST: dict[str, Any] = {"epochs": 10, "lr": 5e-4, "precision": "bfloat16", "channels_last": True}
-CASES: dict[str, tuple[int, Recipe]] = {  # name -> depth, and how it is cut and tuned
-    **{case: (20, Recipe.load(name)) for case, name in RECIPE_OF.items()},
-    "resnet56-2.5x": (56, Recipe(budget=Budget(macs=0.4), calibration=Images(1024), fine_tune=FineTune(**FAST))),
-    "resnet56-4.1x": (56, Recipe(budget=Budget(macs=1 / 4.1), calibration=Images(1024), fine_tune=FineTune(**FAST))),
-}
+CASES = {case: (int(case[6:8]), Recipe.load(name)) for case, name in RECIPE_OF.items()}  # depth, and how it is cut and tuned
 
 
 def tuning(case: str, **changes: Any) -> FineTune:
