@@ -217,7 +217,7 @@ STARTS = ("calibrated factors", "data-free factors", "random factors", "dense ne
 
 
 def run_starts(options: argparse.Namespace, add: Add) -> None:
-    """The same network, the same loop, the same epochs; where it begins differs."""
+    """The same network, the same loop, the same epochs; where it begins differs, and settings that depend on how far off that is."""
     x, y, held, held_labels = training(options, held_out=True)
     _, _, test, labels = training(options, held_out=False)
     for start in STARTS:
@@ -225,8 +225,10 @@ def run_starts(options: argparse.Namespace, add: Add) -> None:
         def run(start: str = start) -> dict[str, Any]:
             case = "resnet20-alds"
             dense, model, plan = cut(options, case, 0)
-            scratch = tuning(case, **{"norms": "trained", **options.settings})
             settings = tuning(case, **options.settings)
+            if start != "calibrated factors":  # far off: what is best for a start like these, see the recipe
+                far = {name: getattr(tuning("resnet20-depthwise"), name) for name in ("lr", "distill", "temperature", "mix", "norms")}
+                settings = tuning(case, **{**far, **options.settings})
             if start == "data-free factors":
                 model = apply_plan(dense, replace(plan, calibrated=False))
             elif start != "calibrated factors":
@@ -236,7 +238,6 @@ def run_starts(options: argparse.Namespace, add: Add) -> None:
                 for module in model.modules():
                     if isinstance(module, nn.Conv2d | nn.Linear):
                         module.reset_parameters()
-                settings = scratch
             before = accuracy(model, held, held_labels)
             history = fine_tune(
                 model,
@@ -260,7 +261,7 @@ def run_plot(_options: argparse.Namespace, _: Add) -> None:
     axes = figure.subplots()
     for row in rows:
         axes.plot(row["held_out_by_epoch"], marker="o", label=row["start"])
-    axes.set(xlabel="epochs", ylabel="accuracy on held-out training images, %", title="ResNet-20, parameters -75 %, MACs -68 %")
+    axes.set(xlabel="epochs", ylabel="accuracy on held-out training images, %", title="ResNet-20, parameters -75 %, MACs -71 %")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(RECIPES / "finetune_starts.png", dpi=110)
