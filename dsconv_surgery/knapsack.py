@@ -152,6 +152,8 @@ def _search(
         trail.append((alive // len(d[layer]), alive % len(d[layer])))
         damage, spent = after[alive], used[alive]
     at = int(np.argmin(damage))
+    if damage[at] >= target:  # only its bound, for all that could be spent, is lower
+        return None
     choice: list[int] = []
     for layer, (parent, option) in reversed(list(enumerate(trail))):
         choice.append(int(useful[layer][option[at]]))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -95,6 +95,7 @@ def brute_force(damages: list[Any], costs: list[Any], allowed: Any) -> float | N
 
 
 @given(seed=st.integers(0, 10**6), layers=st.integers(1, 5), measures=st.integers(1, 3))
+@example(seed=5919, layers=4, measures=1)  # what the search comes back with is worse than what was known
 @settings(max_examples=150, deadline=None)
 def test_the_knapsack_is_exact(seed: int, layers: int, measures: int) -> None:
     """The damage of brute force's optimum, within all limits; None where nothing fits."""
