@@ -51,8 +51,7 @@ class Clock:
         shape = (batch, links[0].in_channels) if links[0].kind == "linear" else (batch, links[0].in_channels, *space)
         x = torch.randn(shape, device=self._like.device).to(self._like.dtype)
         if self.conditions.memory_format == "channels_last" and x.ndim == 4:
-            for parameter in layers.parameters():
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             x = x.contiguous(memory_format=torch.channels_last)
         timer = Timer("layers(x)", globals={"layers": layers, "x": x}, num_threads=self.conditions.threads)
         with torch.inference_mode():

@@ -359,6 +359,27 @@ def test_latency_budgets_are_kept_by_the_clock(net: Net, x: Tensor, monkeypatch:
     assert Plan.from_json(plan.to_json()) == plan
 
 
+def test_networks_in_channels_last_are_timed_in_it(net: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with biases and links with flat weights, too: all 4-D tensors that the clock runs are in the format of the inputs."""
+    seen: list[bool] = []
+    run = nn.Conv2d.forward
+
+    def noted(layer: nn.Conv2d, given: Tensor) -> Tensor:
+        if torch.is_inference_mode_enabled():
+            last = torch.channels_last
+            seen.append(given.is_contiguous(memory_format=last) and layer.weight.is_contiguous(memory_format=last))
+        return run(layer, given)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", noted)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    wide = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    small = compress(net, wide, budget=Budget(latency=1.0), cache=False)
+    assert small.plan.timing is not None
+    assert small.plan.timing.conditions.memory_format == "channels_last"
+    assert len(seen) > 20
+    assert all(seen)
+
+
 def test_real_time_is_predicted_and_reported(net: Net, x: Tensor) -> None:
     """The clock of this machine, under a budget that any keeps: conditions, prediction and measurement are reported, timings kept."""
     wide = torch.randn(4, 3, 64, 64)

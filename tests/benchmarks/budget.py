@@ -7,6 +7,7 @@ python tests/benchmarks/budget.py resnet18 --data ../shared/data     torchvision
 python tests/benchmarks/budget.py latency                            half the time at 224 px, and the clock against MACs
 python tests/benchmarks/budget.py planning                           time of the first plan and of the next
 python tests/benchmarks/budget.py torchvision                        the recipes for torchvision's networks: cost and time
+    ... --channels-last                                              `resnet18` and `torchvision` in that memory format, see `timed`
 python tests/benchmarks/budget.py recipes                            what `accuracy` and `torchvision` found, beside each recipe
 python tests/benchmarks/budget.py plot                               what `rivals` found, as recipes/rivals.png
 
@@ -17,12 +18,14 @@ Results are added to recipes/budget_*.json as they come, and what is there alrea
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +169,15 @@ def run_resnet18(options: argparse.Namespace, add: Add) -> None:
         if options.measures and measure not in options.measures:
             continue
         model = resnet18(options.data) if measure == "macs" else folded(resnet18(options.data))
+        kind = form(options) if measure == "latency" else {}
         for fraction in fractions:
 
-            def run(model: Any = model, measure: str = measure, fraction: float = fraction) -> dict[str, Any]:
+            def run(model: Any = model, measure: str = measure, fraction: float = fraction, kind: Any = kind) -> dict[str, Any]:
                 x = enlarged(draw(train, 512, 0))
                 example = x[: 16 if measure == "latency" else 1]
                 begun = time.perf_counter()
+                if kind and options.channels_last:
+                    model, example, fraction = in_channels_last(model, example, fraction)
                 try:
                     small = compress(model, example, budget=Budget(**{measure: fraction}), calibration=x.split(64))
                 except ValueError as error:
@@ -185,13 +191,49 @@ def run_resnet18(options: argparse.Namespace, add: Add) -> None:
                 schemes = dict(Counter(cut.scheme for cut in small.plan.cuts))
                 return {"dense": round(dense, 2), "cut": round(now, 2), "drop": round(dense - now, 2), "schemes": schemes, **found}
 
-            add({"network": "resnet18, 64 px", "measure": measure, "keep": fraction}, run)
+            add({"network": "resnet18, 64 px", "measure": measure, "keep": fraction, **kind}, run)
+
+
+def form(options: argparse.Namespace) -> dict[str, Any]:
+    """What is added to the key of a row that gives times."""
+    return {"memory_format": "channels_last" if options.channels_last else "contiguous"}
+
+
+class InFormat(nn.Module):
+    """A network in a memory format, and its inputs brought into it first."""
+
+    def __init__(self, model: nn.Module, memory_format: torch.memory_format) -> None:
+        super().__init__()
+        self.model, self.memory_format = copy.deepcopy(model).to(memory_format=memory_format), memory_format  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.contiguous(memory_format=self.memory_format))
+
+
+def both_formats(model: nn.Module) -> list[nn.Module]:
+    return [InFormat(model, memory_format) for memory_format in (torch.contiguous_format, torch.channels_last)]
+
+
+def in_channels_last(model: nn.Module, example: Tensor, fraction: float) -> tuple[nn.Module, Tensor, float]:
+    """Network and input in channels_last, and what of its time is a fraction of the dense network's in the format that suits it better."""
+    contiguous, last = latency(both_formats(model), [example], rounds=31)
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model, example.contiguous(memory_format=torch.channels_last), fraction * min(contiguous, last) / last
 
 
 def timed(dense: nn.Module, cut: nn.Module, example: Tensor, timing: Any) -> dict[str, Any]:
-    """Both networks in turn, in one run; against what the plan foresaw, where it did."""
-    before, after = latency([dense, cut], [example], rounds=31)
-    found = {"dense_ms": round(before, 3), "cut_ms": round(after, 3), "faster": round(before / after, 3)}
+    """Both networks in turn, in one run; against what the plan foresaw, where it did.
+
+    In channels_last the dense network is timed in both formats, and what counts is the faster one: some are slower in channels_last,
+    and their cut forms faster still would be no gain.
+    """
+    if example.is_contiguous():
+        before, after = latency([dense, cut], [example], rounds=31)
+        found = {}
+    else:
+        contiguous, last, after = latency([*both_formats(dense), InFormat(cut, torch.channels_last)], [example.contiguous()], rounds=31)
+        found, before = {"dense_contiguous_ms": round(contiguous, 3), "dense_channels_last_ms": round(last, 3)}, min(contiguous, last)
+    found |= {"dense_ms": round(before, 3), "cut_ms": round(after, 3), "faster": round(before / after, 3)}
     if timing is None:
         return found
     return found | {
@@ -217,7 +259,16 @@ def run_torchvision(options: argparse.Namespace, add: Add) -> None:
                 model = folded(getattr(torchvision.models, network_name)(weights=None))
                 example = torch.randn(batch, *recipe.input[1:])
                 begun = time.perf_counter()
-                small = recipe.run(model, example)
+                if options.channels_last:
+                    fraction = getattr(recipe.budget, "latency", None)
+                    model, example, scaled = in_channels_last(model, example, fraction or 1.0)
+                    recipe = replace(recipe, budget=Budget(latency=scaled)) if fraction else recipe
+                try:
+                    small = recipe.run(model, example)
+                except ValueError as error:
+                    if "out of reach" not in str(error):
+                        raise
+                    return {"refused": str(error)}
                 seconds = round(time.perf_counter() - begun, 1)
                 found = timed(model, small.model, example, small.plan.timing)
                 slower = [cut.name for cut in small.plan.cuts if small.plan.timing and not faster(model, example, cut)]
@@ -231,7 +282,7 @@ def run_torchvision(options: argparse.Namespace, add: Add) -> None:
                     "schemes": dict(Counter(cut.scheme for cut in small.plan.cuts)),
                 }
 
-            add({"recipe": name, "batch": batch, "threads": torch.get_num_threads()}, run)
+            add({"recipe": name, "batch": batch, "threads": torch.get_num_threads(), **form(options)}, run)
 
 
 def faster(model: nn.Module, example: Tensor, cut: Any) -> bool:
@@ -363,6 +414,7 @@ def main() -> None:
     parser.add_argument("--measures", nargs="*")
     parser.add_argument("--network")
     parser.add_argument("--batches", type=int, nargs="*", default=[1])
+    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     path = options.json or RECIPES / f"budget_{options.what}.json"
