@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from torch import Tensor, nn
 
 from dsconv_surgery.budget import RULES, Budget
 from dsconv_surgery.checkpoint import load, read_plan, save
 from dsconv_surgery.graph import Skip, survey
+from dsconv_surgery.measure import in_channels_last
 from dsconv_surgery.pipeline import compress
 from dsconv_surgery.recipe import Recipe
 from dsconv_surgery.report import compare
@@ -32,6 +34,7 @@ Calibrate = Annotated[Path | None, typer.Option(help="unlabelled images to facto
 Count = Annotated[int, typer.Option(min=1, help="use at most so many images, spread over all there are")]
 Mean = Annotated[str, typer.Option(help="by which a folder's images, scaled to [0, 1], are normalised")]
 Std = Annotated[str, typer.Option(help="the same")]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="model and input in this memory format, for latency")]
 Schemes = Annotated[list[str] | None, typer.Option("--scheme", help="allow only this scheme; may be repeated")]
 Include = Annotated[list[str] | None, typer.Option(help="cut only layers that match; may be repeated")]
 Exclude = Annotated[list[str] | None, typer.Option(help="leave layers that match; may be repeated")]
@@ -83,11 +86,12 @@ def compress_command(
     mean: Mean = IMAGENET_MEAN,
     std: Std = IMAGENET_STD,
     latency: Latency = False,
+    channels_last: ChannelsLast = False,
     cache: Cached = True,
     json: Json = False,
 ) -> None:
     """Cut a network and save it with its plan; prints what that saved."""
-    dense, example = named_model(model, weights), example_input(input)
+    dense, example = _given(model, weights, input, channels_last)
     batches = None if calibration is None else image_batches(calibration, example, images, mean, std)
     budget = None if macs is params is time is None else Budget(macs, params, time)
     small = compress(
@@ -123,12 +127,12 @@ def report(
     mean: Mean = IMAGENET_MEAN,
     std: Std = IMAGENET_STD,
     latency: Latency = False,
+    channels_last: ChannelsLast = False,
     json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="print Markdown")] = False,
 ) -> None:
     """Compare a saved network with the dense one; errors are against the weights given."""
-    dense = named_model(model, weights)
-    example = example_input(input)
+    dense, example = _given(model, weights, input, channels_last)
     batches = None if data is None else image_batches(data, example, images, mean, std)
     found = compare(dense, load(dense, folder), example, plan=read_plan(folder), latency=latency, data=batches)
     _print(found.to_json() if json else found.to_markdown() if markdown else str(found))
@@ -151,10 +155,11 @@ def sweep(
     mean: Mean = IMAGENET_MEAN,
     std: Std = IMAGENET_STD,
     latency: Latency = False,
+    channels_last: ChannelsLast = False,
     cache: Cached = True,
 ) -> None:
     """Cut a network to one budget after the other; prints what each costs and keeps."""
-    dense, example = named_model(model, weights), example_input(input)
+    dense, example = _given(model, weights, input, channels_last)
     found = pareto(
         dense,
         example,
@@ -198,7 +203,7 @@ def run(
     known = Recipe.load(recipe)
     if not (model or known.model):
         raise ValueError(f"recipe {recipe!r} names no model. Give one with --model.")
-    dense, example = named_model(model or known.model, weights), example_input(",".join(map(str, known.input)))
+    dense, example = _given(model or known.model, weights, ",".join(map(str, known.input)), known.channels_last)
     count = known.calibration.images if known.calibration else 1
     batches = None if calibration is None else image_batches(calibration, example, count, mean, std)
     tuning = None if train is None else image_batches(train, example, sys.maxsize, mean, std)
@@ -228,6 +233,13 @@ def main() -> None:
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {' '.join(str(error).split())}", markup=False, highlight=False)
         sys.exit(1)
+
+
+def _given(model: str, weights: str, shape: str, channels_last: bool) -> tuple[nn.Module, Tensor]:
+    dense, example = named_model(model, weights), example_input(shape)
+    if channels_last:
+        dense, (example,) = in_channels_last(dense, (example,))
+    return dense, example
 
 
 def _print(text: str) -> None:

@@ -18,6 +18,7 @@ from dsconv_surgery.finetune import fine_tune
 from dsconv_surgery.geometry import Rank
 from dsconv_surgery.history import FineTune, History
 from dsconv_surgery.images import Calibration
+from dsconv_surgery.measure import in_channels_last
 from dsconv_surgery.pipeline import Compressed, compress
 from dsconv_surgery.report import compare
 from dsconv_surgery.surgery import fold_back
@@ -46,6 +47,7 @@ class Recipe:
         model: torchvision:NAME, timm:NAME or package.module:callable, for the command line.
         input: shape of the example input, batch first, for the command line.
         budget, schemes, rule, energy, rank, include, exclude, multiple, max_drop: as for `compress`.
+        channels_last: take a copy of model and inputs in this memory format, in which networks once cut are often faster on CPUs.
         calibration: how to use calibration images, which then have to be given; none to go by the weights.
         fine_tune: settings of a fine-tuning after the cut, for which training batches then have to be given.
         stages: reach the budget in so many cuts, in even proportions, with a fine-tuning after each: between them the factors are
@@ -71,6 +73,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     multiple: int | None = None
     max_drop: float | None = None
+    channels_last: bool = False
     calibration: Images | None = field(default=None)
     fine_tune: FineTune | None = None
     stages: int = 1
@@ -122,6 +125,8 @@ class Recipe:
         if (self.fine_tune is None) != (train is None):
             asks = "no training batches" if self.fine_tune is None else "training batches (train=)"
             raise ValueError(f"recipe: it asks for {asks}; found {'none' if train is None else 'some'}.")
+        if self.channels_last:
+            model, example_inputs = in_channels_last(model, example_inputs)
         stages: list[History] = []
         dense = model
         for stage in range(1, self.stages + 1):

@@ -533,6 +533,12 @@ images = 24
         recipe.run(net, x)
     with pytest.raises(ValueError, match="asks for no calibration images"):
         Recipe().run(net, x, calibration=batches)
+    last = replace(recipe, channels_last=True).run(net, x, calibration=batches)
+    assert net.wide.weight.is_contiguous()  # the copy is, not the user's network
+    for weight in (m.weight for m in last.model.modules() if isinstance(m, nn.Conv2d)):
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert [(cut.name, cut.scheme, cut.rank) for cut in last.plan.cuts] == [(cut.name, cut.scheme, cut.rank) for cut in ran.plan.cuts]
+    torch.testing.assert_close(last.model(x), ran.model(x), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

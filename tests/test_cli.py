@@ -177,6 +177,12 @@ def test_json_and_markdown(home: str, tmp_path: Path) -> None:
     latency = Report.from_json(run("report", f"{home}:small", tmp_path / "out", *INPUT, "--latency", "--json")).latency
     assert latency is not None
     assert latency.conditions.batch == 1
+    assert latency.conditions.memory_format == "contiguous"
+    words = ("report", f"{home}:small", tmp_path / "out", *INPUT, "--latency", "--channels-last", "--json")
+    last = Report.from_json(run(*words))
+    assert last.latency is not None
+    assert last.latency.conditions.memory_format == "channels_last"
+    assert (last.before, last.after) == (report.before, report.after)
 
 
 def test_it_runs_as_a_module(home: str) -> None:
@@ -362,6 +368,12 @@ def test_a_recipe_runs_from_the_shell(home: str, tmp_path: Path, fails: Fails) -
     first, second = (load_file(next(folder.glob("*.safetensors"))) for folder in (tmp_path / "tuned", untuned))
     assert list(first) == list(second)
     assert any(not torch.equal(first[name], second[name]) for name in first)
+    recipe.write_text("channels_last = true\n" + recipe.read_text())
+    again = run("run", recipe, "--out", tmp_path / "last", "--latency")
+    assert "channels_last" in again
+    last = load(sources.named_model(f"{home}:small", "none"), tmp_path / "last")
+    convolutions = [m.weight for m in last.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
     recipe.write_text("[budget]\nmacs = 0.8\n")
     assert "names no model" in fails("run", recipe, "--out", tmp_path / "other")
     assert "no such file or recipe" in fails("run", "resnet-fifty", "--out", tmp_path / "other")
