@@ -1,10 +1,11 @@
-"""BatchNorm statistics of a cut network, estimated anew where held-out calibration images are the better for it."""
+"""BatchNorm statistics: of a cut network, estimated anew where held-out calibration images are the better for it; over all processes."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +73,47 @@ def estimated_anew(model: nn.Module) -> Iterator[None]:
         model.eval()
         for norm, momentum in zip(norms, kept, strict=True):
             norm.momentum = momentum
+
+
+@contextmanager
+def over_ranks(model: nn.Module, counts: bool) -> Iterator[None]:
+    """BatchNorms in training mode normalise by the whole batch, not by this process's share of it, for as long as this lasts.
+
+    As nn.SyncBatchNorm does, which is for CUDA only.
+
+    Args:
+        counts: whether this process's share is part of the batch, rather than there to keep step.
+    """
+    norms: list[Any] = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    if ranks.world()[1] == 1:
+        norms = []
+    for norm in norms:
+        norm.forward = partial(_normalised, norm, counts)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _normalised(norm: Any, counts: bool, x: Tensor) -> Tensor:
+    """What a BatchNorm gives in training mode for this process's share x, (images, channels, ...)."""
+    where, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
+    values = x if x.dtype == torch.float64 else x.float()
+    count = ranks.summed(values.new_tensor(counts * x.numel() / x.shape[1]))
+    mean = ranks.summed_with_gradient(counts * values.sum(where)) / count
+    centred = values - mean.reshape(shape)
+    variance = ranks.summed_with_gradient(counts * centred.square().sum(where)) / count
+    if norm.track_running_stats:
+        norm.num_batches_tracked += 1
+        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
+            norm.running_var.lerp_((variance * count / (count - 1).clamp(min=1)).to(norm.running_var), momentum)
+    scaled = centred * (variance + norm.eps).rsqrt().reshape(shape)
+    if norm.affine:
+        scaled = scaled * norm.weight.reshape(shape) + norm.bias.reshape(shape)
+    return scaled.to(x.dtype)
 
 
 def _some(inputs: tuple[Any, ...], mask: Tensor) -> tuple[Any, ...]:

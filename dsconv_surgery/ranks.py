@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -52,6 +53,11 @@ def summed(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def summed_with_gradient(value: Tensor) -> Tensor:
+    """The sum over ranks, through which gradients flow back to every rank's part."""
+    return dist_functional.all_reduce(value) if world()[1] > 1 else value
 
 
 def agreed(value: float) -> float:

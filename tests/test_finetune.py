@@ -591,6 +591,9 @@ dense, model, plan = t.cut_net(schemes="channel")  # in closed form: no search t
 images = Images(Calibration(list(t.Labelled(95, 20)), patches=2**22), ((1, 3, 8, 8),))
 calibrated, errors = cut_for_data(dense, plan, images, {}, False, Steps(metric=False))
 losses = [e.loss for e in fine_tune(model, t.Labelled(95, 20), teacher=dense, settings=FineTune(epochs=3, accumulate=2, mix=0.7)).epochs]
+dense, model, plan = t.cut_net(schemes="channel")
+settings = FineTune(epochs=3, accumulate=2, norms="trained", optimizer="adamw", lr=1e-3)  # the last batch is one image
+losses += [e.loss for e in fine_tune(model, t.Labelled(81, 20), teacher=dense, settings=settings).epochs]
 if not dist.is_initialized() or dist.get_rank() == 0:
     print(*errors.values(), *(float(p.double().norm()) for p in calibrated.state_dict().values()))
     print(*losses)
@@ -608,7 +611,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     together = subprocess.run(launch, check=True, capture_output=True, text=True).stdout
     one, two = ([[float(number) for number in line.split()] for line in printed.splitlines()[-2:]] for printed in (alone, together))
-    assert len(one[1]) == 3
+    assert len(one[1]) == 6
     assert two[0] == pytest.approx(one[0], rel=1e-3)
     assert two[1] == pytest.approx(one[1], rel=1e-5)
 
