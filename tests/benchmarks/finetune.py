@@ -156,7 +156,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "AdamW, decay of factors 1e-2": {"maker": "adamw", "factor_decay": 1e-2},
     "weights averaged, 0.99": {"average": 0.99},
     "weights averaged, 0.998": {"average": 0.998},
-    "bfloat16": {"precision": "bfloat16"},
+    "float32": {"precision": "float32"},
 }
 
 
