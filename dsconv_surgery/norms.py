@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dsconv_surgery import ranks
@@ -75,45 +76,49 @@ def estimated_anew(model: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-@contextmanager
-def over_ranks(model: nn.Module, counts: bool) -> Iterator[None]:
-    """BatchNorms in training mode normalise by the whole batch, not by this process's share of it, for as long as this lasts.
+class OverRanks(TorchFunctionMode):
+    """While this lasts, BatchNorms in training mode normalise by the whole batch, not by this process's share of it.
 
-    As nn.SyncBatchNorm does, which is for CUDA only.
+    As nn.SyncBatchNorm does, which is for CUDA only; also for subclasses and networks that call F.batch_norm themselves.
 
     Args:
         counts: whether this process's share is part of the batch, rather than there to keep step.
     """
-    norms: list[Any] = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    if ranks.world()[1] == 1:
-        norms = []
-    for norm in norms:
-        norm.forward = partial(_normalised, norm, counts)
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del norm.forward
 
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.counts = counts
 
-def _normalised(norm: Any, counts: bool, x: Tensor) -> Tensor:
-    """What a BatchNorm gives in training mode for this process's share x, (images, channels, ...)."""
-    where, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
-    values = x if x.dtype == torch.float64 else x.float()
-    count = ranks.summed(values.new_tensor(counts * x.numel() / x.shape[1]))
-    mean = ranks.summed_with_gradient(counts * values.sum(where)) / count
-    centred = values - mean.reshape(shape)
-    variance = ranks.summed_with_gradient(counts * centred.square().sum(where)) / count
-    if norm.track_running_stats:
-        norm.num_batches_tracked += 1
-        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (self._batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
+
+    def _batch_norm(
+        self,
+        input: Tensor,  # noqa: A002 - F.batch_norm's names
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        where, shape = [0, *range(2, input.ndim)], (1, -1, *[1] * (input.ndim - 2))
+        x = input if input.dtype == torch.float64 else input.float()
+        count = ranks.summed(x.new_tensor(self.counts * x.numel() / x.shape[1]))
+        mean = ranks.summed_with_gradient(self.counts * x.sum(where)) / count
+        centred = x - mean.reshape(shape)
+        variance = ranks.summed_with_gradient(self.counts * centred.square().sum(where)) / count
         with torch.no_grad():
-            norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
-            norm.running_var.lerp_((variance * count / (count - 1).clamp(min=1)).to(norm.running_var), momentum)
-    scaled = centred * (variance + norm.eps).rsqrt().reshape(shape)
-    if norm.affine:
-        scaled = scaled * norm.weight.reshape(shape) + norm.bias.reshape(shape)
-    return scaled.to(x.dtype)
+            unbiased = variance * count / (count - 1).clamp(min=1)
+            for running, now in ((running_mean, mean), (running_var, unbiased)):
+                if running is not None:
+                    running.lerp_(now.to(running), momentum)
+        scaled = centred * (variance + eps).rsqrt().reshape(shape)
+        scaled = scaled if weight is None else scaled * weight.reshape(shape)
+        return (scaled if bias is None else scaled + bias.reshape(shape)).to(input.dtype)
 
 
 def _some(inputs: tuple[Any, ...], mask: Tensor) -> tuple[Any, ...]:
