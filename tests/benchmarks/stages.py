@@ -1,0 +1,125 @@
+"""One cut and one fine-tuning, against other ways of spending about the same time on them.
+
+python tests/benchmarks/stages.py --data ../shared/data
+
+ResNet-20 at a quarter of its parameters, calibrated on 1,024 images, trained on 45,000 training images and judged on the other 5,000,
+warped (see finetune.py). Ways: cut once; cut, tune, cut again, tune (`stages = 2` in a recipe); after the cut bring block after block
+nearer to what the dense network has there, given what the cut network feeds it, then tune. Results in recipes/finetune_stages.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from calibrated import draw, recorder
+from cifar import Batches, accuracy, cifar10
+from finetune import CASES, RECIPES, cut, training
+from torch import Tensor, nn
+
+from dsconv_surgery import FineTune, fine_tune
+from dsconv_surgery.distill import mixed
+from dsconv_surgery.optimise import OPTIMIZERS, rise
+
+CASE = "resnet20-alds"
+
+
+def judged(dense: nn.Module, model: nn.Module, held: Tensor, labels: Tensor) -> dict[str, float]:
+    model.eval()
+    with torch.inference_mode():
+        wanted, given = (torch.cat([m(part) for part in held.split(500)]).log_softmax(1) for m in (dense, model))
+    divergence = float((wanted.exp() * (wanted - given)).sum(1).mean())
+    return {
+        "held_out": accuracy(model, held, labels),
+        "divergence": round(divergence, 4),
+        "loss": round(float(F.nll_loss(given, labels)), 4),
+    }
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    return [block for stage in ("layer1", "layer2", "layer3") for block in model.get_submodule(stage).children()]
+
+
+def up_to(model: Any, number: int, x: Tensor) -> Tensor:
+    """The output of a block."""
+    return nn.Sequential(*blocks(model)[: number + 1])(F.relu(model.bn1(model.conv1(x))))
+
+
+def block_by_block(dense: nn.Module, model: nn.Module, batches: Batches, steps: int, lr: float) -> None:
+    """Lower `|f - g|^2 / |f|^2` of each block's output f in the dense and g in the cut network, by that block's weights alone."""
+    model.eval().requires_grad_(False)
+    for number, block in enumerate(blocks(model)):
+        block.requires_grad_()
+        optimizer = OPTIMIZERS["soap"]([{"params": list(block.parameters()), "lr": lr}])
+        given = iter(batches)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = lr * rise(step, steps, 0.05)
+            (x, *_), _ = mixed(next(given), 1, 1.0)
+            x = x.contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16):
+                with torch.no_grad():
+                    wanted = up_to(dense, number, x).float()
+                found = up_to(model, number, x).float()
+            loss = (wanted - found).square().sum() / wanted.square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(block.parameters(), 1.0)
+            optimizer.step()
+        block.requires_grad_(False)
+    model.requires_grad_()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with cifar10/ and weights/")
+    parser.add_argument(
+        "--work", type=Path, default=Path.home() / ".cache" / "dsconv-surgery-benchmarks", help="where cut networks are kept"
+    )
+    parser.add_argument("--steps", type=int, default=150, help="of each block")
+    parser.add_argument("--json", type=Path, default=RECIPES / "finetune_stages.json")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    x, y, held, labels = training(options, held_out=True)
+    dense, start, _ = cut(options, CASE, 0)
+    settings = FineTune(epochs=2, precision="bfloat16", channels_last=True)
+    add = recorder(options.json, "stages.py")
+
+    def once(model: nn.Module, epochs: int) -> nn.Module:
+        fine_tune(model, Batches(x, y), teacher=dense, settings=replace(settings, epochs=epochs))
+        return model
+
+    def twice() -> nn.Module:
+        images = draw(cifar10(options.data / "cifar10", "train")[0], 1024, 0)
+        recipe = replace(CASES[CASE][1], stages=2, fine_tune=replace(settings, epochs=1))
+        return recipe.run(dense, images[:1], calibration=images.split(128), train=Batches(x, y)).model
+
+    def blocks_first(epochs: int) -> nn.Module:
+        _, model, _ = cut(options, CASE, 0)
+        block_by_block(dense, model, Batches(x, y), options.steps, settings.lr)
+        return once(model, epochs) if epochs else model
+
+    ways = {
+        "as cut": lambda: start,
+        "cut, 2 epochs": lambda: once(cut(options, CASE, 0)[1], 2),
+        "cut, 1 epoch, cut again, 1 epoch": twice,
+        f"cut, {options.steps} steps for each block": lambda: blocks_first(0),
+        f"cut, {options.steps} steps for each block, 1 epoch": lambda: blocks_first(1),
+    }
+    for way, run in ways.items():
+
+        def row(run: Any = run) -> dict[str, Any]:
+            begun = time.perf_counter()
+            model = run()
+            seconds = round(time.perf_counter() - begun, 1)
+            return {"seconds": seconds, **judged(dense, model.to(memory_format=torch.contiguous_format), held, labels)}
+
+        add({"way": way}, row)
+
+
+if __name__ == "__main__":
+    main()
