@@ -161,7 +161,7 @@ def allowance(tables: Mapping[str, Table], total: Cost, budget: Budget) -> dict[
     if any(least[m] > allowed[m] for m in limits):
         # Rounded up, so that the budget named can be given and met.
         reach = ", ".join(f"{m}={min(math.ceil(1e4 * (least[m] + rest[m]) / getattr(total, m) + 1e-6) / 1e4, 1.0)}" for m in limits)
-        tip = "; model and inputs in torch.channels_last may be faster once cut" if "latency" in limits else ""
+        tip = "; on CPUs, networks in torch.channels_last may come lower" if "latency" in limits else ""
         raise ValueError(
             f"{budget} is out of reach: with every layer at its cheapest the network still keeps {reach} "
             f"({len(tables)} layers can be cut). Raise the budget, exclude fewer layers or allow more schemes{tip}."

@@ -97,8 +97,13 @@ def conditions(inputs: Sequence[Any]) -> Conditions:
 
 def in_channels_last(model: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, tuple[Any, ...]]:
     """A copy of the model, and the inputs, with 4-D tensors in torch.channels_last."""
-    copied = copy.deepcopy(model, detached(model)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    last = pytree.tree_map_only(Tensor, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t, tuple(inputs))
+
+    def turned(t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+
+    copied, last = copy.deepcopy(model, detached(model)), pytree.tree_map_only(Tensor, turned, tuple(inputs))
+    for tensor in chain(copied.parameters(), copied.buffers()):
+        tensor.data = turned(tensor.data)
     return copied, last
 
 

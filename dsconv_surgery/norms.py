@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dsconv_surgery import ranks
@@ -76,25 +75,20 @@ def estimated_anew(model: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-class OverRanks(TorchFunctionMode):
-    """While this lasts, BatchNorms in training mode normalise by the whole batch, not by this process's share of it.
+@contextmanager
+def over_ranks(counts: bool) -> Iterator[None]:
+    """BatchNorms in training mode normalise by the whole batch, not by this process's share of it, for as long as this lasts.
 
-    As nn.SyncBatchNorm does, which is for CUDA only; also for subclasses and networks that call F.batch_norm themselves.
+    As nn.SyncBatchNorm does, which is for CUDA only. `F.batch_norm` itself is replaced: what runs the forward pass again in the backward
+    pass (activation checkpointing) has to find the same, and modes of torch are not on there.
 
     Args:
         counts: whether this process's share is part of the batch, rather than there to keep step.
     """
+    plain = F.batch_norm
 
-    def __init__(self, counts: bool) -> None:
-        super().__init__()
-        self.counts = counts
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (self._batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
-
-    def _batch_norm(
-        self,
-        input: Tensor,  # noqa: A002 - F.batch_norm's names
+    def batch_norm(
+        input: Tensor,  # noqa: A002 - torch's names
         running_mean: Tensor | None,
         running_var: Tensor | None,
         weight: Tensor | None = None,
@@ -104,21 +98,28 @@ class OverRanks(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         if not training:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+            return plain(input, running_mean, running_var, weight, bias, training, momentum, eps)
         where, shape = [0, *range(2, input.ndim)], (1, -1, *[1] * (input.ndim - 2))
         x = input if input.dtype == torch.float64 else input.float()
-        count = ranks.summed(x.new_tensor(self.counts * x.numel() / x.shape[1]))
-        mean = ranks.summed_with_gradient(self.counts * x.sum(where)) / count
+        count = ranks.summed(x.new_tensor(counts * x.numel() / x.shape[1]))
+        if count <= 1:
+            raise ValueError(f"BatchNorm: expected more than 1 value per channel in training, found input of shape {tuple(input.shape)}.")
+        mean = ranks.summed_with_gradient(counts * x.sum(where)) / count
         centred = x - mean.reshape(shape)
-        variance = ranks.summed_with_gradient(self.counts * centred.square().sum(where)) / count
+        variance = ranks.summed_with_gradient(counts * centred.square().sum(where)) / count
         with torch.no_grad():
-            unbiased = variance * count / (count - 1).clamp(min=1)
-            for running, now in ((running_mean, mean), (running_var, unbiased)):
+            for running, now in ((running_mean, mean), (running_var, variance * count / (count - 1))):
                 if running is not None:
                     running.lerp_(now.to(running), momentum)
         scaled = centred * (variance + eps).rsqrt().reshape(shape)
         scaled = scaled if weight is None else scaled * weight.reshape(shape)
         return (scaled if bias is None else scaled + bias.reshape(shape)).to(input.dtype)
+
+    F.batch_norm = batch_norm
+    try:
+        yield
+    finally:
+        F.batch_norm = plain
 
 
 def _some(inputs: tuple[Any, ...], mask: Tensor) -> tuple[Any, ...]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -55,9 +54,20 @@ def summed(value: Tensor) -> Tensor:
     return total
 
 
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, value: Tensor) -> Tensor:
+        return summed(value)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return summed(gradient)
+
+
 def summed_with_gradient(value: Tensor) -> Tensor:
-    """The sum over ranks, through which gradients flow back to every rank's part."""
-    return dist_functional.all_reduce(value) if world()[1] > 1 else value
+    """The sum over ranks, more than one, through which gradients flow back to every rank's part."""
+    found: Tensor = _Summed.apply(value)  # type: ignore[no-untyped-call]
+    return found
 
 
 def agreed(value: float) -> float:

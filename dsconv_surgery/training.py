@@ -28,7 +28,7 @@ from dsconv_surgery.distill import Lesson, mixable, mixed
 from dsconv_surgery.files import replaced
 from dsconv_surgery.history import Epoch, FineTune, History
 from dsconv_surgery.measure import scored
-from dsconv_surgery.norms import OverRanks, estimated_anew
+from dsconv_surgery.norms import estimated_anew, over_ranks
 from dsconv_surgery.optimise import OPTIMIZERS, Optimizers, by_rate, decay, products, rise
 from dsconv_surgery.plan import Plan
 
@@ -143,9 +143,9 @@ class Training:
             torch.manual_seed(_seed(self.settings.seed, "step", self.step, rank))
             for at, (batch, kept) in enumerate(mixtures):
                 mine, weight = ranks.share(batch)
-                with self.net.no_sync() if count > 1 and at < len(group) - 1 else nullcontext():
-                    with OverRanks(weight > 0) if count > 1 else nullcontext():
-                        loss, parts = self._lesson(mine, kept)
+                apart = self.net.no_sync() if count > 1 and at < len(group) - 1 else nullcontext()
+                with apart, over_ranks(weight > 0) if count > 1 else nullcontext():
+                    loss, parts = self._lesson(mine, kept)
                     self.scaler.scale(loss * (weight / len(group))).backward()
                 names = ["loss", *parts]
                 values = values + torch.stack([loss.detach(), *parts.values()]).cpu() * (weight / count / len(group))
