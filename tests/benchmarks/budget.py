@@ -237,6 +237,7 @@ def timed(dense: nn.Module, cut: nn.Module, example: Tensor, timing: Any) -> dic
     if timing is None:
         return found
     return found | {
+        "predicted_over_before": round(timing.after / timing.before, 4),
         "predicted_ms": round(timing.after, 3),
         "measured_over_predicted": round(after / timing.after, 3),
         "sum_of_layers_ms": round(timing.tables, 3),
@@ -262,7 +263,7 @@ def run_torchvision(options: argparse.Namespace, add: Add) -> None:
                 if options.channels_last:
                     fraction = getattr(recipe.budget, "latency", None)
                     model, example, scaled = in_channels_last(model, example, fraction or 1.0)
-                    recipe = replace(recipe, budget=Budget(latency=scaled)) if fraction else recipe
+                    recipe = replace(recipe, budget=replace(recipe.budget, latency=scaled)) if fraction and recipe.budget else recipe
                 try:
                     small = recipe.run(model, example)
                 except ValueError as error:

@@ -157,6 +157,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "weights averaged, 0.99": {"average": 0.99},
     "weights averaged, 0.998": {"average": 0.998},
     "float32": {"precision": "float32"},
+    "bfloat16": {"precision": "bfloat16"},
 }
 
 
@@ -227,7 +228,10 @@ def run_starts(options: argparse.Namespace, add: Add) -> None:
             dense, model, plan = cut(options, case, 0)
             settings = tuning(case, **options.settings)
             if start != "calibrated factors":  # far off: what is best for a start like these, see the recipe
-                far = {name: getattr(tuning("resnet20-depthwise"), name) for name in ("lr", "distill", "temperature", "mix", "norms")}
+                far = {
+                    name: getattr(tuning("resnet20-depthwise"), name)
+                    for name in ("lr", "features", "distill", "temperature", "mix", "norms")
+                }
                 settings = tuning(case, **{**far, **options.settings})
             if start == "data-free factors":
                 model = apply_plan(dense, replace(plan, calibrated=False))
