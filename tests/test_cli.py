@@ -373,6 +373,7 @@ def test_a_recipe_runs_from_the_shell(home: str, tmp_path: Path, fails: Fails) -
     assert "channels_last" in again
     last = load(sources.named_model(f"{home}:small", "none"), tmp_path / "last")
     convolutions = [m.weight for m in last.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert convolutions
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
     recipe.write_text("[budget]\nmacs = 0.8\n")
     assert "names no model" in fails("run", recipe, "--out", tmp_path / "other")

@@ -46,7 +46,7 @@ from dsconv_surgery.cache import Cache
 from dsconv_surgery.clock import Clock
 from dsconv_surgery.decide import Decision, Settings
 from dsconv_surgery.images import Images
-from dsconv_surgery.measure import latency
+from dsconv_surgery.measure import in_channels_last, latency
 from dsconv_surgery.pipeline import cut_to
 from dsconv_surgery.rules import equal_error, least_damage
 
@@ -177,7 +177,7 @@ def run_resnet18(options: argparse.Namespace, add: Add) -> None:
                 example = x[: 16 if measure == "latency" else 1]
                 begun = time.perf_counter()
                 if kind and options.channels_last:
-                    model, example, fraction = in_channels_last(model, example, fraction)
+                    model, example, fraction = for_channels_last(model, example, fraction)
                 try:
                     small = compress(model, example, budget=Budget(**{measure: fraction}), calibration=x.split(64))
                 except ValueError as error:
@@ -214,11 +214,11 @@ def both_formats(model: nn.Module) -> list[nn.Module]:
     return [InFormat(model, memory_format) for memory_format in (torch.contiguous_format, torch.channels_last)]
 
 
-def in_channels_last(model: nn.Module, example: Tensor, fraction: float) -> tuple[nn.Module, Tensor, float]:
+def for_channels_last(model: nn.Module, example: Tensor, fraction: float) -> tuple[nn.Module, Tensor, float]:
     """Network and input in channels_last, and what of its time is a fraction of the dense network's in the format that suits it better."""
     contiguous, last = latency(both_formats(model), [example], rounds=31)
-    model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model, example.contiguous(memory_format=torch.channels_last), fraction * min(contiguous, last) / last
+    model, (example,) = in_channels_last(model, (example,))
+    return model, example, fraction * min(contiguous, last) / last
 
 
 def timed(dense: nn.Module, cut: nn.Module, example: Tensor, timing: Any) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def run_torchvision(options: argparse.Namespace, add: Add) -> None:
                 begun = time.perf_counter()
                 if options.channels_last:
                     fraction = getattr(recipe.budget, "latency", None)
-                    model, example, scaled = in_channels_last(model, example, fraction or 1.0)
+                    model, example, scaled = for_channels_last(model, example, fraction or 1.0)
                     recipe = replace(recipe, budget=replace(recipe.budget, latency=scaled)) if fraction and recipe.budget else recipe
                 try:
                     small = recipe.run(model, example)

@@ -188,14 +188,10 @@ def run_ablation(options: argparse.Namespace, add: Add) -> None:
                     model, Batches(x, y), teacher=teacher, plan=plan, settings=settings, optimizer=makers[kind], progress=True
                 )
                 seconds = round(time.perf_counter() - begun, 1)
-                with torch.inference_mode():
-                    wanted, given = (torch.cat([m(part) for part in held.split(500)]).log_softmax(1) for m in (dense, model))
                 return {
                     "dense": accuracy(dense, held, labels),
                     "cut": before,
-                    "tuned": accuracy(model, held, labels),
-                    "held_out_loss": round(float(F.nll_loss(given, labels)), 4),
-                    "divergence": round(float((wanted.exp() * (wanted - given)).sum(1).mean()), 4),
+                    **judged(dense, model, held, labels),
                     "epochs": settings.epochs,
                     "train_loss": round(history.epochs[-1].loss, 4),
                     "seconds": seconds,
@@ -203,6 +199,16 @@ def run_ablation(options: argparse.Namespace, add: Add) -> None:
 
             add({"case": case, "change": name, **({"base": options.settings} if options.settings else {})}, run)
             optimise.SCALING = 0.0
+
+
+def judged(dense: nn.Module, model: nn.Module, held: Tensor, labels: Tensor) -> dict[str, float]:
+    with torch.inference_mode():
+        wanted, given = (torch.cat([m(part) for part in held.split(500)]).log_softmax(1) for m in (dense, model))
+    return {
+        "tuned": accuracy(model, held, labels),
+        "held_out_loss": round(float(F.nll_loss(given, labels)), 4),
+        "divergence": round(float((wanted.exp() * (wanted - given)).sum(1).mean()), 4),
+    }
 
 
 def unbalance(model: nn.Module, plan: Any) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from calibrated import draw, recorder
-from cifar import Batches, accuracy, cifar10
-from finetune import CASES, RECIPES, cut, training
+from cifar import Batches, cifar10
+from finetune import CASES, RECIPES, cut, judged, training
 from torch import Tensor, nn
 
 from dsconv_surgery import FineTune, fine_tune
@@ -26,18 +26,6 @@ from dsconv_surgery.distill import mixed
 from dsconv_surgery.optimise import OPTIMIZERS, rise
 
 CASE = "resnet20-alds"
-
-
-def judged(dense: nn.Module, model: nn.Module, held: Tensor, labels: Tensor) -> dict[str, float]:
-    model.eval()
-    with torch.inference_mode():
-        wanted, given = (torch.cat([m(part) for part in held.split(500)]).log_softmax(1) for m in (dense, model))
-    divergence = float((wanted.exp() * (wanted - given)).sum(1).mean())
-    return {
-        "held_out": accuracy(model, held, labels),
-        "divergence": round(divergence, 4),
-        "loss": round(float(F.nll_loss(given, labels)), 4),
-    }
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -113,7 +101,7 @@ def main() -> None:
 
         def row(run: Any = run) -> dict[str, Any]:
             torch.manual_seed(0)  # of what block after block draws; fine_tune has its own seed
-            return judged(dense, run().to(memory_format=torch.contiguous_format), held, labels)
+            return judged(dense, run().eval().to(memory_format=torch.contiguous_format), held, labels)
 
         add({"way": way}, row)
 
