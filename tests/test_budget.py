@@ -191,6 +191,8 @@ def test_interpolated_errors_are_near_the_true_ones(net: Net, x: Tensor, batches
         if isinstance(ranks[0], int):
             assert all(a >= b for a, b in pairwise(estimates))
         true = [working._fit(name, rank, None, 20)[0] for rank in ranks]
+        measured = [rank for other, rank in working._judged if other == name]
+        assert working.estimate(name, measured) == pytest.approx([working._judged[name, rank] for rank in measured], rel=0.05)
         off += [abs(math.log(max(a, 1e-4) / max(b, 1e-4))) for a, b in zip(estimates, true, strict=True)]
     assert np.mean(off) < 0.45
 
@@ -229,11 +231,14 @@ def test_a_second_plan_comes_from_the_cache(net: Net, x: Tensor, batches: list[T
         patch.setattr(Workings, "_fit", refuse)
         patch.setattr(Study, "divergence", refuse)
 
-        def plan_again() -> Plan:  # errors of what is chosen are measured anew: not asked for here
-            decision = Decision(net, (x,), Settings(Budget(macs=0.5)), Images(batches, SHAPES), False)
-            return decision.plan(Budget(macs=0.5), later=True)[0]
+        def plan_again(budget: Budget | None = None) -> Plan:  # errors of what is chosen are measured anew: not asked for here
+            budget = budget or Budget(macs=0.5)
+            decision = Decision(net, (x,), Settings(budget), Images(batches, SHAPES), False)
+            return decision.plan(budget, later=True)[0]
 
         again = plan_again()
+        assert plan_again(Budget(macs=0.3)).total_after.macs < again.total_after.macs
+        assert plan_again(Budget(params=0.4)).cuts
         assert [(c.name, c.scheme, c.rank) for c in again.cuts] == [(c.name, c.scheme, c.rank) for c in first.cuts]
         with torch.no_grad():
             net.head.weight[0, 0] += 1
