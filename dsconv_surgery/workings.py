@@ -22,8 +22,8 @@ from dsconv_surgery.sensitivity import Study
 
 ANCHORS = (0.05, 0.1, 0.18, 0.3, 0.5, 0.8)  # parts of a layer's MACs at which errors and times are measured; interpolated between
 ITERATIONS, WIDE_ITERATIONS, WIDE_SIDE = 20, 5, 1024  # of a fit there, and where a patch is longer than
-PROBES = tuple(np.geomspace(0.6, 0.005, 12))  # errors near which it is measured what they do to the network
-AT_HAND = 0.15  # so much farther off, in log error, an option that was measured anyway may be
+PROBES = tuple(np.geomspace(0.6, 0.006, 13))  # errors near which it is measured what they do to the network
+AT_HAND = 0.1  # so much farther off, in log error, an option that was measured anyway may be
 FAR = 2.0  # options whose error, roughly, is more than so many times that of cheaper ones are not looked into
 NEAR = 1.3  # options whose error is at most so many times that of one that costs no more
 TINY = 1e-9  # errors and damages below are not told apart

@@ -91,7 +91,7 @@ def run_accuracy(options: argparse.Namespace, add: Add, rivals: Sequence[str] = 
     train, (test, labels) = cifar10(options.data / "cifar10", "train")[0], cifar10(options.data / "cifar10", "test")
     x, y = to_input(test), torch.from_numpy(labels)
     for depth in options.depth:
-        model = network(options.data, depth)
+        model, dense = network(options.data, depth), dict[str, float]()
         for seed in options.seeds if len(rivals) == 1 else (0,):
             for measure, fractions in (GOALS[depth] if len(rivals) == 1 else RIVAL_GOALS).items():
                 for fraction in fractions:
@@ -99,12 +99,18 @@ def run_accuracy(options: argparse.Namespace, add: Add, rivals: Sequence[str] = 
                         key = {"network": f"ResNet-{depth}", "measure": measure, "keep": fraction, "seed": seed, "rule": rival}
 
                         def run(
-                            seed: int = seed, model: Any = model, measure: str = measure, fraction: float = fraction, rival: str = rival
+                            seed: int = seed,
+                            model: Any = model,
+                            measure: str = measure,
+                            fraction: float = fraction,
+                            rival: str = rival,
+                            dense: dict[str, float] = dense,
                         ) -> dict[str, Any]:
                             batches = Calibration(draw(train, options.images, seed).split(128), seed=seed)
                             cut, found = compressed(model, x, Budget(**{measure: fraction}), batches, **RIVALS[rival])
-                            dense, now = accuracy(model, x, y), accuracy(cut, x, y)
-                            return {"images": options.images, "dense": dense, "cut": now, "drop": round(dense - now, 2), **found}
+                            now, before = accuracy(cut, x, y), dense.get("accuracy") or accuracy(model, x, y)
+                            dense["accuracy"] = before
+                            return {"images": options.images, "dense": before, "cut": now, "drop": round(before - now, 2), **found}
 
                         add(key, run)
 
