@@ -2,6 +2,7 @@
 
 python tests/benchmarks/finetune.py accuracy --data ../shared/data   ResNet-20 and -56 cut and tuned, whole test set, last weights
 python tests/benchmarks/finetune.py ablation --data ../shared/data   one setting after the other, judged on held-out training images, warped
+    ... --dense FILE                                                 ... as they are, of a network trained without them
 python tests/benchmarks/finetune.py starts --data ../shared/data     our start against random factors, data-free ones and scratch
 python tests/benchmarks/finetune.py plot                             what `starts` found, as recipes/finetune_starts.png
 python tests/benchmarks/finetune.py recipes                          what `accuracy` found, beside each recipe
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from calibrated import Add, draw, network, recorder
-from cifar import Batches, CifarResNet, accuracy, cifar10, demo_images, demo_resnet20, to_input
+from cifar import Batches, CifarResNet, accuracy, cifar10, demo_images, demo_resnet20, load_resnet, to_input
 
 from dsconv_surgery import Budget, FineTune, Recipe, apply_plan, compare, compress, fine_tune, load, optimise, save
 from dsconv_surgery.checkpoint import read_plan
@@ -61,10 +62,11 @@ def tuning(case: str, **changes: Any) -> FineTune:
 def cut(options: argparse.Namespace, case: str, seed: int) -> tuple[nn.Module, nn.Module, Any]:
     """Dense and cut network, and the plan; cut once and kept."""
     depth, recipe = CASES[case]
-    dense, folder = network(options.data, depth), options.work / f"{case}-{seed}"
+    dense = load_resnet(options.dense, depth) if options.dense else network(options.data, depth)
+    folder = options.work / "-".join([case, str(seed), *([options.dense.stem] if options.dense else [])])
     if not (folder / "plan.json").exists():
         images = draw(cifar10(options.data / "cifar10", "train")[0], 1024, seed)
-        small = replace(recipe, fine_tune=None, seed=seed).run(dense, images[:1], calibration=images.split(128), progress=True)
+        small = replace(recipe, fine_tune=None, stages=1, seed=seed).run(dense, images[:1], calibration=images.split(128), progress=True)
         save(small, folder)
     return dense, load(dense, folder), read_plan(folder)
 
@@ -82,12 +84,13 @@ def training(options: argparse.Namespace, held_out: bool) -> tuple[Tensor, Tenso
     """Images and labels to train on, and to judge by: training images held out, or the test images.
 
     The dense networks were trained on the images held out, too, and know them by heart (99.8 %); a network cut from them still does, and
-    whatever training forgets would count against it. So they are judged by as slightly `warped` ones, on which ResNet-20 has 92.9 %.
+    whatever training forgets would count against it. So they are judged by as slightly `warped` ones, on which ResNet-20 has 92.9 %; or,
+    as they are, with a network that was trained without them (`--dense`).
     """
     images, labels = cifar10(options.data / "cifar10", "train")
     x, y = to_input(images), torch.from_numpy(labels)
     if held_out:
-        return x[:45000], y[:45000], warped(x[45000:]), y[45000:]
+        return x[:45000], y[:45000], x[45000:] if options.dense else warped(x[45000:]), y[45000:]
     test, test_labels = cifar10(options.data / "cifar10", "test")
     return x, y, to_input(test), torch.from_numpy(test_labels)
 
@@ -99,28 +102,35 @@ def run_accuracy(options: argparse.Namespace, add: Add) -> None:
 
             def run(case: str = case, seed: int = seed) -> dict[str, Any]:
                 x, y, test, labels = data
-                dense, model, plan = cut(options, case, seed)
-                report = compare(dense, model, x[:1], plan=plan)
-                before, start = accuracy(dense, test, labels), accuracy(model, test, labels)
+                recipe, settings = CASES[case][1], tuning(case, seed=seed, **options.settings)
                 begun = time.perf_counter()
-                settings = tuning(case, seed=seed, **options.settings)
-                kept = options.work / f"{case}-{seed}.pt"
-                history = fine_tune(model, Batches(x, y), teacher=dense, settings=settings, checkpoint=kept, progress=True)
-                after = accuracy(model, test, labels)
+                if recipe.stages > 1:
+                    dense = network(options.data, CASES[case][0])
+                    images = draw(cifar10(options.data / "cifar10", "train")[0], 1024, seed)
+                    small = replace(recipe, seed=seed, fine_tune=settings).run(
+                        dense, images[:1], calibration=images.split(128), train=Batches(x, y), progress=True
+                    )
+                    model, report, histories, found = small.model, small.report, small.tuned, {"stages": recipe.stages}
+                else:
+                    dense, model, plan = cut(options, case, seed)
+                    report, found = compare(dense, model, x[:1], plan=plan), {"cut": accuracy(model, test, labels)}
+                    kept = options.work / f"{case}-{seed}.pt"
+                    histories = (fine_tune(model, Batches(x, y), teacher=dense, settings=settings, checkpoint=kept, progress=True),)
+                before, after = accuracy(dense, test, labels), accuracy(model, test, labels)
                 return {
                     "params_saved": round(report.params_saved, 4),
                     "macs_saved": round(report.macs_saved, 4),
                     "dense": before,
-                    "cut": start,
+                    **found,
                     "tuned": after,
                     "drop": round(before - after, 2),
-                    "epochs": settings.epochs,
-                    "losses": [round(epoch.loss, 4) for epoch in history.epochs],
-                    "settings": history.settings,
+                    "epochs": settings.epochs * recipe.stages,
+                    "losses": [round(epoch.loss, 4) for history in histories for epoch in history.epochs],
+                    "settings": histories[-1].settings,
                     "seconds": round(time.perf_counter() - begun, 1),
                 }
 
-            add({"case": case, "seed": seed, **({"changed": options.settings} if options.settings else {})}, run)
+            add({"case": case, "seed": seed, "changed": options.settings or None}, run)
 
 
 # One setting changed at a time; the scores are of 5,000 training images held out, warped.
@@ -197,8 +207,13 @@ def run_ablation(options: argparse.Namespace, add: Add) -> None:
                     "seconds": seconds,
                 }
 
-            add({"case": case, "change": name, **({"base": options.settings} if options.settings else {})}, run)
+            add({"case": case, "change": name, **held_out_by(options)}, run)
             optimise.SCALING = 0.0
+
+
+def held_out_by(options: argparse.Namespace) -> dict[str, Any]:
+    """What is added to the key of a row: the settings that others are changes of, and the network in place of the usual one."""
+    return {"base": options.settings or None, "network": options.dense.stem if options.dense else None}
 
 
 def judged(dense: nn.Module, model: nn.Module, held: Tensor, labels: Tensor) -> dict[str, float]:
@@ -280,7 +295,7 @@ def run_plot(_options: argparse.Namespace, _: Add) -> None:
 def run_recipes(_options: argparse.Namespace, _: Add) -> None:
     found = json.loads((RECIPES / "finetune_accuracy.json").read_text())
     for case, name in RECIPE_OF.items():
-        rows = [row for row in found["rows"] if row["case"] == case and "changed" not in row]
+        rows = [row for row in found["rows"] if row["case"] == case and not row.get("changed")]
         if rows:
             result = {"settings": found["settings"], "result": rows}
             (RECIPES / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -403,6 +418,9 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path.home() / ".cache" / "dsconv-surgery-benchmarks", help="where cut networks are kept"
     )
+    parser.add_argument(
+        "--dense", type=Path, help="for ablation: a network by examples/train_cifar.py --hold-out 5000, to judge by images new to it"
+    )
     parser.add_argument("--cases", nargs="*", choices=list(CASES))
     parser.add_argument("--only", nargs="*", help="lines of the ablation that contain one of these words")
     parser.add_argument("--settings", type=json.loads, default={}, help='other FineTune settings, as {"lr": 0.002}')
@@ -410,6 +428,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.dense and options.what != "ablation":
+        parser.error(f"--dense is for ablation; {options.what} is of the networks in --data")
     options.work.mkdir(parents=True, exist_ok=True)
     runs[options.what](options, recorder(options.json or RECIPES / f"finetune_{options.what}.json", f"finetune.py {options.what}"))
 

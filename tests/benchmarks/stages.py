@@ -3,13 +3,15 @@
 python tests/benchmarks/stages.py --data ../shared/data
 
 ResNet-20 at a quarter of its parameters, calibrated on 1,024 images, trained on 45,000 training images and judged on the other 5,000,
-warped (see finetune.py). Ways: cut once; cut, tune, cut again, tune (`stages = 2` in a recipe); after the cut bring block after block
-nearer to what the dense network has there, given what the cut network feeds it, then tune. Results in recipes/finetune_stages.json.
+warped (see finetune.py, and there --dense). Ways: cut once; cut, tune, cut again, tune (`stages = 2` in a recipe); after the cut bring
+block after block nearer to what the dense network has there, given what the cut network feeds it, then tune. Results in
+recipes/finetune_stages.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from calibrated import draw, recorder
 from cifar import Batches, cifar10
-from finetune import CASES, RECIPES, cut, judged, training
+from finetune import CASES, RECIPES, cut, held_out_by, judged, training
 from torch import Tensor, nn
 
 from dsconv_surgery import FineTune, fine_tune
@@ -67,13 +69,18 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path.home() / ".cache" / "dsconv-surgery-benchmarks", help="where cut networks are kept"
     )
+    parser.add_argument("--dense", type=Path, help="as for the ablation of finetune.py")
+    parser.add_argument("--epochs", type=int, default=2, help="of the first ways, an even number")
+    parser.add_argument("--only", nargs="*", help="ways that contain one of these words")
+    parser.add_argument("--settings", type=json.loads, default={}, help='other FineTune settings, as {"lr": 0.002}')
     parser.add_argument("--steps", type=int, default=150, help="of each block, at most an epoch")
     parser.add_argument("--json", type=Path, default=RECIPES / "finetune_stages.json")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     x, y, held, labels = training(options, held_out=True)
     dense, start, _ = cut(options, CASE, 0)
-    settings = FineTune(epochs=2, precision="bfloat16", channels_last=True)
+    settings = FineTune(**{"precision": "bfloat16", "channels_last": True, **options.settings})
+    half = options.epochs // 2
     add = recorder(options.json, "stages.py")
 
     def once(model: nn.Module, epochs: int) -> nn.Module:
@@ -82,7 +89,7 @@ def main() -> None:
 
     def twice() -> nn.Module:
         images = draw(cifar10(options.data / "cifar10", "train")[0], 1024, 0)
-        recipe = replace(CASES[CASE][1], stages=2, fine_tune=replace(settings, epochs=1))
+        recipe = replace(CASES[CASE][1], stages=2, fine_tune=replace(settings, epochs=half))
         return recipe.run(dense, images[:1], calibration=images.split(128), train=Batches(x, y)).model
 
     def blocks_first(epochs: int) -> nn.Module:
@@ -92,18 +99,20 @@ def main() -> None:
 
     ways = {
         "as cut": lambda: start,
-        "cut, 2 epochs": lambda: once(cut(options, CASE, 0)[1], 2),
-        "cut, 1 epoch, cut again, 1 epoch": twice,
+        f"cut, {2 * half} epochs": lambda: once(cut(options, CASE, 0)[1], 2 * half),
+        f"cut, {half} epoch{'s' * (half > 1)}, cut again, {half} epoch{'s' * (half > 1)}": twice,
         f"cut, {options.steps} steps for each block": lambda: blocks_first(0),
         f"cut, {options.steps} steps for each block, 1 epoch": lambda: blocks_first(1),
     }
     for way, run in ways.items():
+        if options.only and not any(part in way for part in options.only):
+            continue
 
         def row(run: Any = run) -> dict[str, Any]:
             torch.manual_seed(0)  # of what block after block draws; fine_tune has its own seed
             return judged(dense, run().eval().to(memory_format=torch.contiguous_format), held, labels)
 
-        add({"way": way}, row)
+        add({"way": way, **held_out_by(options)}, row)
 
 
 if __name__ == "__main__":
