@@ -60,6 +60,11 @@ def by_error(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choic
     return least_damage(tables, allowed, lambda _table, errors: errors)
 
 
+def by_sensitivity(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choice:
+    """Least sum of what errors do to the network, as measured of each layer alone."""
+    return least_damage(tables, allowed, Table.damage)
+
+
 def by_one_weight(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choice:
     """Each layer's error times one weight: its sensitivity at an error of 0.05."""
     return least_damage(tables, allowed, lambda table, errors: [20 * table.damage([0.05])[0] * error for error in errors])
@@ -72,7 +77,13 @@ RIVALS: dict[str, dict[str, Any]] = {
     "whitened channel SVD under a budget (BALF)": {"rule": by_error, "schemes": ("channel", "bottleneck")},
     "equal relative error (ALDS)": {"rule": equal_error},
 }
-WEIGHTINGS: dict[str, Any] = {"output sensitivity": "budget", "one weight": by_one_weight, "none": by_error, "equal error": equal_error}
+WEIGHTINGS: dict[str, Any] = {
+    "output sensitivity, halved": "budget",
+    "output sensitivity": by_sensitivity,
+    "one weight": by_one_weight,
+    "none": by_error,
+    "equal error": equal_error,
+}
 
 
 def compressed(model: nn.Module, x: Tensor, budget: Budget, batches: Any, **keywords: Any) -> tuple[nn.Module, dict[str, Any]]:
