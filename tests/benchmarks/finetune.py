@@ -66,7 +66,7 @@ def cut(options: argparse.Namespace, case: str, seed: int) -> tuple[nn.Module, n
     folder = options.work / "-".join([case, str(seed), *([options.dense.stem] if options.dense else [])])
     if not (folder / "plan.json").exists():
         images = draw(cifar10(options.data / "cifar10", "train")[0], 1024, seed)
-        small = replace(recipe, fine_tune=None, stages=1, seed=seed).run(dense, images[:1], calibration=images.split(128), progress=True)
+        small = replace(recipe, fine_tune=None, seed=seed).run(dense, images[:1], calibration=images.split(128), progress=True)
         save(small, folder)
     return dense, load(dense, folder), read_plan(folder)
 
@@ -104,13 +104,13 @@ def run_accuracy(options: argparse.Namespace, add: Add) -> None:
                 x, y, test, labels = data
                 recipe, settings = CASES[case][1], tuning(case, seed=seed, **options.settings)
                 begun = time.perf_counter()
-                if recipe.stages > 1:
+                if options.stages > 1:
                     dense = network(options.data, CASES[case][0])
                     images = draw(cifar10(options.data / "cifar10", "train")[0], 1024, seed)
-                    small = replace(recipe, seed=seed, fine_tune=settings).run(
+                    small = replace(recipe, seed=seed, stages=options.stages, fine_tune=settings).run(
                         dense, images[:1], calibration=images.split(128), train=Batches(x, y), progress=True
                     )
-                    model, report, histories, found = small.model, small.report, small.tuned, {"stages": recipe.stages}
+                    model, report, histories, found = small.model, small.report, small.tuned, dict[str, Any]()
                 else:
                     dense, model, plan = cut(options, case, seed)
                     report, found = compare(dense, model, x[:1], plan=plan), {"cut": accuracy(model, test, labels)}
@@ -124,13 +124,14 @@ def run_accuracy(options: argparse.Namespace, add: Add) -> None:
                     **found,
                     "tuned": after,
                     "drop": round(before - after, 2),
-                    "epochs": settings.epochs * recipe.stages,
+                    "epochs": settings.epochs * options.stages,
                     "losses": [round(epoch.loss, 4) for history in histories for epoch in history.epochs],
                     "settings": histories[-1].settings,
                     "seconds": round(time.perf_counter() - begun, 1),
                 }
 
-            add({"case": case, "seed": seed, "changed": options.settings or None}, run)
+            changed = {**options.settings, **({"stages": options.stages} if options.stages > 1 else {})}
+            add({"case": case, "seed": seed, "changed": changed or None}, run)
 
 
 # One setting changed at a time; the scores are of 5,000 training images held out, warped.
@@ -424,6 +425,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=list(CASES))
     parser.add_argument("--only", nargs="*", help="lines of the ablation that contain one of these words")
     parser.add_argument("--settings", type=json.loads, default={}, help='other FineTune settings, as {"lr": 0.002}')
+    parser.add_argument("--stages", type=int, default=1, help="for accuracy: reach the budget in so many cuts, with the epochs after each")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--json", type=Path)
