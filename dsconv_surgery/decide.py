@@ -28,6 +28,7 @@ from dsconv_surgery.text import nearest
 from dsconv_surgery.workings import Workings
 
 TIMED_MULTIPLE = 8  # channels, where latency is limited: what lies between is no faster
+LOOKS = 1  # at what was chosen, before the last choice
 SETTLING, SLACK = 4, 1.02  # tries to meet a limit of time, and by how much it may be missed
 Made = dict[str, Factors]  # layer -> factors found while deciding, so that cutting need not find them again
 
@@ -181,6 +182,12 @@ class Decision:
             return rules.fixed(tables, self.settings.rank or 0)
         if rule == "evbmf":
             return rules.evbmf(tables)
+        if rule == "budget":  # what was chosen may have been too good to be true: look at it closer, and choose again
+            for _ in range(LOOKS):
+                chosen = rules.least_damage(tables, allowed)
+                looks = [self._workings[name].look_closer(o.scheme, o.rank) for name, o in chosen.items() if o]
+                if not any(looks):
+                    break
         named = {"budget": rules.least_damage, "equal_error": rules.equal_error, "uniform": rules.uniform}
         chosen = (rule if callable(rule) else named[rule])(tables, allowed)
         for name in chosen:

@@ -16,19 +16,13 @@ from dsconv_surgery.knapsack import choose
 Damage = Callable[[Table, Sequence[float]], Sequence[float]]  # a table and errors of its layer -> what the network suffers from each
 
 
-TRUST = 0.5  # in how much more one layer's errors harm than another's
-
-
 def least_damage(tables: Mapping[str, Table], allowed: Mapping[str, float], damage: Damage | None = None) -> Choice:
     """The choice of least total damage within what is allowed: a multiple-choice knapsack, see `dsconv_surgery.knapsack`.
-
-    With d what an error e of one layer alone does to the network, `sum_l d_l^a e_l^(1-a)` is made least, a = `TRUST`: layers fitted one
-    after the other make up for errors of those before, so that in the end they differ less in what their errors do than alone.
 
     Args:
         tables: by layer; dense is an option of every one.
         allowed: what all of them may cost together, by measure.
-        damage: what errors of a layer count, in place of that.
+        damage: what errors of a layer do to the network; the tables' own sensitivity if not given.
 
     Raises:
         ValueError: nothing fits, though each limit by itself could be met.
@@ -38,13 +32,11 @@ def least_damage(tables: Mapping[str, Table], allowed: Mapping[str, float], dama
     costs, damages = [], []
     for name, table in tables.items():
         found = [(scheme, offer, error) for scheme, offers in table.offers.items() for offer, error in table.estimated(scheme, offers)]
-        errors = [error for _, _, error in found]
-        harm = (damage or Table.damage)(table, errors)
+        harm = (damage or Table.damage)(table, [error for _, _, error in found])
         options[name] = [Option(scheme, *offer, None, float(its)) for (scheme, offer, _), its in zip(found, harm, strict=True)]
         every = [table.dense, *(option.cost for option in options[name])]
         costs.append(np.array([[float(getattr(cost, m)) for m in measures] for cost in every]))
-        counted = harm if damage else [its**TRUST * error ** (1 - TRUST) for its, error in zip(harm, errors, strict=True)]
-        damages.append(np.array([0.0, *counted]))
+        damages.append(np.array([0.0, *harm]))
     chosen = choose(damages, costs, np.array([float(allowed[m]) for m in measures]))
     if chosen is None:
         raise ValueError(f"nothing keeps {' and '.join(measures)} within the budget at once, though each alone can be. Raise one of them.")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dsconv_surgery import schemes
 from dsconv_surgery.budget import Offer, Unfolding
 from dsconv_surgery.cache import Cache, digest
-from dsconv_surgery.curves import along, smooth
+from dsconv_surgery.curves import WIDTH, along, smooth
 from dsconv_surgery.geometry import Cost, Rank, chain_cost
 from dsconv_surgery.graph import ConvSite
 from dsconv_surgery.schemes import Factors
@@ -22,8 +22,7 @@ from dsconv_surgery.sensitivity import Study
 
 ANCHORS = (0.05, 0.1, 0.18, 0.3, 0.5, 0.8)  # parts of a layer's MACs at which errors and times are measured; interpolated between
 ITERATIONS, WIDE_ITERATIONS, WIDE_SIDE = 20, 5, 1024  # of a fit there, and where a patch is longer than
-PROBES = tuple(np.geomspace(0.6, 0.006, 13))  # errors near which it is measured what they do to the network
-AT_HAND = 0.1  # so much farther off, in log error, an option that was measured anyway may be
+PROBES = tuple(np.geomspace(0.6, 0.01, 10))  # errors near which it is measured what they do to the network
 FAR = 2.0  # options whose error, roughly, is more than so many times that of cheaper ones are not looked into
 NEAR = 1.3  # options whose error is at most so many times that of one that costs no more
 TINY = 1e-9  # errors and damages below are not told apart
@@ -42,14 +41,12 @@ class Workings:
         self.begun: Callable[[], object] = lambda: None  # called when a layer's first option is measured
         self._errors: dict[tuple[str, Rank], float] = {}
         self._explained: dict[str, Tensor | None] = {}
-        self._cheaper: dict[str, list[tuple[Rank, Cost]]] = {}
         self._anchors: dict[str, list[Rank]] = {}
         self._idle = True
-        self._probed: list[tuple[str, Rank]] = []  # options with errors near `PROBES`
         self._known: list[tuple[float, float]] = []  # errors, and what they do to the network
         self.offers: Mapping[str, Sequence[Offer]] = {}  # as in the layer's table
-        self._judged: dict[tuple[str, Rank], float] = {}  # errors at anchors, and of what is probed
-        self._tried: dict[tuple[str, Rank], Factors] = {}  # their factors, until it is known what they do to the network
+        self._judged: dict[tuple[str, Rank], float] = {}  # errors at anchors
+        self._tried: dict[tuple[str, Rank], Factors] = {}  # factors at anchors, until it is known what they do to the network
         self._key: list[Any] = [site.name, str(site.spec), [list(size) for size in site.sizes]]
 
     def bounds(self, name: str, ranks: Sequence[Rank]) -> list[float] | None:
@@ -89,51 +86,37 @@ class Workings:
         return self._errors[name, rank]
 
     def estimate(self, name: str, ranks: Sequence[Rank]) -> list[float]:
-        """Errors at many ranks: exact where a spectrum tells them, else measured at a few and interpolated, log against log."""
+        """Errors at many ranks: exact where a spectrum tells them, else measured at `anchors` and interpolated, log against log."""
         known = self.bounds(name, ranks)
         if known is not None and self.study.images is None:
             return known
-        if self.study.images is None:
-            anchors = self.anchors(name)
-            errors = self._cache.get("errors", [digest(self.weight), *self._key, name, _plain(anchors)], lambda: self._rough(name))
-            return self._between(name, dict(zip(anchors, errors, strict=True)), ranks)
-        if not self._judged:
-            self._judge()
-        return self._between(name, {rank: error for (other, rank), error in self._judged.items() if other == name}, ranks)
-
-    def _between(self, name: str, measured: Mapping[Rank, float], ranks: Sequence[Rank]) -> list[float]:
-        """Errors at many ranks from those at some; of pairs, which do not all compare, the weights' errors tell the order."""
-        bounds, asked = self.bounds(name, list(measured)), self.bounds(name, ranks)
-        if bounds is None or asked is None:
-            x, at = np.log(np.array(list(measured), dtype=float)), np.log(np.array(ranks, dtype=float))
-        else:
-            x, at = (-np.log(np.maximum(np.array(found), TINY)) for found in (bounds, asked))
-        order = np.argsort(x, kind="stable")
-        errors = np.minimum.accumulate(np.log(np.maximum(np.array(list(measured.values())), TINY))[order])
-        return np.exp(along(x[order], errors, at)).clip(0.0, 1.0).tolist()
-
-    def cheaper(self, name: str) -> list[tuple[Rank, Cost]]:
-        """A scheme's ranks that take fewer MACs than the layer, with what they cost; at least one."""
-        if name not in self._cheaper:
-            scheme, found = schemes.get_scheme(name), list[tuple[Rank, Cost]]()
-            for rank in scheme.ranks(replace(self.spec.one_group(), bias=False)):
-                cost = chain_cost(schemes.chain_of(scheme, self.spec, rank), self.site.sizes)
-                if cost.macs < self.site.cost.macs or not found:
-                    found.append((rank, cost))
-                elif isinstance(rank, int):
-                    break
-            self._cheaper[name] = found
-        return self._cheaper[name]
+        anchors = self.anchors(name)
+        found = self._errors_at(name, anchors)
+        at_anchors = self.bounds(name, anchors)  # of pairs, which do not all compare, the weights' errors tell the order
+        x = [float(rank) if isinstance(rank, int) else 0.0 for rank in anchors] if at_anchors is None else [-e for e in at_anchors]
+        asked = [float(rank) if isinstance(rank, int) else 0.0 for rank in ranks] if known is None else [-e for e in known]
+        scale = np.log if at_anchors is None else _log_of_error
+        order = np.argsort(x)
+        errors = np.minimum.accumulate(np.log(np.maximum(np.array(found)[order], TINY)))
+        return np.exp(along(scale(np.array(x)[order]), errors, scale(np.array(asked)))).clip(0.0, 1.0).tolist()
 
     def anchors(self, name: str) -> list[Rank]:
         """The ranks at which a scheme's errors are measured: its cheapest, and those nearest below parts of the layer's MACs."""
         if name in self._anchors:
             return self._anchors[name]
-        offers = self.cheaper(name)
+        scheme = schemes.get_scheme(name)
+        block = replace(self.spec.one_group(), bias=False)
+        offers: list[tuple[Rank, float]] = []
+        for rank in scheme.ranks(block):
+            part = chain_cost(schemes.chain_of(scheme, self.spec, rank), self.site.sizes).macs / max(self.site.cost.macs, 1)
+            if part < 1 or not offers:
+                offers.append((rank, part))
+            elif isinstance(rank, int):
+                break
         bounds = None if isinstance(offers[0][0], int) else self.bounds(name, [rank for rank, _ in offers])
         chosen: dict[Rank, None] = {offers[0][0]: None}
         for fraction in ANCHORS:
-            within = [at for at, (_, cost) in enumerate(offers) if cost.macs <= fraction * self.site.cost.macs]
+            within = [at for at, (_, part) in enumerate(offers) if part <= fraction]
             if within:  # of pairs the one that the weights like best
                 chosen[offers[within[-1] if bounds is None else min(within, key=bounds.__getitem__)][0]] = None
         self._anchors[name] = sorted(chosen)
@@ -163,64 +146,42 @@ class Workings:
             found.append((values[int(values.sum(1).argmax())].tolist(), (matrix.shape[1], matrix.shape[2])))
         return found
 
+    def _errors_at(self, name: str, anchors: list[Rank]) -> list[float]:
+        if self.study.images is None:
+            return list(self._cache.get("errors", [digest(self.weight), *self._key, name, _plain(anchors)], lambda: self._rough(name)))
+        if not self._judged:
+            self._judge()
+        return [self._judged[name, rank] for rank in anchors]
+
     def _judge(self) -> None:
-        """Errors on data at the anchors of every scheme - all links fitted where that may pay, else the last one only - and near `PROBES`.
+        """Errors on data at the anchors of every scheme: all links fitted where that may pay, elsewhere the last one only.
 
         An option is far off if, so far, others leave less than half of its error and cost no more, by each measure: fitting all
         links lowers errors by some tens of percent.
         """
         rough: dict[tuple[str, Rank], tuple[float, list[float]]] = {}
-        for name in self._admissible():
-            anchors = self.anchors(name)
-            key = [self.study.digest, *self._key, name, _plain(anchors)]
-            for rank, error in zip(anchors, self._cache.get("rough", key, partial(self._rough, name)), strict=True):
-                rough[name, rank] = error, self._costs(name, rank)
+        for name in self.names:
+            if schemes.refusal(schemes.get_scheme(name), self.spec) is None:
+                anchors = self.anchors(name)
+                key = [self.study.digest, *self._key, name, _plain(anchors)]
+                for rank, error in zip(anchors, self._cache.get("rough", key, partial(self._rough, name)), strict=True):
+                    rough[name, rank] = error, self._costs(name, rank)
 
         def far(error: float, costs: list[float]) -> bool:
             better = [its for other, its in rough.values() if other * FAR < error]
             return all(any(its[m] <= cost for its in better) for m, cost in enumerate(costs))
 
-        found = {option: error if far(error, costs) else self._fitted(*option) for option, (error, costs) in rough.items()}
-        self._probed = self._near_probes(found)
-        self._judged = found | {option: self._fitted(*option) for option in self._probed if option not in found}
+        wide = self.weight[0].numel() > WIDE_SIDE
+        for (name, rank), (error, costs) in rough.items():
 
-    def _admissible(self) -> list[str]:
-        return [name for name in self.names if schemes.refusal(schemes.get_scheme(name), self.spec) is None]
+            def fitted(name: str = name, rank: Rank = rank) -> float:
+                self._begin()
+                error, factors = self._fit(name, rank, self._tried.get((name, rank)), WIDE_ITERATIONS if wide else ITERATIONS)
+                self._tried[name, rank] = {link: factor.float() for link, factor in factors.items()}
+                return error
 
-    def _fitted(self, name: str, rank: Rank) -> float:
-        """The error on data with all links fitted."""
-
-        def fitted() -> float:
-            self._begin()
-            iterations = WIDE_ITERATIONS if self.weight[0].numel() > WIDE_SIDE else ITERATIONS
-            error, factors = self._fit(name, rank, self._tried.get((name, rank)), iterations)
-            self._tried[name, rank] = {link: factor.float() for link, factor in factors.items()}
-            return error
-
-        return float(self._cache.get("fitted", [self.study.digest, *self._key, name, _plain([rank])], fitted))
-
-    def _near_probes(self, measured: Mapping[tuple[str, Rank], float]) -> list[tuple[str, Rank]]:
-        """Options of about the least MACs, and of about the fewest parameters, for errors near `PROBES`."""
-        every: list[tuple[str, Rank]] = []
-        costs: list[Cost] = []
-        errors: list[float] = []
-        for name in self._admissible():
-            ranks = [rank for rank, _ in self.cheaper(name)]
-            every += [(name, rank) for rank in ranks]
-            costs += [cost for _, cost in self.cheaper(name)]
-            errors += self._between(name, {rank: error for (other, rank), error in measured.items() if other == name}, ranks)
-        error = np.maximum(np.array(errors), TINY)
-        farther = np.array([0.0 if option in measured else AT_HAND for option in every])
-        chosen: dict[tuple[str, Rank], None] = {}
-        for measure in ("macs", "params"):
-            cost = np.array([float(getattr(its, measure)) for its in costs])
-            order = np.argsort(cost, kind="stable")
-            least = np.minimum.accumulate(error[order])[np.searchsorted(cost[order], cost, side="right") - 1]
-            good = np.flatnonzero(error <= NEAR * least)  # of one error, schemes do different harm: those that may be chosen
-            for probe in PROBES:
-                off = np.abs(np.log(error[good] / probe)) + farther[good]
-                chosen[every[int(good[off.argmin()])]] = None
-        return list(chosen)
+            key = [self.study.digest, *self._key, name, _plain([rank])]
+            self._judged[name, rank] = error if far(error, costs) else self._cache.get("fitted", key, fitted)
 
     def _costs(self, name: str, rank: Rank) -> list[float]:
         """MACs, parameters and, where options were timed, milliseconds between those of the nearest offers."""
@@ -250,14 +211,22 @@ class Workings:
         factors = schemes.fit(scheme, self.spec, self.weight, rank, ridged, start=start, iterations=iterations)
         return objective.value(scheme.kernel(replace(self.spec.one_group(), bias=False), factors)), factors
 
+    def look_closer(self, name: str, rank: Rank) -> bool:
+        """Measure what an option does to the network, unless that is known of one with nearly its error; whether it was not."""
+        if self.study.images is None:
+            return False
+        (error,) = self.estimate(name, [rank])
+        if any(abs(np.log(max(error, TINY) / max(known, TINY))) < WIDTH / 4 for known, _ in self._probes()):
+            return False
+        key = [self.study.digest, *self._key, name, *_plain([rank])]
+        self._known.append(tuple(self._cache.get("effect", key, lambda: [error, self._effect(name, rank)])))
+        return True
+
     def _probes(self) -> list[tuple[float, float]]:
         """Pairs of an error of this layer and what it does to the network."""
         if not self._known:
-            if not self._judged:
-                self._judge()
-            key = [self.study.digest, *self._key, [[name, *_plain([rank])] for name, rank in self._probed]]
-            harm = self._cache.get("damage", key, lambda: [self._effect(*option) for option in self._probed])
-            self._known = [(self._judged[option], its) for option, its in zip(self._probed, harm, strict=True)]
+            found = self._cache.get("damage", [self.study.digest, *self._key, sorted(self.names)], self._damages)
+            self._known = [(error, harm) for error, harm in found]
             self._tried.clear()
         return self._known
 
@@ -265,6 +234,25 @@ class Workings:
         factors = self._tried[name, rank] if (name, rank) in self._tried else self._fit(name, rank, None, ITERATIONS)[1]
         links = schemes.build(schemes.chain_of(schemes.get_scheme(name), self.spec, rank), self.layer, factors)
         return self.study.divergence(self.site.name, links)
+
+    def _damages(self) -> list[tuple[float, float]]:
+        """The same, first of all for options with errors near `PROBES` that cost about the least for them."""
+        every: list[tuple[float, str, Rank, Cost]] = []
+        for name in self.names:
+            scheme = schemes.get_scheme(name)
+            if schemes.refusal(scheme, self.spec) is None:
+                anchors = self.anchors(name)
+                for rank, error in zip(anchors, self._errors_at(name, anchors), strict=True):
+                    every.append((error, name, rank, chain_cost(schemes.chain_of(scheme, self.spec, rank), self.site.sizes)))
+
+        def beaten(option: tuple[float, str, Rank, Cost], measure: str) -> bool:
+            cost = getattr(option[3], measure)
+            return any(other[0] * NEAR < option[0] and getattr(other[3], measure) <= cost for other in every)
+
+        # Of one error, schemes do different harm: look at those that may be chosen.
+        every = [option for option in every if not (beaten(option, "macs") and beaten(option, "params"))]
+        chosen = {min(every, key=lambda option: abs(np.log(max(option[0], TINY) / probe))): None for probe in PROBES}
+        return [(error, self._effect(name, rank)) for error, name, rank, _ in chosen]
 
     def _begin(self) -> None:
         self._refuse_meta()
@@ -283,3 +271,8 @@ class Workings:
 def _plain(ranks: Sequence[Rank]) -> list[Any]:
     """Ranks as JSON has them."""
     return [list(rank) if isinstance(rank, tuple) else rank for rank in ranks]
+
+
+def _log_of_error(negative: Any) -> Any:
+    """Errors, given as their negatives so that they rise with quality, on a logarithmic scale."""
+    return -np.log(np.maximum(-negative, TINY))

@@ -60,9 +60,9 @@ def by_error(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choic
     return least_damage(tables, allowed, lambda _table, errors: errors)
 
 
-def by_sensitivity(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choice:
-    """Least sum of what errors do to the network, as measured of each layer alone."""
-    return least_damage(tables, allowed, Table.damage)
+def by_half(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choice:
+    """Least sum of the geometric means of a layer's error and what that does to the network: differences between layers count by half."""
+    return least_damage(tables, allowed, lambda table, errors: [(d * e) ** 0.5 for d, e in zip(table.damage(errors), errors, strict=True)])
 
 
 def by_one_weight(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choice:
@@ -78,8 +78,8 @@ RIVALS: dict[str, dict[str, Any]] = {
     "equal relative error (ALDS)": {"rule": equal_error},
 }
 WEIGHTINGS: dict[str, Any] = {
-    "output sensitivity, halved": "budget",
-    "output sensitivity": by_sensitivity,
+    "output sensitivity": "budget",
+    "output sensitivity, halved": by_half,
     "one weight": by_one_weight,
     "none": by_error,
     "equal error": equal_error,
