@@ -114,8 +114,9 @@ def run_accuracy(options: argparse.Namespace, add: Add) -> None:
                 else:
                     dense, model, plan = cut(options, case, seed)
                     report, found = compare(dense, model, x[:1], plan=plan), {"cut": accuracy(model, test, labels)}
-                    kept = options.work / f"{case}-{seed}.pt"
+                    kept, begun = options.work / f"{case}-{seed}.pt", time.perf_counter()
                     histories = (fine_tune(model, Batches(x, y), teacher=dense, settings=settings, checkpoint=kept, progress=True),)
+                seconds = round(time.perf_counter() - begun, 1)
                 before, after = accuracy(dense, test, labels), accuracy(model, test, labels)
                 return {
                     "params_saved": round(report.params_saved, 4),
@@ -127,7 +128,7 @@ def run_accuracy(options: argparse.Namespace, add: Add) -> None:
                     "epochs": settings.epochs * options.stages,
                     "losses": [round(epoch.loss, 4) for history in histories for epoch in history.epochs],
                     "settings": histories[-1].settings,
-                    "seconds": round(time.perf_counter() - begun, 1),
+                    "seconds": seconds,
                 }
 
             changed = {**options.settings, **({"stages": options.stages} if options.stages > 1 else {})}

@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="of each block, at most an epoch")
     parser.add_argument("--json", type=Path, default=RECIPES / "finetune_stages.json")
     options = parser.parse_args()
+    if options.epochs < 2 or options.epochs % 2 or "epochs" in options.settings:
+        parser.error("--epochs: expected an even number, 2 or more, and none in --settings")
     options.work.mkdir(parents=True, exist_ok=True)
     x, y, held, labels = training(options, held_out=True)
     dense, start, _ = cut(options, CASE, 0)
