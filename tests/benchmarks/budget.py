@@ -98,11 +98,23 @@ def compressed(model: nn.Module, x: Tensor, budget: Budget, batches: Any, **keyw
     }
 
 
+@torch.inference_mode()
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """Logarithms of the probabilities that a network gives."""
+    return torch.cat([model(part) for part in x.split(100)]).log_softmax(1)
+
+
+def divergence(wanted: Tensor, given: Tensor) -> float:
+    """Kullback-Leibler, of one network's outputs from another's, in nats: it differs where accuracies only differ by noise."""
+    return round(float((wanted.exp() * (wanted - given)).sum(1).mean()), 4)
+
+
 def run_accuracy(options: argparse.Namespace, add: Add, rivals: Sequence[str] = ("ours",)) -> None:
     train, (test, labels) = cifar10(options.data / "cifar10", "train")[0], cifar10(options.data / "cifar10", "test")
     x, y = to_input(test), torch.from_numpy(labels)
     for depth in options.depth:
-        model, dense = network(options.data, depth), dict[str, float]()
+        model = network(options.data, depth)
+        wanted = outputs(model, x)
         for seed in options.seeds if len(rivals) == 1 else (0,):
             for measure, fractions in (GOALS[depth] if len(rivals) == 1 else RIVAL_GOALS).items():
                 for fraction in fractions:
@@ -115,13 +127,14 @@ def run_accuracy(options: argparse.Namespace, add: Add, rivals: Sequence[str] = 
                             measure: str = measure,
                             fraction: float = fraction,
                             rival: str = rival,
-                            dense: dict[str, float] = dense,
+                            wanted: Tensor = wanted,
                         ) -> dict[str, Any]:
                             batches = Calibration(draw(train, options.images, seed).split(128), seed=seed)
                             cut, found = compressed(model, x, Budget(**{measure: fraction}), batches, **RIVALS[rival])
-                            now, before = accuracy(cut, x, y), dense.get("accuracy") or accuracy(model, x, y)
-                            dense["accuracy"] = before
-                            return {"images": options.images, "dense": before, "cut": now, "drop": round(before - now, 2), **found}
+                            given = outputs(cut, x)
+                            before, now = (round(100 * float((its.argmax(1) == y).float().mean()), 2) for its in (wanted, given))
+                            drop, off = round(before - now, 2), divergence(wanted, given)
+                            return {"images": options.images, "dense": before, "cut": now, "drop": drop, "divergence": off, **found}
 
                         add(key, run)
 
@@ -135,8 +148,7 @@ def run_weightings(options: argparse.Namespace, add: Add) -> None:
     x, y = to_input(images[45000:]), torch.from_numpy(labels[45000:])
     for depth in options.depth:
         model = network(options.data, depth)
-        with torch.no_grad():
-            wanted = torch.cat([model(part) for part in x.split(500)]).log_softmax(1)
+        wanted = outputs(model, x)
         for measure, fraction in (("params", 0.25), ("macs", 0.3)):
             for weighting, rule in WEIGHTINGS.items():
 
@@ -145,10 +157,7 @@ def run_weightings(options: argparse.Namespace, add: Add) -> None:
                 ) -> dict[str, Any]:
                     batches = draw(images, 512, 0).split(128)
                     cut, found = compressed(model, x, Budget(**{measure: fraction}), batches, rule=rule)
-                    with torch.no_grad():
-                        given = torch.cat([cut(part) for part in x.split(500)]).log_softmax(1)
-                    divergence = float((wanted.exp() * (wanted - given)).sum(1).mean())
-                    return {"divergence": round(divergence, 4), "held_out_accuracy": accuracy(cut, x, y), **found}
+                    return {"divergence": divergence(wanted, outputs(cut, x)), "held_out_accuracy": accuracy(cut, x, y), **found}
 
                 add({"network": f"ResNet-{depth}", "measure": measure, "keep": fraction, "weighting": weighting}, run)
 
