@@ -37,7 +37,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - makes torchvision importable beside a CPU build of torch
-from calibrated import Add, draw, network, recorder
+from calibrated import Add, divergence, draw, network, outputs, recorder
 from cifar import accuracy, cifar10, load_resnet, to_input
 
 from dsconv_surgery import Budget, Calibration, Recipe, compress
@@ -96,17 +96,6 @@ def compressed(model: nn.Module, x: Tensor, budget: Budget, batches: Any, **keyw
         "schemes": dict(Counter(cut.scheme for cut in small.plan.cuts)),
         "seconds": round(time.perf_counter() - begun, 1),
     }
-
-
-@torch.inference_mode()
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    """Logarithms of the probabilities that a network gives."""
-    return torch.cat([model(part) for part in x.split(100)]).log_softmax(1)
-
-
-def divergence(wanted: Tensor, given: Tensor) -> float:
-    """Kullback-Leibler, of one network's outputs from another's, in nats: it differs where accuracies only differ by noise."""
-    return round(float((wanted.exp() * (wanted - given)).sum(1).mean()), 4)
 
 
 def run_accuracy(options: argparse.Namespace, add: Add, rivals: Sequence[str] = ("ours",)) -> None:

@@ -67,6 +67,17 @@ def network(data: Path, depth: int) -> nn.Module:
     return load_resnet(data / "weights" / f"resnet{depth}_cifar10.safetensors", depth)
 
 
+@torch.inference_mode()
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """Logarithms of the probabilities that a network gives."""
+    return torch.cat([model(part) for part in x.split(500)]).log_softmax(1)
+
+
+def divergence(wanted: Tensor, given: Tensor) -> float:
+    """Kullback-Leibler, of one network's outputs from another's, in nats: it differs where accuracies only differ by noise."""
+    return round(float((wanted.exp() * (wanted - given)).sum(1).mean()), 4)
+
+
 def draw(images: np.ndarray, count: int, seed: int) -> Tensor:
     """Of the first 45,000 training images; the last 5,000 are what choices were made on."""
     return to_input(images[np.random.default_rng(seed).permutation(45000)[:count]])
@@ -131,8 +142,7 @@ def run_ablation(options: argparse.Namespace, add: Callable[..., None]) -> None:
         model = network(options.data, depth)
         count = 512 if depth == 20 else 256
         batches = draw(train, count, 0).split(128)
-        with torch.no_grad():
-            wanted = torch.cat([model(part) for part in x.split(500)]).log_softmax(1)
+        wanted = outputs(model, x)
         for scheme, settings in (("cp", {"budget": Budget(params=0.27)}), ("depthwise", {"rule": "fixed", "rank": 2})):
             if scheme not in options.schemes:
                 continue
@@ -150,11 +160,9 @@ def run_ablation(options: argparse.Namespace, add: Callable[..., None]) -> None:
                             keep_better_norms(model, cut, images, always=True)
                     else:
                         cut = cut_for_data(model, plan, images, {}, False, steps)[0]
-                    with torch.no_grad():
-                        given = torch.cat([cut(part) for part in x.split(500)]).log_softmax(1)
-                    right = [100 * float((outputs.argmax(1) == y).double().mean()) for outputs in (wanted, given)]
-                    divergence = float((wanted.exp() * (wanted - given)).sum(1).mean())
-                    return {"dense": round(right[0], 2), "cut": round(right[1], 2), "divergence": round(divergence, 4)}
+                    given = outputs(cut, x)
+                    right = [100 * float((its.argmax(1) == y).double().mean()) for its in (wanted, given)]
+                    return {"dense": round(right[0], 2), "cut": round(right[1], 2), "divergence": divergence(wanted, given)}
 
                 add(key, run)
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from calibrated import Add, draw, network, recorder
+from calibrated import Add, divergence, draw, network, outputs, recorder
 from cifar import Batches, CifarResNet, accuracy, cifar10, demo_images, demo_resnet20, load_resnet, to_input
 
 from dsconv_surgery import Budget, FineTune, Recipe, apply_plan, compare, compress, fine_tune, load, optimise, save
@@ -219,12 +219,11 @@ def held_out_by(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def judged(dense: nn.Module, model: nn.Module, held: Tensor, labels: Tensor) -> dict[str, float]:
-    with torch.inference_mode():
-        wanted, given = (torch.cat([m(part) for part in held.split(500)]).log_softmax(1) for m in (dense, model))
+    wanted, given = outputs(dense, held), outputs(model, held)
     return {
         "tuned": accuracy(model, held, labels),
         "held_out_loss": round(float(F.nll_loss(given, labels)), 4),
-        "divergence": round(float((wanted.exp() * (wanted - given)).sum(1).mean()), 4),
+        "divergence": divergence(wanted, given),
     }
 
 
