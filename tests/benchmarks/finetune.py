@@ -2,7 +2,7 @@
 
 python tests/benchmarks/finetune.py accuracy --data ../shared/data   ResNet-20 and -56 cut and tuned, whole test set, last weights
 python tests/benchmarks/finetune.py ablation --data ../shared/data   one setting after the other, judged on held-out training images, warped
-    ... --dense FILE                                                 ... as they are, of a network trained without them
+    ... --dense tests/benchmarks/resnet20-45000.safetensors          ... as they are, of a network trained without them
 python tests/benchmarks/finetune.py starts --data ../shared/data     our start against random factors, data-free ones and scratch
 python tests/benchmarks/finetune.py plot                             what `starts` found, as recipes/finetune_starts.png
 python tests/benchmarks/finetune.py recipes                          what `accuracy` found, beside each recipe
@@ -115,7 +115,9 @@ def run_accuracy(options: argparse.Namespace, add: Add) -> None:
                     dense, model, plan = cut(options, case, seed)
                     report, found = compare(dense, model, x[:1], plan=plan), {"cut": accuracy(model, test, labels)}
                     kept, begun = options.work / f"{case}-{seed}.pt", time.perf_counter()
-                    histories = (fine_tune(model, Batches(x, y), teacher=dense, settings=settings, checkpoint=kept, progress=True),)
+                    histories = (
+                        fine_tune(model, Batches(x, y), teacher=dense, plan=plan, settings=settings, checkpoint=kept, progress=True),
+                    )
                 seconds = round(time.perf_counter() - begun, 1)
                 before, after = accuracy(dense, test, labels), accuracy(model, test, labels)
                 return {
@@ -141,6 +143,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "no teacher (labels alone)": {"distill": 0.0, "teacher": False},
     "teacher alone": {"distill": 1.0},
     "half labels, half teacher": {"distill": 0.5},
+    "a fifth labels": {"distill": 0.8},
     "temperature 1": {"temperature": 1.0},
     "temperature 4": {"temperature": 4.0},
     "images not mixed": {"mix": 0.0},
@@ -165,6 +168,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "warm-up 20 %": {"warmup": 0.2},
     "decay of products 1e-4": {"weight_decay": 1e-4},
     "decay of products 1e-2": {"weight_decay": 1e-2},
+    "decay of products 5e-2": {"weight_decay": 5e-2},
     "AdamW, decay of factors 1e-2": {"maker": "adamw", "factor_decay": 1e-2},
     "weights averaged, 0.99": {"average": 0.99},
     "weights averaged, 0.998": {"average": 0.998},
