@@ -108,7 +108,7 @@ def run_accuracy(options: argparse.Namespace, add: Add) -> None:
                     dense = network(options.data, CASES[case][0])
                     images = draw(cifar10(options.data / "cifar10", "train")[0], 1024, seed)
                     small = replace(recipe, seed=seed, stages=options.stages, fine_tune=settings).run(
-                        dense, images[:1], calibration=images.split(128), train=Batches(x, y), progress=True
+                        dense, images[:1], calibration=images.split(128), train=Batches(x, y, options.batch), progress=True
                     )
                     model, report, histories, found = small.model, small.report, small.tuned, dict[str, Any]()
                 else:
@@ -116,7 +116,9 @@ def run_accuracy(options: argparse.Namespace, add: Add) -> None:
                     report, found = compare(dense, model, x[:1], plan=plan), {"cut": accuracy(model, test, labels)}
                     kept, begun = options.work / f"{case}-{seed}.pt", time.perf_counter()
                     histories = (
-                        fine_tune(model, Batches(x, y), teacher=dense, plan=plan, settings=settings, checkpoint=kept, progress=True),
+                        fine_tune(
+                            model, Batches(x, y, options.batch), teacher=dense, plan=plan, settings=settings, checkpoint=kept, progress=True
+                        ),
                     )
                 seconds = round(time.perf_counter() - begun, 1)
                 before, after = accuracy(dense, test, labels), accuracy(model, test, labels)
@@ -133,7 +135,7 @@ def run_accuracy(options: argparse.Namespace, add: Add) -> None:
                     "seconds": seconds,
                 }
 
-            changed = {**options.settings, **({"stages": options.stages} if options.stages > 1 else {})}
+            changed = {**options.settings, **({"stages": options.stages} if options.stages > 1 else {}), **batches_of(options)}
             add({"case": case, "seed": seed, "changed": changed or None}, run)
 
 
@@ -201,7 +203,13 @@ def run_ablation(options: argparse.Namespace, add: Add) -> None:
                 before = accuracy(model, held, labels)
                 begun = time.perf_counter()
                 history = fine_tune(
-                    model, Batches(x, y), teacher=teacher, plan=plan, settings=settings, optimizer=makers[kind], progress=True
+                    model,
+                    Batches(x, y, options.batch),
+                    teacher=teacher,
+                    plan=plan,
+                    settings=settings,
+                    optimizer=makers[kind],
+                    progress=True,
                 )
                 seconds = round(time.perf_counter() - begun, 1)
                 return {
@@ -219,7 +227,12 @@ def run_ablation(options: argparse.Namespace, add: Add) -> None:
 
 def held_out_by(options: argparse.Namespace) -> dict[str, Any]:
     """What is added to the key of a row: the settings that others are changes of, and the network in place of the usual one."""
-    return {"base": options.settings or None, "network": options.dense.stem if options.dense else None}
+    base = {**options.settings, **batches_of(options)}
+    return {"base": base or None, "network": options.dense.stem if options.dense else None}
+
+
+def batches_of(options: argparse.Namespace) -> dict[str, int]:
+    return {"batch": options.batch} if options.batch != 128 else {}
 
 
 def judged(dense: nn.Module, model: nn.Module, held: Tensor, labels: Tensor) -> dict[str, float]:
@@ -430,6 +443,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="lines of the ablation that contain one of these words")
     parser.add_argument("--settings", type=json.loads, default={}, help='other FineTune settings, as {"lr": 0.002}')
     parser.add_argument("--stages", type=int, default=1, help="for accuracy: reach the budget in so many cuts, with the epochs after each")
+    parser.add_argument("--batch", type=int, default=128, help="for accuracy and ablation: images to a step")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--json", type=Path)

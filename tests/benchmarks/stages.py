@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="of the first ways, an even number")
     parser.add_argument("--only", nargs="*", help="ways that contain one of these words")
     parser.add_argument("--settings", type=json.loads, default={}, help='other FineTune settings, as {"lr": 0.002}')
+    parser.add_argument("--batch", type=int, default=128, help="images to a step")
     parser.add_argument("--steps", type=int, default=150, help="of each block, at most an epoch")
     parser.add_argument("--json", type=Path, default=RECIPES / "finetune_stages.json")
     options = parser.parse_args()
@@ -86,17 +87,17 @@ def main() -> None:
     add = recorder(options.json, "stages.py")
 
     def once(model: nn.Module, epochs: int) -> nn.Module:
-        fine_tune(model, Batches(x, y), teacher=dense, settings=replace(settings, epochs=epochs))
+        fine_tune(model, Batches(x, y, options.batch), teacher=dense, settings=replace(settings, epochs=epochs))
         return model
 
     def twice() -> nn.Module:
         images = draw(cifar10(options.data / "cifar10", "train")[0], 1024, 0)
         recipe = replace(CASES[CASE][1], stages=2, fine_tune=replace(settings, epochs=half))
-        return recipe.run(dense, images[:1], calibration=images.split(128), train=Batches(x, y)).model
+        return recipe.run(dense, images[:1], calibration=images.split(128), train=Batches(x, y, options.batch)).model
 
     def blocks_first(epochs: int) -> nn.Module:
         _, model, _ = cut(options, CASE, 0)
-        block_by_block(dense, model, Batches(x, y), options.steps, settings.lr)
+        block_by_block(dense, model, Batches(x, y, options.batch), options.steps, settings.lr)
         return once(model, epochs) if epochs else model
 
     ways = {
