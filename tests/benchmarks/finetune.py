@@ -1,8 +1,7 @@
 """Fine-tuning after surgery: what README and recipes say of it.
 
 python tests/benchmarks/finetune.py accuracy --data ../shared/data   ResNet-20 and -56 cut and tuned, whole test set, last weights
-python tests/benchmarks/finetune.py ablation --data ../shared/data   one setting after the other, judged on held-out training images, warped
-    ... --dense tests/benchmarks/resnet20-45000.safetensors          ... as they are, of a network trained without them
+python tests/benchmarks/finetune.py ablation --data ../shared/data   one setting after the other, judged on held-out training images
 python tests/benchmarks/finetune.py starts --data ../shared/data     our start against random factors, data-free ones and scratch
 python tests/benchmarks/finetune.py plot                             what `starts` found, as recipes/finetune_starts.png
 python tests/benchmarks/finetune.py recipes                          what `accuracy` found, beside each recipe
@@ -10,7 +9,9 @@ python tests/benchmarks/finetune.py cost                             time of a s
 python tests/benchmarks/finetune.py kills                            kill -9 at random moments, and going on
 
 Cut networks are calibrated on 1,024 unlabelled training images and kept in --work; results are added to recipes/finetune_*.json as they
-come, and what is there already is not run again. Nothing is chosen on test images.
+come, and what is there already is not run again. Nothing is chosen on test images but on the last 5,000 training images: `ablation` and
+`starts` are of `resnet20-45000.safetensors`, a ResNet-20 trained without them (examples/train_cifar.py --hold-out 5000 --epochs 40); the
+networks in --data know theirs by heart (99.8 %), and so do networks cut from them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from dsconv_surgery import Budget, FineTune, Recipe, apply_plan, compare, compre
 from dsconv_surgery.checkpoint import read_plan
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+JUDGE = Path(__file__).with_name("resnet20-45000.safetensors")
 RECIPE_OF = {
     "resnet20-alds": "resnet20-cifar10-params-25-tuned",
     "resnet20-half": "resnet20-cifar10-half-tuned",
@@ -59,11 +61,13 @@ def tuning(case: str, **changes: Any) -> FineTune:
     return replace(settings, **changes)
 
 
-def cut(options: argparse.Namespace, case: str, seed: int) -> tuple[nn.Module, nn.Module, Any]:
+def cut(options: argparse.Namespace, case: str, seed: int, held_out: bool) -> tuple[nn.Module, nn.Module, Any]:
     """Dense and cut network, and the plan; cut once and kept."""
     depth, recipe = CASES[case]
-    dense = load_resnet(options.dense, depth) if options.dense else network(options.data, depth)
-    folder = options.work / "-".join([case, str(seed), *([options.dense.stem] if options.dense else [])])
+    if held_out and depth != 20:
+        raise SystemExit(f"{case}: expected a case of ResNet-20, the only network trained without the images held out")
+    dense = load_resnet(JUDGE, depth) if held_out else network(options.data, depth)
+    folder = options.work / "-".join([case, str(seed), *([JUDGE.stem] if held_out else [])])
     if not (folder / "plan.json").exists():
         images = draw(cifar10(options.data / "cifar10", "train")[0], 1024, seed)
         small = replace(recipe, fine_tune=None, seed=seed).run(dense, images[:1], calibration=images.split(128), progress=True)
@@ -71,26 +75,12 @@ def cut(options: argparse.Namespace, case: str, seed: int) -> tuple[nn.Module, n
     return dense, load(dense, folder), read_plan(folder)
 
 
-def warped(x: Tensor) -> Tensor:
-    """Images turned, scaled and shifted a little, as none were in training."""
-    draws = torch.Generator().manual_seed(0)
-    angle, scale, *shift = (torch.rand(4, len(x), generator=draws) * 2 - 1) * torch.tensor([0.26, 0.12, 0.06, 0.06])[:, None]
-    cosine, sine = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
-    rows = torch.stack([torch.stack([cosine, -sine, shift[0]], 1), torch.stack([sine, cosine, shift[1]], 1)], 1)
-    return F.grid_sample(x, F.affine_grid(rows, list(x.shape), align_corners=False), align_corners=False, padding_mode="reflection")
-
-
 def training(options: argparse.Namespace, held_out: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels to train on, and to judge by: training images held out, or the test images.
-
-    The dense networks were trained on the images held out, too, and know them by heart (99.8 %); a network cut from them still does, and
-    whatever training forgets would count against it. So they are judged by as slightly `warped` ones, on which ResNet-20 has 92.9 %; or,
-    as they are, with a network that was trained without them (`--dense`).
-    """
+    """Images and labels to train on, and to judge by: 5,000 training images held out, or the test images."""
     images, labels = cifar10(options.data / "cifar10", "train")
     x, y = to_input(images), torch.from_numpy(labels)
     if held_out:
-        return x[:45000], y[:45000], x[45000:] if options.dense else warped(x[45000:]), y[45000:]
+        return x[:45000], y[:45000], x[45000:], y[45000:]
     test, test_labels = cifar10(options.data / "cifar10", "test")
     return x, y, to_input(test), torch.from_numpy(test_labels)
 
@@ -112,7 +102,7 @@ def run_accuracy(options: argparse.Namespace, add: Add) -> None:
                     )
                     model, report, histories, found = small.model, small.report, small.tuned, dict[str, Any]()
                 else:
-                    dense, model, plan = cut(options, case, seed)
+                    dense, model, plan = cut(options, case, seed, held_out=False)
                     report, found = compare(dense, model, x[:1], plan=plan), {"cut": accuracy(model, test, labels)}
                     kept, begun = options.work / f"{case}-{seed}.pt", time.perf_counter()
                     histories = (
@@ -139,7 +129,7 @@ def run_accuracy(options: argparse.Namespace, add: Add) -> None:
             add({"case": case, "seed": seed, "changed": changed or None}, run)
 
 
-# One setting changed at a time; the scores are of 5,000 training images held out, warped.
+# One setting changed at a time; the scores are of 5,000 training images held out.
 ABLATION: dict[str, dict[str, Any]] = {
     "defaults": {},
     "no teacher (labels alone)": {"distill": 0.0, "teacher": False},
@@ -187,7 +177,7 @@ def run_ablation(options: argparse.Namespace, add: Add) -> None:
                 continue
 
             def run(case: str = case, change: dict[str, Any] = change) -> dict[str, Any]:
-                dense, model, plan = cut(options, case, 0)
+                dense, model, plan = cut(options, case, 0, held_out=True)
                 change = {**options.settings, **change}
                 teacher = dense if change.pop("teacher", True) else None
                 optimise.SCALING = change.pop("scaling", optimise.SCALING)
@@ -221,14 +211,13 @@ def run_ablation(options: argparse.Namespace, add: Add) -> None:
                     "seconds": seconds,
                 }
 
-            add({"case": case, "change": name, **held_out_by(options)}, run)
+            add({"case": case, "change": name, **base_of(options)}, run)
             optimise.SCALING = 0.0
 
 
-def held_out_by(options: argparse.Namespace) -> dict[str, Any]:
-    """What is added to the key of a row: the settings that others are changes of, and the network in place of the usual one."""
-    base = {**options.settings, **batches_of(options)}
-    return {"base": base or None, "network": options.dense.stem if options.dense else None}
+def base_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What is added to the key of a row: the settings that others are changes of."""
+    return {"base": {**options.settings, **batches_of(options)} or None}
 
 
 def batches_of(options: argparse.Namespace) -> dict[str, int]:
@@ -264,7 +253,7 @@ def run_starts(options: argparse.Namespace, add: Add) -> None:
 
         def run(start: str = start) -> dict[str, Any]:
             case = "resnet20-alds"
-            dense, model, plan = cut(options, case, 0)
+            dense, model, plan = cut(options, case, 0, held_out=True)
             settings = tuning(case, **options.settings)
             if start != "calibrated factors":  # far off: what is best for a start like these, see the recipe
                 far = {
@@ -436,9 +425,6 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path.home() / ".cache" / "dsconv-surgery-benchmarks", help="where cut networks are kept"
     )
-    parser.add_argument(
-        "--dense", type=Path, help="for ablation: a network by examples/train_cifar.py --hold-out 5000, to judge by images new to it"
-    )
     parser.add_argument("--cases", nargs="*", choices=list(CASES))
     parser.add_argument("--only", nargs="*", help="lines of the ablation that contain one of these words")
     parser.add_argument("--settings", type=json.loads, default={}, help='other FineTune settings, as {"lr": 0.002}')
@@ -448,8 +434,6 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.dense and options.what != "ablation":
-        parser.error(f"--dense is for ablation; {options.what} is of the networks in --data")
     options.work.mkdir(parents=True, exist_ok=True)
     runs[options.what](options, recorder(options.json or RECIPES / f"finetune_{options.what}.json", f"finetune.py {options.what}"))
 

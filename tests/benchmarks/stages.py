@@ -2,10 +2,9 @@
 
 python tests/benchmarks/stages.py --data ../shared/data
 
-ResNet-20 at a quarter of its parameters, calibrated on 1,024 images, trained on 45,000 training images and judged on the other 5,000,
-warped (see finetune.py, and there --dense). Ways: cut once; cut, tune, cut again, tune (`stages = 2` in a recipe); after the cut bring
-block after block nearer to what the dense network has there, given what the cut network feeds it, then tune. Results in
-recipes/finetune_stages.json.
+ResNet-20 at a quarter of its parameters, calibrated on 1,024 images, trained on 45,000 training images and judged on the other 5,000
+(see finetune.py). Ways: cut once; cut, tune, cut again, tune (`stages = 2` in a recipe); after the cut bring block after block nearer
+to what the dense network has there, given what the cut network feeds it, then tune. Results in recipes/finetune_stages.json.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from calibrated import draw, recorder
 from cifar import Batches, cifar10
-from finetune import CASES, RECIPES, cut, held_out_by, judged, training
+from finetune import CASES, RECIPES, base_of, cut, judged, training
 from torch import Tensor, nn
 
 from dsconv_surgery import FineTune, fine_tune
@@ -69,7 +68,6 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path.home() / ".cache" / "dsconv-surgery-benchmarks", help="where cut networks are kept"
     )
-    parser.add_argument("--dense", type=Path, help="as for the ablation of finetune.py")
     parser.add_argument("--epochs", type=int, default=2, help="of the first ways, an even number")
     parser.add_argument("--only", nargs="*", help="ways that contain one of these words")
     parser.add_argument("--settings", type=json.loads, default={}, help='other FineTune settings, as {"lr": 0.002}')
@@ -81,7 +79,7 @@ def main() -> None:
         parser.error("--epochs: expected an even number, 2 or more, and none in --settings")
     options.work.mkdir(parents=True, exist_ok=True)
     x, y, held, labels = training(options, held_out=True)
-    dense, start, _ = cut(options, CASE, 0)
+    dense, start, _ = cut(options, CASE, 0, held_out=True)
     settings = FineTune(**{"precision": "bfloat16", "channels_last": True, **options.settings})
     half = options.epochs // 2
     add = recorder(options.json, "stages.py")
@@ -96,13 +94,13 @@ def main() -> None:
         return recipe.run(dense, images[:1], calibration=images.split(128), train=Batches(x, y, options.batch)).model
 
     def blocks_first(epochs: int) -> nn.Module:
-        _, model, _ = cut(options, CASE, 0)
+        _, model, _ = cut(options, CASE, 0, held_out=True)
         block_by_block(dense, model, Batches(x, y, options.batch), options.steps, settings.lr)
         return once(model, epochs) if epochs else model
 
     ways = {
         "as cut": lambda: start,
-        f"cut, {2 * half} epochs": lambda: once(cut(options, CASE, 0)[1], 2 * half),
+        f"cut, {2 * half} epochs": lambda: once(cut(options, CASE, 0, held_out=True)[1], 2 * half),
         f"cut, {half} epoch{'s' * (half > 1)}, cut again, {half} epoch{'s' * (half > 1)}": twice,
         f"cut, {options.steps} steps for each block": lambda: blocks_first(0),
         f"cut, {options.steps} steps for each block, 1 epoch": lambda: blocks_first(1),
@@ -115,7 +113,7 @@ def main() -> None:
             torch.manual_seed(0)  # of what block after block draws; fine_tune has its own seed
             return judged(dense, run().eval().to(memory_format=torch.contiguous_format), held, labels)
 
-        add({"way": way, **held_out_by(options)}, row)
+        add({"way": way, **base_of(options)}, row)
 
 
 if __name__ == "__main__":
