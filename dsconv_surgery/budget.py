@@ -127,9 +127,8 @@ Rule = Callable[[Mapping[str, Table], Mapping[str, float]], Choice]  # tables, w
 
 
 def smallest_total(tables: Mapping[str, Table], measures: Sequence[str]) -> dict[str, float]:
-    """By measure, what the layers cost together with the cheapest offer of each."""
-    least = [table.smallest(measures)[1][1] for table in tables.values()]
-    return {m: sum(getattr(cost, m) for cost in least) for m in measures}
+    """By measure, what the layers cost together at least; for each measure by itself, so that not all need be reached at once."""
+    return {m: sum(getattr(table.smallest((m,))[1][1], m) for table in tables.values()) for m in measures}
 
 
 def check_settings(rule: str | Rule, budget: Budget | None, energy: float | None, rank: Rank | None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dsconv_surgery.files import replaced
 
 FOLDER_VARIABLE = "DSCONV_SURGERY_CACHE"
-FORMAT = 1  # of the entries; another one, another version of torch or of this library, and entries are not found
+FORMAT = 1  # of the entries; another one, another version of torch or other sources of this library, and entries are not found
 
 
 class Cache:
@@ -90,4 +90,6 @@ def _canonical(value: Any) -> bytes:
 
 @cache
 def _versions() -> list[str]:
-    return [version("dsconv_surgery"), torch.__version__]
+    home = Path(__file__).parent
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(home.rglob("*.py"))))
+    return [version("dsconv_surgery"), sources.hexdigest(), torch.__version__]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as plain_json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +19,7 @@ from dsconv_surgery.measure import in_channels_last
 from dsconv_surgery.pipeline import compress
 from dsconv_surgery.recipe import Recipe
 from dsconv_surgery.report import compare
-from dsconv_surgery.sources import example_input, image_batches, named_model
+from dsconv_surgery.sources import example_input, image_batches, named_model, shuffled
 from dsconv_surgery.sweep import FRACTIONS, pareto
 from dsconv_surgery.text import text_table
 
@@ -91,6 +92,7 @@ def compress_command(
     json: Json = False,
 ) -> None:
     """Cut a network and save it with its plan; prints what that saved."""
+    _check_folder(out)
     dense, example = _given(model, weights, input, channels_last)
     batches = None if calibration is None else image_batches(calibration, example, images, mean, std)
     budget = None if macs is params is time is None else Budget(macs, params, time)
@@ -159,6 +161,7 @@ def sweep(
     cache: Cached = True,
 ) -> None:
     """Cut a network to one budget after the other; prints what each costs and keeps."""
+    _check_folder(out)
     dense, example = _given(model, weights, input, channels_last)
     found = pareto(
         dense,
@@ -200,13 +203,14 @@ def run(
     json: Json = False,
 ) -> None:
     """Compress, and fine-tune towards the dense network, as a recipe says, and save."""
+    _check_folder(out)
     known = Recipe.load(recipe)
     if not (model or known.model):
         raise ValueError(f"recipe {recipe!r} names no model. Give one with --model.")
     dense, example = _given(model or known.model, weights, ",".join(map(str, known.input)), known.channels_last)
     count = known.calibration.images if known.calibration else 1
     batches = None if calibration is None else image_batches(calibration, example, count, mean, std)
-    tuning = None if train is None else image_batches(train, example, sys.maxsize, mean, std)
+    tuning = None if train is None else shuffled(image_batches(train, example, sys.maxsize, mean, std), known.seed)
     small = known.run(dense, example, calibration=batches, train=tuning, cache=cache, progress=True)
     save(small, out)
     for history in small.tuned:
@@ -233,6 +237,13 @@ def main() -> None:
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {' '.join(str(error).split())}", markup=False, highlight=False)
         sys.exit(1)
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse, before anything is computed, what could not be written to afterwards."""
+    home = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise ValueError(f"--out {out}: {home} is {'not writable' if home.is_dir() else 'a file'}, expected a folder to write to.")
 
 
 def _given(model: str, weights: str, shape: str, channels_last: bool) -> tuple[nn.Module, Tensor]:

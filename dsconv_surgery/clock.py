@@ -14,7 +14,7 @@ from torch.utils.benchmark import Timer
 from dsconv_surgery import ranks
 from dsconv_surgery.cache import Cache
 from dsconv_surgery.geometry import ConvSpec, Size
-from dsconv_surgery.measure import Conditions, conditions
+from dsconv_surgery.measure import Conditions, conditions, draws_kept
 from dsconv_surgery.schemes import make_layer
 
 SECONDS = 0.03  # of runs for the median of one geometry
@@ -41,7 +41,8 @@ class Clock:
         links = list(chain.values())
         # A bias or a name do not matter, so that layers alike share their timings.
         key = {"links": [str(link) for link in links], "sizes": [list(size) for size in sizes], **self._where}
-        return ranks.agreed(self._cache.get("latency", key, lambda: sum(self._measure(links, size) for size in sizes)))
+        with draws_kept():
+            return ranks.agreed(self._cache.get("latency", key, lambda: sum(self._measure(links, size) for size in sizes)))
 
     def _measure(self, links: Sequence[ConvSpec], size: Size) -> float:
         layers = nn.Sequential(*(make_layer(link, self._like) for link in links)).eval()

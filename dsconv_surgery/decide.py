@@ -120,6 +120,12 @@ class Settings:
             raise ValueError(f"multiple={multiple!r}: expected a whole number of channels, 1 or more.")
         self.multiple = multiple or (TIMED_MULTIPLE if "latency" in self.measures else 1)
         self.cache = cache
+        pairs = "tucker" in self.names
+        if rule == "evbmf" and not pairs:
+            raise ValueError(f"rule 'evbmf' finds ranks for tucker, which is not among schemes ({', '.join(self.names)}). Add it.")
+        if self.rank is not None and not (pairs if isinstance(self.rank, tuple) else set(self.names) - {"tucker"}):
+            takes = "a pair, as in rank=(8, 8)" if pairs else "one number"
+            raise ValueError(f"rank={self.rank!r}: schemes {', '.join(self.names)} take {takes}.")
 
     @property
     def rule_text(self) -> str:
@@ -193,6 +199,11 @@ class Decision:
         for name in chosen:
             if name not in tables:
                 raise ValueError(f"{self.settings.rule_text} chose for {name!r}, which has no option table.{nearest(name, list(tables))}")
+        spent = {m: sum(getattr(o.cost if (o := chosen.get(name)) else t.dense, m) for name, t in tables.items()) for m in allowed}
+        if not callable(rule) and any(spent[m] > allowed[m] * (1 + 1e-9) for m in allowed):
+            raise ValueError(
+                f"rule {rule!r} finds nothing within {' and '.join(allowed)} at once. Raise one of them, or use rule='budget'."
+            )
         return {name: chosen.get(name) for name in tables}
 
     def _settled(self, budget: Budget, allowed: dict[str, float], later: bool) -> tuple[Plan, Made]:
@@ -201,12 +212,19 @@ class Decision:
         least = smallest_total(self._tables, tuple(allowed))["latency"]
         tried: list[tuple[float, tuple[Plan, Made]]] = []
         for _ in range(SETTLING):
-            choice = self._chosen(allowed)
+            try:
+                choice = self._chosen(allowed)
+            except ValueError:
+                if not tried:
+                    raise
+                break  # a tighter limit leaves no choice: the best plan so far
             plan, made = self._written(budget, choice, later)
             tables_say = self.total.latency + sum(
                 option.cost.latency - self._tables[name].dense.latency for name, option in choice.items() if option
             )
-            dense, after = map(ranks.agreed, measure.latency([self.model, _stand_in(self.model, plan)], self.inputs, rounds=31))
+            with measure.draws_kept():
+                stand_in = _stand_in(self.model, plan)
+            dense, after = map(ranks.agreed, measure.latency([self.model, stand_in], self.inputs, rounds=31))
             after *= self.total.latency / dense  # the machine may be busier than when the budget was set
             timing = Timing(measure.conditions(self.inputs), self.total.latency, after, tables_say)
             off = abs(after - target) + (target if after > SLACK * target else 0.0)

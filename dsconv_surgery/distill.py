@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dsconv_surgery.measure import log_softmax
+
 Loss = Callable[..., Tensor]  # (outputs, *targets) -> a mean over the batch
 
 
@@ -78,12 +80,13 @@ class Lesson:
     def __call__(self, outputs: Any, wanted: Any, targets: tuple[Any, ...], kept: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its parts by name, before they are weighted; targets of `mixed` batches have those mixed in after them."""
         parts: dict[str, Tensor] = {}
-        if targets:
+        share = 0.0 if self.teacher is None else self._share if targets else 1.0
+        if share < 1:
             given = pytree.tree_map_only(Tensor, Tensor.float, outputs)
             half = len(targets) if kept == 1 else len(targets) // 2
-            parts["labels"] = kept * self._loss(given, *targets[:half])
+            parts["labels"] = kept * self._of_labels(given, targets[:half])
             if half < len(targets):
-                parts["labels"] = parts["labels"] + (1 - kept) * self._loss(given, *targets[half:])
+                parts["labels"] = parts["labels"] + (1 - kept) * self._of_labels(given, targets[half:])
         if self.teacher is not None:
             parts["teacher"] = self._apart(outputs, wanted)
             if self.blocks:
@@ -91,15 +94,27 @@ class Lesson:
                 parts["features"] = torch.stack([_off(u, v) for u, v in zip(mine, its, strict=True)]).mean()
                 for seen in self._seen:
                     seen.clear()
-        share = self._share if len(parts) > 1 and targets else float(self.teacher is not None)
         weights = {"labels": 1 - share, "teacher": share, "features": self._features}
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return total, {name: part.detach() for name, part in parts.items()}
 
+    def _of_labels(self, outputs: Any, targets: tuple[Any, ...]) -> Tensor:
+        found = self._loss(outputs, *targets)
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"fine_tune: loss gave {what}, expected a tensor of one number, the mean over the batch.")
+        return found.reshape(())
+
     def _apart(self, outputs: Any, wanted: Any) -> Tensor:
         given, its = pytree.tree_leaves(outputs), pytree.tree_leaves(wanted)
+        shapes = [[tuple(t.shape) for t in tensors if isinstance(t, Tensor)] for tensors in (given, its)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"fine_tune: the network gives {shapes[0]} and the teacher {shapes[1]}, expected tensors of the same shapes: the network "
+                "that was cut, as teacher. Outputs that a network has in training only (aux_logits) are to be switched off."
+            )
         if len(given) == len(its) == 1 and given[0].ndim == 2 and given[0].shape[1] > 1:
-            y, z = ((t.float() / self._temperature).log_softmax(1) for t in (given[0], its[0]))
+            y, z = (log_softmax(t.float() / self._temperature) for t in (given[0], its[0]))
             return F.kl_div(y, z, log_target=True, reduction="batchmean") * self._temperature**2
         return _off(outputs, wanted)
 

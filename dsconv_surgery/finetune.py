@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DistributedSampler
+from torch import nn
 
 from dsconv_surgery import ranks
-from dsconv_surgery.distill import Lesson, Loss
+from dsconv_surgery.batches import steps_per_epoch
+from dsconv_surgery.distill import Lesson, Loss, blocks_of
 from dsconv_surgery.history import FineTune, History
+from dsconv_surgery.measure import draws_kept
 from dsconv_surgery.optimise import Optimizers
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.training import Training
@@ -53,7 +51,8 @@ def fine_tune(
         optimizer: makes another optimizer than those of `settings` from groups of parameters.
         inputs: how many items of a batch the network takes; what follows are labels.
         checkpoint: a file to go on from after an interruption, written every `settings.save_every` steps and at the end. The run then
-            ends with the same weights as an undisturbed one.
+            ends with the same weights as an undisturbed one. Call as before, with the network as it was cut; of several processes the
+            first one's file counts.
         callback: called after each step with its number and its "loss" and "lr", after each epoch with "score" as well.
         progress: show a bar with loss, score and time left.
 
@@ -61,14 +60,21 @@ def fine_tune(
         A `History`: print it, or see `to_json()` and `plot(path)`; `weights["best"]` and `weights["last"]` are state_dicts.
 
     Raises:
-        ValueError: settings or batches that do not fit, a checkpoint of another run.
-        TypeError: batches that are not iterable, a model that is wrapped.
+        ValueError: settings or batches that do not fit, outputs of the two networks that cannot be compared, a checkpoint of another run
+            (other settings, weights, teacher, optimizer or number of batches; not told apart: other images, another loss).
+        TypeError: batches that are not iterable, a model that is wrapped or none.
         FloatingPointError: the loss is not finite any more. The model has the last good weights.
 
     Example:
         >>> history = fine_tune(small.model, loader, teacher=model, settings=FineTune(epochs=3))
     """
-    settings = settings or FineTune()
+    settings = FineTune() if settings is None else settings
+    if not isinstance(settings, FineTune):
+        raise TypeError(f"fine_tune: settings are {type(settings).__name__}, expected FineTune(...).")
+    for name, network in {"model": model, "teacher": teacher}.items():
+        if not isinstance(network, nn.Module) and (name == "model" or network is not None):
+            it = "that of a Compressed is its .model" if hasattr(network, "model") else "as torch builds it"
+            raise TypeError(f"fine_tune: {name} is {type(network).__name__}, expected an nn.Module: {it}.")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise TypeError("fine_tune: found a wrapped model. Pass model.module; under torchrun it is wrapped here.")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -76,7 +82,12 @@ def fine_tune(
         raise ValueError("fine_tune: none of the model's parameters requires a gradient, so there is nothing to train.")
     if settings.weight_decay and plan is None:
         raise ValueError("fine_tune: weight_decay is taken of products of factors, which only the plan knows. Pass plan=, or leave it out.")
-    per_epoch = _steps_per_epoch(batches, settings, checkpoint)
+    if settings.features and (teacher is None or not blocks_of(model, teacher)):
+        why = "there is no teacher" if teacher is None else "no block around a cut layer has the same name and type in both networks"
+        raise ValueError(
+            f"fine_tune: features={settings.features:g} is of the outputs of the dense network's blocks, but {why}. Leave it out."
+        )
+    per_epoch = steps_per_epoch(batches, settings, checkpoint is not None)
     with ExitStack() as after:
         after.enter_context(ranks.joined(trained[0].device))
         after.enter_context(_as_it_was(model, teacher))
@@ -86,45 +97,15 @@ def fine_tune(
         return training.run(None if checkpoint is None else Path(checkpoint), progress)
 
 
-def _steps_per_epoch(batches: Iterable[Any], settings: FineTune, checkpoint: str | Path | None) -> int | None:
-    """How many optimizer steps an epoch takes, if batches say; ValueError if they cannot be used as asked."""
-    if isinstance(batches, Tensor):
-        raise ValueError("fine_tune: found a tensor, expected an iterable of batches. Pass images.split(128), or a DataLoader.")
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"fine_tune: expected an iterable of batches, found {type(batches).__name__}.")
-    if iter(batches) is batches and (settings.epochs > 1 or checkpoint is not None):
-        why = f"{settings.epochs} epochs need it" if settings.epochs > 1 else "going on after an interruption needs it"
-        raise ValueError(
-            f"fine_tune: found an iterator, which can be gone through only once; {why} again. Pass a list, a DataLoader, or any object "
-            "that can be iterated again."
-        )
-    if isinstance(getattr(batches, "sampler", None), DistributedSampler):
-        raise ValueError(
-            "fine_tune: found a DistributedSampler, which gives each process other batches, of which each would then take its share only. "
-            "Give every process the same batches: shuffle=True instead."
-        )
-    if not isinstance(batches, Sized):
-        if settings.steps is None:
-            raise ValueError("fine_tune: batches have no length, which the schedule needs. Say how many steps: FineTune(steps=...).")
-        return None
-    count = len(batches)
-    if not count:
-        raise ValueError("fine_tune: no batches. Pass at least one.")
-    return -(-count // settings.accumulate)
-
-
 @contextmanager
 def _as_it_was(model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
     """Training flags and random states are put back at the end."""
     flags = [(m, m.training) for network in (model, teacher) if network is not None for m in network.modules()]
-    drawn, drawn_too = random.getstate(), np.random.get_state()
     try:
         if teacher is not None:
             teacher.eval()
-        with torch.random.fork_rng():
+        with draws_kept():
             yield
     finally:
-        random.setstate(drawn)
-        np.random.set_state(drawn_too)
         for module, training in flags:
             module.training = training

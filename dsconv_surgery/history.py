@@ -20,12 +20,12 @@ class FineTune:
 
     Args:
         epochs: passes over the batches.
-        steps: stop after so many optimizer steps; needed where batches have no length, for the schedule.
+        steps: stop after so many optimizer steps; needed where batches have no length, for the schedule: `epochs` then counts for nothing.
         optimizer: "soap" (Adam in the eigenbasis of each factor's second moments; Vyas et al. 2024) or "adamw".
         lr: the highest learning rate, reached after the warm-up; falls to zero along a half cosine.
         warmup: share of the steps in which the learning rate rises.
         weight_decay: of the products of factors, and of the weights of layers that were not cut (Frobenius decay; Khodak et al. 2021).
-        clip: the gradient's largest norm; None for no limit.
+        clip: the gradient's largest norm; None, or inf in a recipe's file, for no limit.
         distill: the dense network's share of the loss, the rest is the labels'; in [0, 1].
         temperature: of its outputs.
         features: weight of the blocks' outputs.
@@ -78,7 +78,7 @@ class FineTune:
         for name, number in shares.items():
             if not 0 <= number <= 1 or (name == "average" and number == 1):
                 raise ValueError(f"fine_tune: {name}={number!r}, expected a share in [0, 1].")
-        positive = {"lr": self.lr, "temperature": self.temperature, "clip": 1.0 if self.clip is None else self.clip}
+        positive = {"lr": self.lr, "temperature": self.temperature, "clip": 1.0 if self.clip in (None, math.inf) else self.clip}
         for name, number in positive.items():
             if not 0 < number < math.inf:
                 raise ValueError(f"fine_tune: {name}={number!r}, expected a positive number.")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dsconv_surgery import ranks
+from dsconv_surgery.cache import digest
 
 HELD = 4  # every fourth image is held out to choose by,
 ENOUGH = 4 * HELD  # given so many
@@ -23,8 +24,9 @@ class Calibration:
     """Unlabelled images to factorise for, and how much of them to use.
 
     Args:
-        batches: any iterable of batches that can be iterated again (a list, a DataLoader): tensors, or tuples of the model's
-            inputs, what comes after them (labels) ignored. A few hundred images of the kind that the network will see.
+        batches: any iterable of batches that gives the same ones again (a list, a DataLoader that does not shuffle): tensors, or
+            tuples of the model's inputs, what comes after them (labels) ignored. A few hundred images of the kind that the network
+            will see.
         patches: of each layer's input at most so many are looked at, drawn evenly from all images.
         memory: bytes of activations to keep in memory; more are kept in temporary files.
         seed: of the draws.
@@ -53,9 +55,9 @@ def input_shapes(inputs: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
 
 
 class Images:
-    """Calibration batches as the model takes them, checked once, a few images at a time."""
+    """Calibration batches as the model takes them, checked once, a few images at a time; by default the same in every pass."""
 
-    def __init__(self, calibration: Calibration | Iterable[Any], shapes: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(self, calibration: Calibration | Iterable[Any], shapes: tuple[tuple[int, ...], ...], same: bool = True) -> None:
         self.settings = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
         self.shapes = shapes
         self.example = max(1, shapes[0][0] if shapes and shapes[0] else 1)  # images that a plan's sizes are for
@@ -69,7 +71,10 @@ class Images:
                 "calibration: found an iterator, which can be gone through only once; several passes are needed. "
                 "Pass a list (list(...)), a DataLoader, or any object that can be iterated again."
             )
+        self._prints: list[str] = []  # of the batches, by which later passes know them
+        self._passed, self._same = False, same
         self.count = sum(inputs[0].shape[0] for inputs in self._checked())
+        self._passed = True
         if not self.count:
             raise ValueError("calibration: no images. Pass at least one batch; a few hundred images are a good start.")
         if ranks.world()[1] > 1 and next(iter(self), None) is None:
@@ -90,6 +95,7 @@ class Images:
             first += lead.shape[0]
 
     def _checked(self) -> Iterator[tuple[Any, ...]]:
+        number = -1
         for number, batch in enumerate(self.settings.batches):
             inputs = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
             inputs = inputs[: len(self.shapes)]
@@ -105,8 +111,25 @@ class Images:
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     bad = int((~torch.isfinite(tensor)).sum())
                     raise ValueError(f"{where}: {bad} of {tensor.numel()} numbers are NaN or infinite. Leave out or repair those images.")
+            self._know(number, digest(*map(_few, inputs)))
             if inputs[0].shape[0]:
                 yield inputs
+        self._know(number + 1, "the end")
+
+    def _know(self, number: int, print_: str) -> None:
+        """Take note of a batch in the first pass; ValueError if it is another one later."""
+        if not self._passed:
+            self._prints.append(print_)
+        elif self._same and (number >= len(self._prints) or self._prints[number] != print_):
+            raise ValueError(
+                f"calibration: batch {number} is not what it was in the pass before; several passes are needed over the same images in "
+                "the same order. Pass a DataLoader without shuffle=True and without random transforms, or a list: list(loader)."
+            )
+
+
+def _few(tensor: Tensor) -> Tensor:
+    """Up to eight of the numbers along every dimension but the first."""
+    return tensor[(slice(None), *(slice(None, None, max(1, -(-size // 8))) for size in tensor.shape[1:]))]
 
 
 def _part(part: slice, tensor: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ def choose(damages: Sequence[Numbers], costs: Sequence[Numbers], allowed: Number
     d = [damages[layer][rows] for layer, rows in enumerate(kept)]
     c = [scaled[layer][rows] for layer, rows in enumerate(kept)]
     prices, found = _prices(d, c, room)
+    if found is None:
+        found = _fitting(c, room)
     if found is not None:
         found = _filled(found, d, c, room)
     better = _search(d, c, room, prices, found, states)
@@ -101,6 +103,21 @@ def _prices(d: Sequence[Numbers], c: Sequence[Numbers], room: Numbers) -> tuple[
             if dual > bound:
                 bound, bounding = dual, prices.copy()
     return bounding, best
+
+
+def _fitting(c: Sequence[Numbers], room: Numbers) -> list[int] | None:
+    """A choice that fits where prices find none: from the cheapest options, the exchange that overspends least, again and again."""
+    choice = [int(cost.max(1).argmin()) for cost in c]
+    spent = _spent(choice, c)
+    while bool((spent > room).any()):
+        over = [(spent - cost[choice[at]] + cost - room).max(1) for at, cost in enumerate(c)]
+        layer = int(np.argmin([its.min() for its in over]))
+        option = int(over[layer].argmin())
+        if over[layer][option] >= (spent - room).max():
+            return None
+        spent = spent - c[layer][choice[layer]] + c[layer][option]
+        choice[layer] = option
+    return choice
 
 
 def _filled(choice: list[int], d: Sequence[Numbers], c: Sequence[Numbers], room: Numbers) -> list[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from itertools import chain
 from numbers import Real
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -44,6 +47,23 @@ def fake_copy(model: nn.Module, inputs: Sequence[Any]) -> tuple[FakeTensorMode, 
     }
     fake_inputs = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(inputs))
     return mode, copy.deepcopy(model, tensors), fake_inputs
+
+
+@contextmanager
+def draws_kept() -> Iterator[None]:
+    """Random states are at the end what they were: torch's on every device, Python's and NumPy's."""
+    drawn, drawn_too = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(drawn)
+        np.random.set_state(drawn_too)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Of each row; finite also where a logit is minus infinity, so that `p (log p - log q)` is 0 for classes that are masked out."""
+    return logits.log_softmax(1).clamp(min=-1e30)
 
 
 def count_macs(run: Callable[[], Any]) -> int:
@@ -159,11 +179,12 @@ def fidelity(before: nn.Module, after: nn.Module, batches: Iterable[tuple[Any, .
                 for clone in clones
             )
             images += inputs[0].shape[0]
-            off += sum(float((a.double() - b.double()).square().sum()) for a, b in zip(dense, cut, strict=True))
-            total += sum(float(a.double().square().sum()) for a in dense)
+            finite = [(a[where].double(), b[where].double()) for a, b in zip(dense, cut, strict=True) for where in [a.isfinite()]]
+            off += sum(float((a - b).square().sum()) for a, b in finite)
+            total += sum(float(a.square().sum()) for a, _ in finite)
             classifier = classifier and len(dense) == 1 and dense[0].ndim == 2 and dense[0].shape[1] > 1
             if classifier:
-                p, q = (side[0].double().log_softmax(1) for side in (dense, cut))
+                p, q = (log_softmax(side[0].double()) for side in (dense, cut))
                 agreeing += int((p.argmax(1) == q.argmax(1)).sum())
                 divergence += float((p.exp() * (p - q)).sum())
             for name in layers:
@@ -205,9 +226,11 @@ def latency(models: Sequence[nn.Module], inputs: Sequence[Any], rounds: int = 15
     return [statistics.median(found) for found in times]
 
 
-def scored(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
-    """A network's score; ValueError unless it is a number."""
-    score = evaluate(model)
+def scored(evaluate: Callable[[nn.Module], float], model: nn.Module, name: str = "evaluate") -> float:
+    """A network's score by a function, given under this name; ValueError unless it is a number, or a tensor of one."""
+    score: Any = evaluate(model)
+    if isinstance(score, Tensor | np.generic | np.ndarray) and math.prod(score.shape) == 1:
+        score = score.item()
     if not isinstance(score, Real) or score != score:
-        raise ValueError(f"evaluate: found {score!r}, expected a number, higher for better.")
+        raise ValueError(f"{name}: found {score!r}, expected a number, higher for better.")
     return float(score)

@@ -46,6 +46,7 @@ def options_of(
     offers: dict[str, list[tuple[Rank, Cost]]] = {}
     refusals: dict[str, str] = {}
     least: tuple[Cost, str, Rank] | None = None
+    cheaper = rounded = 0  # options by cost, and those of them with the channels asked for
     for name in names:
         scheme = schemes.get_scheme(name)
         why = schemes.refusal(scheme, site.spec)
@@ -63,7 +64,9 @@ def options_of(
                 if isinstance(rank, int):
                     break  # cost grows with rank
                 continue
+            cheaper += 1
             if all(link.out_channels % multiple == 0 for link in list(chain.values())[:-1]):
+                rounded += 1
                 every.append((rank, cost))
         if clock is not None:
             every = [(rank, cost) for rank, cost in _timed(name, every, site, workings, clock) if cost.latency < FASTER * dense.latency]
@@ -73,6 +76,10 @@ def options_of(
         if least is None:
             return Skip(site.name, "left dense - " + "; ".join(f"{name}: {why}" for name, why in refusals.items()))
         cost, name, rank = least
+        if cheaper and not rounded:
+            return Skip(
+                site.name, f"left dense - no rank that saves anything gives all links a multiple of {multiple} channels (multiple=)."
+            )
         if clock is not None and all(getattr(cost, m) < getattr(dense, m) for m in measures if m != "latency"):
             return Skip(site.name, f"left dense - nothing was faster than the layer itself ({dense.latency:.3f} ms) on this machine.")
         costs_text = f"costs {cost.macs:,} MACs and {cost.params:,} parameters, the layer {site.cost.macs:,} and {site.cost.params:,}."

@@ -102,7 +102,7 @@ def cut_to(decision: Decision, budget: Budget | None) -> Compressed:
 def _within(decision: Decision, lowest: Budget | None, max_drop: float, evaluate: Callable[[nn.Module], float]) -> Compressed:
     """The smallest network found by bisection whose score is within the drop."""
     measure = decision.settings.measures[0]
-    floor = decision.smallest(measure) + 1e-6
+    floor = min(decision.smallest(measure) + 1e-6, 1.0)
     low, high = max(floor, lowest.limits()[measure]) if lowest else floor, 1.0
     wanted = scored(evaluate, decision.model) - max_drop
     best = cut_to(decision, Budget(**{measure: 1.0}))  # nothing is cut: within any drop

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
@@ -68,6 +70,24 @@ def summed_with_gradient(value: Tensor) -> Tensor:
     """The sum over ranks, more than one, through which gradients flow back to every rank's part."""
     found: Tensor = _Summed.apply(value)  # type: ignore[no-untyped-call]
     return found
+
+
+def from_first(make: Callable[[], T], device: torch.device) -> T:
+    """What the first rank makes, or raises, on all of them; sent by way of this device."""
+    rank, count = world()
+    if count == 1:
+        return make()
+    found: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            found[0] = make()
+        except Exception as error:
+            found[1] = error
+    dist.broadcast_object_list(found, device=device)
+    if found[1] is not None:
+        raise found[1]
+    made: T = found[0]
+    return made
 
 
 def agreed(value: float) -> float:

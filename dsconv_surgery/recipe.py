@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import tomli_w
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
 from dsconv_surgery.budget import Budget
@@ -82,6 +83,11 @@ class Recipe:
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        for name in ("schemes", "include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
+            raise ValueError(f"max_drop={self.max_drop!r}: expected a number, zero or more, in the units of the score.")
         Settings(self.budget, self.schemes, self.rule, self.energy, self.rank, self.include, self.exclude, self.multiple)
         if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 1:
             raise ValueError(f"stages={self.stages!r}: expected a whole number of cuts, 1 or more.")
@@ -94,7 +100,7 @@ class Recipe:
         self,
         model: nn.Module,
         *example_inputs: Any,
-        calibration: Iterable[Any] | None = None,
+        calibration: Calibration | Iterable[Any] | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
         train: Iterable[Any] | None = None,
         validate: Callable[[nn.Module], float] | None = None,
@@ -105,7 +111,8 @@ class Recipe:
 
         Args:
             model, example_inputs, cache, progress: as for `compress`.
-            calibration: batches of unlabelled images, where the recipe asks for some; no more than it says are used.
+            calibration: batches of unlabelled images, where the recipe asks for some; no more than it says are used. Of a `Calibration`
+                its batches: the settings are the recipe's.
             evaluate: a network's score, where the recipe has a `max_drop`.
             train, validate: batches, with labels or without, and a score by epoch, where the recipe has `fine_tune`; see there.
 
@@ -118,6 +125,8 @@ class Recipe:
         if (self.calibration is None) != (calibration is None):
             asks = "no calibration images" if self.calibration is None else f"{self.calibration.images} calibration images"
             raise ValueError(f"recipe: it asks for {asks}; found calibration={'none' if calibration is None else 'some'}.")
+        if isinstance(calibration, Calibration):
+            calibration = calibration.batches
         images: Calibration | None = None
         if self.calibration is not None and calibration is not None:
             few = calibration if iter(calibration) is calibration else _First(calibration, self.calibration.images)
@@ -158,12 +167,16 @@ class Recipe:
                 dense = fold_back(small.model, small.plan)
         if not stages:
             return small
-        return Compressed(small.model, small.plan, compare(model, small.model, *example_inputs, plan=small.plan), tuple(stages))
+        report = replace(compare(model, small.model, *example_inputs, plan=small.plan), tries=small.report.tries)
+        return Compressed(small.model, small.plan, report, tuple(stages))
 
     def to_toml(self) -> str:
         """As `load` reads it; what is as it would be anyway is left out."""
         plain = asdict(Recipe())
-        return tomli_w.dumps(_without_none({key: value for key, value in asdict(self).items() if value != plain[key]}))
+        changed = {key: value for key, value in asdict(self).items() if value != plain[key]}
+        if self.fine_tune is not None and self.fine_tune.clip is None:  # TOML knows no None, and to leave it out means the default
+            changed["fine_tune"]["clip"] = math.inf
+        return tomli_w.dumps(_without_none(changed))
 
     @classmethod
     def from_toml(cls, text: str, what: str = "recipe") -> Recipe:
@@ -178,7 +191,7 @@ class Recipe:
     def load(cls, name_or_path: str | Path) -> Recipe:
         """Read a TOML file, or a recipe that comes with the library, by its name (see `Recipe.known`)."""
         path = Path(name_or_path)
-        if not path.exists() and path.suffix != ".toml":
+        if not path.is_file() and path.suffix != ".toml":
             known = cls.known()
             if str(name_or_path) not in known:
                 raise ValueError(f"recipe {str(name_or_path)!r}: no such file or recipe.{nearest(str(name_or_path), known)}")
@@ -219,4 +232,4 @@ def _without_none(value: Any) -> Any:
 
 
 _ADAPTER = TypeAdapter(Recipe)
-_ADAPTER_ANY = TypeAdapter(Any)
+_ADAPTER_ANY = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))  # not as null, which would be None

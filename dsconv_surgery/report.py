@@ -175,7 +175,7 @@ def compare(
     cuts = {c.name: c for c in plan.cuts} if plan else {}
     if plan:
         check_cut(after, plan)
-    images = None if data is None else Images(data, input_shapes(example_inputs))
+    images = None if data is None else Images(data, input_shapes(example_inputs), same=False)
     near = None
     if images is not None:
         check_runs(copy.deepcopy(before, measure.detached(before)).eval(), images)

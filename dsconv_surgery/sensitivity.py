@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ from dsconv_surgery.cache import Cache, digest
 from dsconv_surgery.feed import on_device
 from dsconv_surgery.graph import ConvSite
 from dsconv_surgery.images import Images
-from dsconv_surgery.measure import detached
+from dsconv_surgery.measure import detached, log_softmax, loose_tensors
 from dsconv_surgery.schemes import Objective
 from dsconv_surgery.walk import layer_moments
 
@@ -55,10 +56,13 @@ class Study:
         parts: list[Tensor | str] = [str(self._model)]
         for name, value in self._model.state_dict().items():
             parts += [name, value if isinstance(value, Tensor) else repr(value)]
+        parts += loose_tensors(self._model)  # those of them that no state_dict holds
         try:
             parts.append(graph.traced(copy.deepcopy(self._model, detached(self._model)).eval()).code)
         except Exception:  # whatever stands against tracing
             parts.append("not traced")
+            for outputs in self._wanted if self.images is not None else []:  # what it computes shows, as far as it can be known
+                parts += outputs
         if self.images is not None:
             parts.append(f"{self.images.settings.patches} {self.images.settings.seed} {self.images.example}")
             for _, inputs in self.images:
@@ -71,6 +75,8 @@ class Study:
         Of a classifier the Kullback-Leibler divergence from its own softmax, in nats; of other networks the squared relative error.
         """
         wanted, centred = self._wanted, self.objectives(name)[0].centred
+        if not _finite(wanted):
+            raise ValueError("calibration: the network's own outputs on these images are NaN, or nothing but infinite. Repair it first.")
         layer = self._dense.get_submodule(name)
         replacement = replacement.eval()
 
@@ -83,9 +89,12 @@ class Study:
 
         handle = layer.register_forward_hook(instead)
         try:
-            return _distance(wanted, self._outputs())
+            found = _distance(wanted, self._outputs())
         finally:
             handle.remove()
+        if not math.isfinite(found):
+            raise ValueError(f"{name}: with an error in this layer the network's outputs on calibration images are not finite. Exclude it.")
+        return found
 
     @cached_property
     def _dense(self) -> nn.Module:
@@ -109,15 +118,21 @@ class Study:
         return found
 
 
+def _finite(outputs: list[list[Tensor]]) -> bool:
+    """Whether no output is NaN, and not all of them are infinite (masked classes are)."""
+    return all(not bool(t.isnan().any()) and bool(t.isfinite().any()) for batch in outputs for t in batch if t.numel())
+
+
 def _distance(wanted: list[list[Tensor]], given: list[list[Tensor]]) -> float:
     off, total = 0.0, 0.0
     for outputs, its in zip(wanted, given, strict=True):
         if len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1:
-            p, q = (side[0].double().log_softmax(1) for side in (outputs, its))
+            p, q = (log_softmax(side[0].double()) for side in (outputs, its))
             off, total = off + float((p.exp() * (p - q)).sum()), total + len(p)
         else:
-            pairs = [(a.double(), b.double()) for a, b in zip(outputs, its, strict=True)]
+            pairs = [(a[where].double(), b[where].double()) for a, b in zip(outputs, its, strict=True) for where in [a.isfinite()]]
             off += float(sum((a - b).square().sum() for a, b in pairs))
             total += float(sum(a.square().sum() for a, _ in pairs))
     off, total = ranks.summed(torch.tensor([off, total], dtype=torch.float64)).tolist()
-    return max(0.0, off / total) if total else 0.0
+    found = off / total if total else 0.0
+    return found if math.isnan(found) else max(0.0, found)

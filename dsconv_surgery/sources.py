@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from dsconv_surgery.text import nearest
 
@@ -52,6 +53,12 @@ def image_batches(path: Path, example: torch.Tensor, count: int, mean: str, std:
         raise ValueError(f"{path}: found {getattr(tensor, 'dtype', type(tensor).__name__)}, expected a tensor of normalised images.")
     rows = torch.linspace(0, len(tensor) - 1, count).long() if count < len(tensor) else torch.arange(len(tensor))
     return list(tensor[rows].float().split(BATCH))
+
+
+def shuffled(batches: list[torch.Tensor], seed: int) -> DataLoader[Any]:
+    """The same images in another order each time: files are often sorted by what they show."""
+    images = TensorDataset(torch.cat(batches))
+    return DataLoader(images, BATCH, shuffle=True, generator=torch.Generator().manual_seed(seed))
 
 
 def _numbers(text: str, channels: int) -> list[float]:
@@ -117,5 +124,5 @@ def named_model(name: str, weights: str) -> nn.Module:
 def _import(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # torchvision beside a torch that it was not built for raises a RuntimeError
         raise ValueError(f"{module} cannot be imported ({error}). Install {package}, or check the name.") from error

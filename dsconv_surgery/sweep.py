@@ -86,6 +86,8 @@ class Sweep:
             label, quality = "same top class", "agreement"
         if dense.score is not None:
             label, quality = "score", "score"
+        if getattr(dense, quality) is None:
+            raise ValueError("nothing to plot: quality was not measured. Give pareto evaluate= or data= (--data or --calibration).")
         costs = [("MACs", "macs"), ("parameters", "params")]
         if all(point.cost.latency for point in self.points):
             costs.append(("milliseconds", "latency"))
@@ -141,7 +143,7 @@ def pareto(
     budgets = [Budget(**{measure: fraction}) for fraction in sorted(fractions, reverse=True)]
     settings = Settings(budgets[-1], schemes, rule, None, None, include, exclude, multiple, cache)
     images = None if calibration is None else Images(calibration, input_shapes(example_inputs))
-    seen = images if data is None else Images(data, input_shapes(example_inputs))
+    seen = images if data is None else Images(data, input_shapes(example_inputs), same=False)
     decision = Decision(model, example_inputs, settings, images, progress)
     for budget in reversed(budgets):  # the hardest to reach first: nothing is computed for a sweep that cannot be finished
         decision.check(budget)

@@ -27,7 +27,7 @@ def text_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
             table.add_section()
         table.add_row(*line)
     out = io.StringIO()
-    Console(file=out, width=400, color_system=None).print(table)
+    Console(file=out, width=400, color_system=None, markup=False, emoji=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,11 +21,12 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from dsconv_surgery import ranks
+from dsconv_surgery.batches import begin_epoch, groups, items_of, seed_of
 from dsconv_surgery.cache import digest
 from dsconv_surgery.distill import Lesson, mixable, mixed
 from dsconv_surgery.files import replaced
 from dsconv_surgery.history import Epoch, FineTune, History
-from dsconv_surgery.measure import scored
+from dsconv_surgery.measure import draws_kept, scored
 from dsconv_surgery.norms import estimated_anew, over_ranks
 from dsconv_surgery.optimise import OPTIMIZERS, Optimizers, by_rate, decay, products, rise
 from dsconv_surgery.plan import Plan
@@ -50,12 +49,13 @@ class Training:
         callback: Callable[[int, Mapping[str, float]], object] | None,
     ) -> None:
         self.model, self.batches, self.lesson, self.validate = model, batches, lesson, validate
-        self.settings, self.inputs, self.callback = settings, inputs, callback or (lambda _step, _values: None)
+        self.settings, self.inputs, self._callback = settings, inputs, callback
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.device = self.trained[0].device
-        every = settings.epochs * (per_epoch or settings.steps or 0)
+        self.per_epoch = per_epoch
+        every = settings.steps or 0 if per_epoch is None else settings.epochs * per_epoch
         self.total = min(every, settings.steps or every)
         self.optimizer = (optimizer or OPTIMIZERS[settings.optimizer])(by_rate(self.trained, settings.lr))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -70,17 +70,19 @@ class Training:
         self.best: dict[str, Tensor] = {}
         self.seconds, self._since = 0.0, time.perf_counter()
         self._good: tuple[dict[str, Tensor], int] = ({}, 0)  # what a loss that is not finite falls back to, and since which step
-        self._identity = digest(repr(sorted(asdict(settings).items())), str(self.total), str(model), *model.state_dict().values())
+        self._identity = self._digest(lesson.teacher, plan if settings.weight_decay else None)
 
     def run(self, checkpoint: Path | None, progress: bool) -> History:
         """From where the checkpoint left off, if there is one, to the end."""
-        if checkpoint is not None and checkpoint.exists():
+        if checkpoint is not None:
             self._load(checkpoint)
+        self.optimizer.zero_grad(set_to_none=True)
         self._good = (self._weights(), self.step)
         with tqdm(total=self.total, initial=self.step, desc="fine-tune", unit="step", disable=not progress) as bar:
             while not self.finished:
-                self._begin_epoch()
-                for group in self._groups_of_batches():
+                begin_epoch(self.batches, self.settings.seed, self.epoch)
+                self._set_mode()
+                for group in groups(self.batches, self.settings.accumulate, self.into_epoch):
                     shown = self._step(group)
                     bar.set_postfix_str(
                         f"loss {shown:.4f}" + "".join(f", score {e.score:.4f}" for e in self.epochs[-1:] if e.score is not None)
@@ -96,35 +98,20 @@ class Training:
         versions = {"torch": torch.__version__, "dsconv_surgery": version("dsconv_surgery"), "python": platform.python_version()}
         return History(tuple(self.epochs), asdict(self.settings), versions, kept)
 
-    def _begin_epoch(self) -> None:
-        seed = _seed(self.settings.seed, "data", self.epoch)
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        sampler = getattr(self.batches, "sampler", None)
-        owners: tuple[Any, Any] = (self.batches, sampler)
-        for owner in owners:
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(seed)
-            if hasattr(owner, "set_epoch"):
-                owner.set_epoch(self.epoch)
-        self._set_mode()
+    def _digest(self, teacher: nn.Module | None, plan: Plan | None) -> str:
+        """What tells runs apart, but for what cannot be seen without going through it: the images, and functions."""
+        kind = f"{type(self.optimizer).__module__}.{type(self.optimizer).__qualname__}"
+        plain = (bool, int, float, str, tuple, type(None))
+        rates = [{k: v for k, v in sorted(group.items()) if isinstance(v, plain)} for group in self.optimizer.param_groups]
+        networks = [self.model, *([] if teacher is None else [teacher])]
+        said = (sorted(asdict(self.settings).items()), self.total, kind, rates, plan and plan.to_json(), *map(str, networks))
+        return digest(repr(said), *(value for network in networks for value in network.state_dict().values()))
 
     def _set_mode(self) -> None:
         self.model.train()
         for module in self.model.modules():
             if isinstance(module, _BatchNorm) and self.settings.norms != "trained":
                 module.eval()
-
-    def _groups_of_batches(self) -> Iterator[list[Any]]:
-        """The batches of each optimizer step that this epoch still has to do."""
-        size = self.settings.accumulate
-        batches = islice(iter(self.batches), self.into_epoch * size, None)
-        while group := list(islice(batches, size)):
-            yield group
-        if not self.into_epoch:
-            raise ValueError("fine_tune: no batches. Pass at least one, in every epoch.")
 
     def _step(self, group: list[Any]) -> float:
         """One optimizer step; the loss."""
@@ -135,12 +122,12 @@ class Training:
         names, values = ["loss"], torch.zeros(())
         # What steps draw (dropout) is theirs alone: data are drawn alike however many of them ran before an interruption.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(_seed(self.settings.seed, "mix", self.step))
+            torch.manual_seed(seed_of(self.settings.seed, "mix", self.step))
             mixtures = [
                 mixed(items, self.inputs, self.mix) if self.settings.mix or mixable(items, self.inputs) else (items, 1.0)
-                for items in map(_items, group)
+                for items in map(items_of, group)
             ]
-            torch.manual_seed(_seed(self.settings.seed, "step", self.step, rank))
+            torch.manual_seed(seed_of(self.settings.seed, "step", self.step, rank))
             for at, (batch, kept) in enumerate(mixtures):
                 mine, weight = ranks.share(batch)
                 apart = self.net.no_sync() if count > 1 and at < len(group) - 1 else nullcontext()
@@ -157,6 +144,8 @@ class Training:
             self._give_up(means["loss"], norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:  # of 65,536; halved by every gradient that is not finite
+            self._give_up(means["loss"], norm)
         self.optimizer.zero_grad(set_to_none=True)
         if self.products:
             decay(self.products, self.settings.weight_decay * self.settings.lr * rising)
@@ -166,7 +155,7 @@ class Training:
         self.into_epoch += 1
         for name, value in means.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.callback(self.step, {"loss": means["loss"], "lr": self.settings.lr * rising})
+        self._tell({"loss": means["loss"], "lr": self.settings.lr * rising})
         return means["loss"]
 
     def _lesson(self, items: tuple[Any, ...], kept: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -205,17 +194,22 @@ class Training:
         if self.validate is not None:
             with self._averaged(), torch.no_grad():
                 self.model.eval()
-                score = scored(self.validate, self.model)
+                score = scored(self.validate, self.model, "validate")
                 if not self.best or score > max(e.score for e in self.epochs if e.score is not None):
                     self.best = self._weights()
         labels, teacher, features = (means.get(name) for name in ("labels", "teacher", "features"))
         self.epochs.append(Epoch(self.epoch, self.step, means["loss"], labels, teacher, features, score, round(self._elapsed(), 2)))
         if score is not None:
-            self.callback(self.step, {"loss": means["loss"], "score": score})
+            self._tell({"loss": means["loss"], "score": score})
+
+    def _tell(self, values: Mapping[str, float]) -> None:
+        if self._callback is not None:
+            with draws_kept():
+                self._callback(self.step, values)
 
     @property
     def finished(self) -> bool:
-        return self.epoch >= self.settings.epochs or self.step >= self.total
+        return (self.per_epoch is not None and self.epoch >= self.settings.epochs) or self.step >= self.total
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -237,9 +231,10 @@ class Training:
         self._copy(self.average)
         self.average = []
         if self.settings.norms == "late":
+            count = self.settings.accumulate * (self.per_epoch or self.total)  # of batches without a length, which may be without end
             with estimated_anew(self.model), torch.no_grad():
-                for batch in self.batches:
-                    items = _items(batch)
+                for batch in islice(self.batches, count):
+                    items = items_of(batch)
                     self.model(*pytree.tree_map_only(Tensor, lambda t: t.to(self.device), items[: self.inputs]))
 
     def _weights(self) -> dict[str, Tensor]:
@@ -268,8 +263,22 @@ class Training:
             torch.save(state, file)
 
     def _load(self, checkpoint: Path) -> None:
+        state = ranks.from_first(lambda: self._read(checkpoint), self.device)
+        if state is None:
+            return
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.model.load_state_dict(state["model"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.best, self.average = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), (state["best"], state["average"]))
+        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+        for name, value in state["places"].items():
+            setattr(self, name, value)
+
+    def _read(self, checkpoint: Path) -> dict[str, Any] | None:
+        if not checkpoint.exists():
+            return None
         try:
-            state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+            state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
             its = state["run"]
         except Exception as error:  # whatever a file that is none of ours, or half of one, makes torch say
             raise ValueError(
@@ -277,22 +286,8 @@ class Training:
             ) from error
         if its != self._identity:
             raise ValueError(
-                f"{checkpoint}: of another run - other settings, another network, other weights to begin with, or another number of "
-                "batches. Go on with those, remove the file, or name another."
+                f"{checkpoint}: of another run - other settings, another network, teacher or optimizer, other weights to begin with, or "
+                "another number of batches. A network that an interrupted run has trained in part has other weights: pass it as it was "
+                "cut. Else remove the file, or name another."
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.best, self.average = state["best"], state["average"]
-        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
-        for name, value in state["places"].items():
-            setattr(self, name, value)
-
-
-def _items(batch: Any) -> tuple[Any, ...]:
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-
-
-def _seed(*parts: int | str) -> int:
-    """32 bits, all that some generators take, that depend on every part."""
-    return random.Random(repr(parts)).getrandbits(32)
+        return state

@@ -33,14 +33,15 @@ from dsconv_surgery import (
     schemes,
     workings,
 )
-from dsconv_surgery.budget import Choice, Table
+from dsconv_surgery.budget import Choice, Table, allowance
 from dsconv_surgery.cache import Cache, digest
 from dsconv_surgery.clock import Clock
 from dsconv_surgery.decide import Decision, Settings
-from dsconv_surgery.geometry import ConvSpec
+from dsconv_surgery.geometry import ConvSpec, Cost
 from dsconv_surgery.images import Images
 from dsconv_surgery.knapsack import choose
 from dsconv_surgery.rules import evbmf_rank, least_damage
+from dsconv_surgery.sensitivity import Study
 from dsconv_surgery.sweep import Sweep
 
 SHAPES = ((1, 3, 16, 16),)
@@ -180,6 +181,31 @@ def test_a_budget_out_of_reach_names_what_can_be_reached(net: Net, x: Tensor) ->
     assert plan.total_after.macs <= fraction * plan.total.macs
 
 
+def test_limits_are_out_of_reach_only_by_themselves() -> None:
+    """The cheapest option by one measure is not that by another: each limit is compared with its own least."""
+    offers = {"cp": [(1, Cost(10, 80)), (2, Cost(80, 10)), (3, Cost(45, 45))]}
+    tables = {name: Table(name, Cost(100, 100), offers, None) for name in "ab"}  # type: ignore[arg-type]
+    for macs, params in ((0.1, 1.0), (1.0, 0.1), (0.45, 0.45)):
+        assert allowance(tables, Cost(200, 200), Budget(macs=macs, params=params)) == {"macs": 200 * macs, "params": 200 * params}
+    with pytest.raises(ValueError, match=r"still keeps macs=0.1001, params=0.1001"):
+        allowance(tables, Cost(200, 200), Budget(macs=0.09, params=1.0))
+
+
+def test_a_knapsack_that_only_just_has_an_answer() -> None:
+    """Two measures, options drawn, and room for the cheapest choice and hardly more: prices alone find nothing in one of 20."""
+    missed = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        layers, options = int(rng.integers(10, 40)), int(rng.integers(5, 30))
+        costs = [rng.integers(1, 1000, size=(options, 2)).astype(float) for _ in range(layers)]
+        damages = [rng.exponential(size=options) for _ in range(layers)]
+        room = np.sum([cost[cost.max(1).argmin()] for cost in costs], axis=0) * rng.uniform(1, 1.02)
+        found = choose(damages, costs, room)
+        missed += found is None
+        assert found is None or bool((np.sum([cost[k] for cost, k in zip(costs, found, strict=True)], axis=0) <= room + 1e-6).all())
+    assert missed <= 1
+
+
 def test_interpolated_errors_are_near_the_true_ones(net: Net, x: Tensor, batches: list[Tensor]) -> None:
     """Every rank of every scheme of a layer against a fit at that very rank: within a half on average, and in order."""
     decision = Decision(net, (x,), Settings(Budget(macs=0.5)), Images(Calibration(batches), SHAPES), False)
@@ -244,6 +270,28 @@ def test_a_second_plan_comes_from_the_cache(net: Net, x: Tensor, batches: list[T
         batches[1] = batches[1] + 1e-6
         with pytest.raises(AssertionError, match="computed again"):
             plan_again()
+
+
+def test_tensors_that_no_state_dict_holds_are_not_mistaken(x: Tensor, batches: list[Tensor]) -> None:
+    """Buffers that are not saved, tensors as plain attributes; attributes of networks that cannot be traced."""
+
+    class Loose(Net):
+        def __init__(self, scale: float, held: float, way: float, branches: bool) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(scale), persistent=False)
+            self.held, self.way, self.branches = torch.tensor(held), way, branches
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x) * self.scale + self.held
+            return x * self.way if not self.branches or x.sum() < 1e9 else x
+
+    found = set()
+    for branches in (False, True):
+        for numbers in ((1.0, 0.0, 1.0), (2.0, 0.0, 1.0), (1.0, 0.5, 1.0), (1.0, 0.0, 3.0), (1.0, 0.0, 1.0)):
+            torch.manual_seed(0)
+            model = Loose(*numbers, branches).eval()
+            found.add(Study(model, [], Images(batches, SHAPES), Cache(False)).digest)
+    assert len(found) == 2 * 4
 
 
 def test_registered_schemes_are_not_cached(net: Net, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +370,21 @@ def test_digests_tell_contents_apart() -> None:
 
 
 # ---- the clock
+
+
+def test_the_clock_leaves_random_states_alone(net: Net, x: Tensor) -> None:
+    state = torch.get_rng_state()
+    make_plan(net, x, budget=Budget(latency=1.0), schemes="bottleneck", include="head", cache=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_reasons_are_true_and_text_is_not_taken_for_markup(net: Net, x: Tensor) -> None:
+    """A multiple that nothing has is named; patterns are printed as they are."""
+    small = compress(net, x, budget=Budget(macs=1.0), schemes="cp", multiple=512, exclude="[h]ead")
+    assert {skip.name: skip.reason for skip in small.plan.skips}["wide"].startswith(
+        "left dense - no rank that saves anything gives all links"
+    )
+    assert "excluded by '[h]ead'" in str(small.report)
 
 
 def test_latency_budgets_are_kept_by_the_clock(net: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,6 +515,9 @@ def test_the_smallest_network_within_a_drop(net: Net, x: Tensor, batches: list[T
     assert small.report.after == kept.cost
     assert 0.6 <= score(small.model) < 0.68
     assert "within the drop" in str(small.report)
+    alone = nn.Sequential(nn.Conv2d(3, 1, 1)).eval()  # nothing of it costs less
+    dense = compress(alone, x, max_drop=0.1, evaluate=lambda _: torch.tensor([0.5]))  # type: ignore[arg-type, return-value]
+    assert dense.plan.cuts == ()
     nothing = compress(net, x, max_drop=0.0, evaluate=lambda model: float(model is net))
     assert nothing.plan.cuts == ()
     assert not any(one.within for one in nothing.report.tries)
@@ -468,6 +534,9 @@ def test_the_smallest_network_within_a_drop(net: Net, x: Tensor, batches: list[T
         ({"max_drop": 0.1, "evaluate": lambda _: 1.0, "budget": Budget(macs=0.5, params=0.5)}, "one measure"),
         ({"max_drop": 0.1, "evaluate": lambda _: 1.0, "rule": "evbmf"}, "takes a budget"),
         ({"multiple": 0}, "1 or more"),
+        ({"rule": "evbmf", "schemes": "cp"}, "not among schemes"),
+        ({"rule": "fixed", "rank": (4, 4), "schemes": ["cp", "channel"]}, "take one number"),
+        ({"rule": "fixed", "rank": 4, "schemes": "tucker"}, "take a pair"),
         ({"budget": Budget(macs=0.5), "rule": "budgets"}, "unknown rule 'budgets'. Known: budget"),
     ],
 )
@@ -492,6 +561,9 @@ def test_a_sweep_is_a_table_and_a_plot(net: Net, x: Tensor, batches: list[Tensor
     assert "budgets on macs" in str(found)
     found.plot(tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nothing to plot: quality was not measured"):
+        pareto(net, x, fractions=(0.7,), schemes="channel").plot(tmp_path / "empty.png")
+    assert not (tmp_path / "empty.png").exists()
     with pytest.raises(ValueError, match="expected 'macs'"):
         pareto(net, x, measure="flops")
     with pytest.raises(ValueError, match="none given"):
@@ -555,11 +627,31 @@ images = 24
         ("[fine_tune]\nlr = -1.0", "lr=-1.0, expected a positive"),
         ("stages = 2", "stages=2 needs fine_tune and a budget"),
         ("stages = 0", "stages=0: expected a whole number of cuts"),
+        ("max_drop = inf", "max_drop=inf: expected a number, zero or more"),
+        ("max_drop = -1.0", "max_drop=-1.0"),
+        ("[fine_tune]\nlr = inf", "lr=inf, expected a positive"),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe.from_toml(text)
+
+
+def test_recipes_keep_what_toml_cannot_say(net: Net, x: Tensor, batches: list[Tensor], tmp_path: Path, monkeypatch: Any) -> None:
+    """No limit on gradients; a name for a list of one; a folder by a recipe's name; a `Calibration`; tries of a run with fine-tuning."""
+    free = Recipe(fine_tune=FineTune(clip=None), schemes="cp", exclude="stem")  # type: ignore[arg-type]
+    again = Recipe.from_toml(free.to_toml())
+    assert again.fine_tune is not None
+    assert again.fine_tune.clip == math.inf
+    assert (again.schemes, again.exclude) == (("cp",), ("stem",))
+    name = next(iter(Recipe.known()))
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load(name) == Recipe.load(Recipe.known()[name])
+    text = 'schemes = ["channel"]\nmax_drop = 0.5\n[budget]\nmacs = 0.3\n[calibration]\nimages = 32\n[fine_tune]\nepochs = 1\nclip = inf\n'
+    ran = Recipe.from_toml(text).run(net, x, calibration=Calibration(batches, patches=2**10), evaluate=lambda _: 1.0, train=batches)
+    assert len(ran.report.tries) == 1
+    assert len(ran.tuned) == 1
 
 
 def test_a_recipe_fine_tunes_in_stages(net: Net, x: Tensor, batches: list[Tensor]) -> None:

@@ -260,7 +260,8 @@ def test_folders_that_are_wrong(fails: Fails, home: str, tmp_path: Path) -> None
     run("compress", f"{home}:small", *INPUT, "--out", tmp_path / "out", "--scheme", "channel")
     assert "the plan was made for another network" in fails("report", f"{home}:Wide", tmp_path / "out", *INPUT)
     (tmp_path / "file").write_text("in the way")
-    assert "file" in fails("compress", f"{home}:small", *INPUT, "--out", tmp_path / "file", "--scheme", "channel")
+    for command in ("compress", "sweep"):  # before anything is computed
+        assert "is a file, expected a folder" in fails(command, "none:such", *INPUT, "--out", tmp_path / "file" / "below")
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -375,11 +376,22 @@ def test_a_recipe_runs_from_the_shell(home: str, tmp_path: Path, fails: Fails) -
     convolutions = [m.weight for m in last.modules() if isinstance(m, torch.nn.Conv2d)]
     assert convolutions
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+    assert "is a file, expected a folder" in fails("run", recipe, "--out", tmp_path / "images.pt")
     recipe.write_text("[budget]\nmacs = 0.8\n")
     assert "names no model" in fails("run", recipe, "--out", tmp_path / "other")
     assert "no such file or recipe" in fails("run", "resnet-fifty", "--out", tmp_path / "other")
 
 
+def test_training_images_come_in_another_order_each_time() -> None:
+    """Files are sorted, often by what they show; the seed says how they are mixed."""
+    first, again = (list(sources.shuffled(list(torch.arange(200.0).split(64)), 3)) for _ in range(2))
+    assert [len(batch) for (batch,) in first] == [64, 64, 64, 8]
+    assert all(torch.equal(a, b) for (a,), (b,) in zip(first, again, strict=True))
+    assert sorted(torch.cat([batch for (batch,) in first]).tolist()) == list(range(200))
+    assert len(first[0][0].diff().unique()) > 10
+
+
 def test_recipes_are_listed_with_their_schema() -> None:
+    assert "add [calibration]" in run("recipes")  # not taken for markup
     assert "resnet20-cifar10-macs-50" in run("recipes")
     assert "budget" in json.loads(run("recipes", "--schema"))["properties"]

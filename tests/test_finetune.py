@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -19,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from cifar import Batches, accuracy, demo_images, demo_resnet20
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, TensorDataset
 
-from dsconv_surgery import Budget, FineTune, Plan, apply_plan, compress, fine_tune, make_plan
+from dsconv_surgery import Budget, FineTune, Plan, apply_plan, compare, compress, fine_tune, make_plan
 from dsconv_surgery.distill import Lesson, blocks_of, mixable, mixed
 from dsconv_surgery.history import History
 from dsconv_surgery.optimise import decay, products, rise
+from dsconv_surgery.pipeline import Compressed
 from dsconv_surgery.schemes import scheme_names
 from dsconv_surgery.surgery import chain_kernel
 
@@ -68,6 +70,13 @@ class Labelled:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(zip(self.x.split(self.size), self.y.split(self.size), strict=True))
+
+
+class Endless(IterableDataset[Tensor]):
+    """Images one by one, without a length and without end."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return itertools.cycle(Labelled().x)
 
 
 def cut_net(dropout: float = 0.0, schemes: str = "cp") -> tuple[Net, nn.Module, Plan]:
@@ -500,7 +509,36 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "strings": ({"batches": ["a"]}, ValueError, "a batch holds str"),
     "decay without plan": ({"settings": FineTune(weight_decay=0.1)}, ValueError, "Pass plan="),
-    "score": ({"validate": lambda _: math.nan}, ValueError, "evaluate: found nan"),
+    "score": ({"validate": lambda _: math.nan}, ValueError, "validate: found nan"),
+    "iterator and late statistics": (
+        {"batches": "one shot", "settings": FineTune(epochs=1, steps=3, norms="late")},
+        ValueError,
+        'norms="late" needs it',
+    ),
+    "no length after all": ({"batches": DataLoader(Endless(), batch_size=16)}, ValueError, r"FineTune\(steps=...\)"),
+    "workers that go on drawing": (
+        {"batches": DataLoader(Labelled().x, batch_size=16, num_workers=1, persistent_workers=True), "checkpoint": "run.pt"},
+        ValueError,
+        "Leave persistent_workers out",
+    ),
+    "a Compressed": ({"teacher": Compressed(nn.ReLU(), None, None)}, TypeError, r"teacher is Compressed.*\.model"),  # type: ignore[arg-type]
+    "settings": ({"settings": {"epochs": 1}}, TypeError, "settings are dict"),
+    "features without a teacher": ({"settings": FineTune(features=1.0), "teacher": None}, ValueError, "there is no teacher"),
+    "features without a block": (
+        {"settings": FineTune(features=1.0), "teacher": nn.Sequential(nn.Conv2d(3, 4, 1))},
+        ValueError,
+        "no block around a cut layer",
+    ),
+    "another teacher": (
+        {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(192, 7))},
+        ValueError,
+        r"the network gives \[\(16, 4\)\] and the teacher \[\(16, 7\)\]",
+    ),
+    "a loss by image": (
+        {"loss": lambda y, t: F.cross_entropy(y, t, reduction="none")},
+        ValueError,
+        r"loss gave \(16,\), expected a tensor of one number",
+    ),
 }
 
 
@@ -527,6 +565,103 @@ def test_nothing_to_train_and_wrapped_models() -> None:
         fine_tune(nn.DataParallel(model), Labelled(), teacher=dense)
     with pytest.raises(ValueError, match="nothing to train"):
         fine_tune(model.requires_grad_(False), Labelled(), teacher=dense)
+
+
+def test_batches_without_a_length_or_an_end() -> None:
+    """As many steps as were asked for, whatever `epochs` says; statistics from as many batches."""
+    dense, model, _ = cut_net()
+
+    class Unsized:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(Labelled())
+
+    history = fine_tune(copy.deepcopy(model), Unsized(), teacher=dense, settings=FineTune(steps=20))
+    assert [epoch.steps for epoch in history.epochs] == [6, 12, 18, 20]
+    fine_tune(model, DataLoader(Endless(), batch_size=16), teacher=dense, settings=FineTune(steps=6, norms="late", lr=1e-5))
+    with torch.no_grad():
+        seen = model.get_submodule("block.conv")(torch.relu(model.get_submodule("stem")(Labelled().x)))  # six batches are all images
+    torch.testing.assert_close(model.get_submodule("block.norm").running_mean, seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_draws_of_samplers_and_callbacks_are_the_same_after_an_interruption(tmp_path: Path) -> None:
+    """A batch sampler with a generator of its own; images with noise; a callback that draws whenever it is called."""
+    dense, model, _ = cut_net()
+
+    class Noisy(Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 96
+
+        def __getitem__(self, index: int) -> Tensor:
+            return Labelled().x[index] + torch.randn(3, 8, 8)
+
+    data = Noisy()
+
+    def run(model: nn.Module, path: Path | None, stop: int, draws: bool) -> None:
+        def watch(step: int, _values: Any) -> None:
+            if draws:
+                torch.randn(1)
+                random.random()
+            if step == stop:
+                raise KeyboardInterrupt
+
+        sampler = BatchSampler(RandomSampler(data, generator=torch.Generator().manual_seed(3)), 16, drop_last=False)
+        loader = DataLoader(data, batch_sampler=sampler)
+        fine_tune(model, loader, teacher=dense, settings=FineTune(epochs=3, save_every=4), checkpoint=path, callback=watch)
+
+    undisturbed, again = copy.deepcopy(model), copy.deepcopy(model)
+    run(undisturbed, None, 0, draws=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "run.pt", 9, draws=True)
+    run(again, tmp_path / "run.pt", 0, draws=True)
+    assert same(weights(again), weights(undisturbed))
+
+
+def test_scores_may_be_tensors_and_labels_without_weight_anything() -> None:
+    dense, model, _ = cut_net()
+    nothing = [(x, torch.full_like(y, -1)) for x, y in Labelled()]
+    history = fine_tune(
+        model, nothing, teacher=dense, settings=FineTune(epochs=1, distill=1.0), validate=lambda m: m(Labelled().x).float().mean()
+    )
+    assert isinstance(history.epochs[0].score, float)
+    assert history.epochs[0].labels is None
+
+
+def test_classes_that_are_masked_out() -> None:
+    """Logits of minus infinity in both networks: they count for nothing, to begin with and in training."""
+
+    class Masked(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(torch.tensor([False, False, False, True]), -math.inf)
+
+    torch.manual_seed(0)
+    dense = Masked().eval()
+    images = Labelled().x.split(16)
+    small = compress(dense, images[0][:1], budget=Budget(params=0.6), calibration=images, include="block.conv")
+    assert small.plan.cuts[0].damage is not None
+    assert 1e-7 < small.plan.cuts[0].damage < 10
+    found = compare(dense, small.model, images[0][:1], data=images).fidelity
+    assert found is not None
+    assert 0 < found.error < 1
+    assert 0 < (found.divergence or 0) < 10
+    history = fine_tune(small.model, images, teacher=dense, settings=FineTune(epochs=2))
+    assert 0 < history.epochs[1].loss < 0.1
+
+
+def test_gradients_of_before_are_not_taken_up() -> None:
+    dense, model, _ = cut_net()
+    twice = copy.deepcopy(model)
+    twice(Labelled().x).square().sum().backward()
+    for network in (model, twice):
+        fine_tune(network, Labelled(), teacher=dense, settings=FineTune(epochs=1))
+    assert same(weights(model), weights(twice))
+
+
+def test_gradients_that_are_never_finite_end_a_run_in_float16() -> None:
+    """The scaler skips such steps one by one: all of them are one too many."""
+    dense, model, _ = cut_net()
+    model.get_parameter("stem.weight").register_hook(lambda g: g * math.nan)
+    with pytest.raises(FloatingPointError, match="gradient's norm nan"):
+        fine_tune(model, Labelled(), teacher=dense, settings=FineTune(epochs=4, precision="float16"))
 
 
 def test_an_iterator_will_do_for_one_epoch() -> None:
@@ -568,8 +703,13 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.get_submodule("head").bias.add_(1)
-    with pytest.raises(ValueError, match="of another run"):
-        fine_tune(other, Labelled(), teacher=dense, settings=FineTune(epochs=1), checkpoint=path)
+    for network, teacher, changed in (
+        (other, dense, {}),
+        (model, other, {}),
+        (model, dense, {"optimizer": lambda groups: torch.optim.SGD(groups)}),
+    ):
+        with pytest.raises(ValueError, match=r"of another run.*pass it as it was cut"):
+            fine_tune(network, Labelled(), teacher=teacher, settings=FineTune(epochs=1), checkpoint=path, **changed)
     assert path.read_bytes() == held
     path.write_bytes(held[: len(held) // 2])
     with pytest.raises(ValueError, match="not a checkpoint of fine_tune"):
@@ -593,11 +733,25 @@ dense, model, plan = t.cut_net(schemes="channel")  # in closed form: no search t
 images = Images(Calibration(list(t.Labelled(95, 20)), patches=2**22), ((1, 3, 8, 8),))
 calibrated, errors = cut_for_data(dense, plan, images, {}, False, Steps(metric=False))
 losses = [e.loss for e in fine_tune(model, t.Labelled(95, 20), teacher=dense, settings=FineTune(epochs=3, accumulate=2, mix=0.7)).epochs]
-dense, model, plan = t.cut_net(schemes="channel")
-forward = model.block.forward
-model.block.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
-settings = FineTune(epochs=3, accumulate=2, norms="trained", optimizer="adamw", lr=1e-3)  # the last batch is one image
-losses += [e.loss for e in fine_tune(model, t.Labelled(81, 20), teacher=dense, settings=settings).epochs]
+def network():
+    model = t.cut_net(schemes="channel")[1]
+    forward = model.block.forward
+    model.block.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+    return model
+settings = FineTune(epochs=3, accumulate=2, norms="trained", optimizer="adamw", lr=1e-3, save_every=2)  # the last batch is one image
+rank = dist.get_rank() if dist.is_initialized() else 0
+def stop(step, values):
+    if step == 4:
+        raise KeyboardInterrupt
+run = lambda model, **keywords: fine_tune(
+    model, t.Labelled(81, 20), teacher=dense, settings=settings, checkpoint=sys.argv[3] + f"/{rank}.pt", **keywords
+)
+try:
+    run(network(), callback=stop)
+except KeyboardInterrupt:
+    pass
+model = network()
+losses += [e.loss for e in run(model).epochs]  # the first process's file counts: only that one has any
 losses += [float(value.double().norm()) for name, value in model.state_dict().items() if "running" in name]
 if not dist.is_initialized() or dist.get_rank() == 0:
     print(*errors.values(), *(float(p.double().norm()) for p in calibrated.state_dict().values()))
@@ -612,8 +766,9 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO)
     arguments = [str(script), str(ROOT / "tests"), str(ROOT / "examples")]
-    alone = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True).stdout
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    (tmp_path / "alone").mkdir()
+    alone = subprocess.run([sys.executable, *arguments, str(tmp_path / "alone")], check=True, capture_output=True, text=True).stdout
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments, str(tmp_path)]
     strict = {**os.environ, "PYTHONWARNINGS": "error::FutureWarning"}
     together = subprocess.run(launch, check=True, capture_output=True, text=True, env=strict).stdout
     one, two = ([[float(number) for number in line.split()] for line in printed.splitlines()[-2:]] for printed in (alone, together))
