@@ -40,6 +40,10 @@ class Budget:
         return f"Budget({', '.join(f'{measure}={fraction:g}' for measure, fraction in self.limits().items())})"
 
 
+class BudgetError(ValueError):
+    """No choice of options keeps a budget."""
+
+
 @dataclass(frozen=True)
 class Option:
     """One row of a layer's table: the squared relative error of a scheme at a rank, and the layer's cost with it.
@@ -151,7 +155,7 @@ def allowance(tables: Mapping[str, Table], total: Cost, budget: Budget) -> dict[
     """By measure, what the layers with options may cost together so that the whole network keeps its budget.
 
     Raises:
-        ValueError: not even the cheapest option of every layer comes down to it; the smallest reachable budget is named.
+        BudgetError: not even the cheapest option of every layer comes down to it; the smallest reachable budget is named.
     """
     limits = budget.limits()
     rest = {m: getattr(total, m) - sum(getattr(table.dense, m) for table in tables.values()) for m in limits}
@@ -161,7 +165,7 @@ def allowance(tables: Mapping[str, Table], total: Cost, budget: Budget) -> dict[
         # Rounded up, so that the budget named can be given and met.
         reach = ", ".join(f"{m}={min(math.ceil(1e4 * (least[m] + rest[m]) / getattr(total, m) + 1e-6) / 1e4, 1.0)}" for m in limits)
         tip = "; on CPUs, networks in torch.channels_last may come lower" if "latency" in limits else ""
-        raise ValueError(
+        raise BudgetError(
             f"{budget} is out of reach: with every layer at its cheapest the network still keeps {reach} "
             f"({len(tables)} layers can be cut). Raise the budget, exclude fewer layers or allow more schemes{tip}."
         )

@@ -210,7 +210,7 @@ def run(
     dense, example = _given(model or known.model, weights, ",".join(map(str, known.input)), known.channels_last)
     count = known.calibration.images if known.calibration else 1
     batches = None if calibration is None else image_batches(calibration, example, count, mean, std)
-    tuning = None if train is None else shuffled(image_batches(train, example, sys.maxsize, mean, std), known.seed)
+    tuning = None if train is None else shuffled(image_batches(train, example, sys.maxsize, mean, std))
     small = known.run(dense, example, calibration=batches, train=tuning, cache=cache, progress=True)
     save(small, out)
     for history in small.tuned:

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dsconv_surgery import graph, measure, ranks, rules
-from dsconv_surgery.budget import WITHOUT_BUDGET, Budget, Choice, Rule, Table, allowance, check_settings, smallest_total
+from dsconv_surgery.budget import WITHOUT_BUDGET, Budget, BudgetError, Choice, Rule, Table, allowance, check_settings, smallest_total
 from dsconv_surgery.cache import Cache
 from dsconv_surgery.clock import Clock
 from dsconv_surgery.geometry import Rank
@@ -106,7 +106,7 @@ class Settings:
         multiple: int | None = None,
         cache: bool | str | Path = True,
     ) -> None:
-        self.names = scheme_names() if schemes is None else _as_tuple(schemes)
+        self.names = scheme_names() if schemes is None else as_tuple(schemes)
         if not self.names:
             raise ValueError("schemes: none given. Pass None for all, or names.")
         for name in self.names:
@@ -114,18 +114,14 @@ class Settings:
         check_settings(rule, budget, energy, rank)
         self.rule, self.energy, self.rank = rule, energy, tuple(rank) if isinstance(rank, list) else rank
         self.budget = None if rule in WITHOUT_BUDGET else budget or Budget(macs=0.5)
-        self.include, self.exclude = _as_tuple(include), _as_tuple(exclude)
+        self.include, self.exclude = as_tuple(include), as_tuple(exclude)
         self.measures = tuple(self.budget.limits()) if self.budget else ("macs",)
         if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
             raise ValueError(f"multiple={multiple!r}: expected a whole number of channels, 1 or more.")
         self.multiple = multiple or (TIMED_MULTIPLE if "latency" in self.measures else 1)
         self.cache = cache
-        pairs = "tucker" in self.names
-        if rule == "evbmf" and not pairs:
+        if rule == "evbmf" and "tucker" not in self.names:
             raise ValueError(f"rule 'evbmf' finds ranks for tucker, which is not among schemes ({', '.join(self.names)}). Add it.")
-        if self.rank is not None and not (pairs if isinstance(self.rank, tuple) else set(self.names) - {"tucker"}):
-            takes = "a pair, as in rank=(8, 8)" if pairs else "one number"
-            raise ValueError(f"rank={self.rank!r}: schemes {', '.join(self.names)} take {takes}.")
 
     @property
     def rule_text(self) -> str:
@@ -201,7 +197,7 @@ class Decision:
                 raise ValueError(f"{self.settings.rule_text} chose for {name!r}, which has no option table.{nearest(name, list(tables))}")
         spent = {m: sum(getattr(o.cost if (o := chosen.get(name)) else t.dense, m) for name, t in tables.items()) for m in allowed}
         if not callable(rule) and any(spent[m] > allowed[m] * (1 + 1e-9) for m in allowed):
-            raise ValueError(
+            raise BudgetError(
                 f"rule {rule!r} finds nothing within {' and '.join(allowed)} at once. Raise one of them, or use rule='budget'."
             )
         return {name: chosen.get(name) for name in tables}
@@ -214,10 +210,10 @@ class Decision:
         for _ in range(SETTLING):
             try:
                 choice = self._chosen(allowed)
-            except ValueError:
+            except BudgetError:  # of a tighter limit: the best plan so far
                 if not tried:
                     raise
-                break  # a tighter limit leaves no choice: the best plan so far
+                break
             plan, made = self._written(budget, choice, later)
             tables_say = self.total.latency + sum(
                 option.cost.latency - self._tables[name].dense.latency for name, option in choice.items() if option
@@ -290,5 +286,6 @@ def _select(seen: Survey, settings: Settings) -> tuple[list[ConvSite], list[Skip
     return sites, skips
 
 
-def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+def as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+    """One name, or several."""
     return (names,) if isinstance(names, str) else tuple(names)

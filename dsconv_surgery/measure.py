@@ -66,6 +66,12 @@ def log_softmax(logits: Tensor) -> Tensor:
     return logits.log_softmax(1).clamp(min=-1e30)
 
 
+def comparable(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of both but for those that are the same infinity, such as what is masked out."""
+    where = ~(wanted.isinf() & (wanted == given))
+    return wanted[where].double(), given[where].double()
+
+
 def count_macs(run: Callable[[], Any]) -> int:
     """Multiply-accumulates of everything that `run` computes, functional matrix products included (torch's flop counter halved)."""
     with FlopCounterMode(display=False) as counter:
@@ -179,9 +185,9 @@ def fidelity(before: nn.Module, after: nn.Module, batches: Iterable[tuple[Any, .
                 for clone in clones
             )
             images += inputs[0].shape[0]
-            finite = [(a[where].double(), b[where].double()) for a, b in zip(dense, cut, strict=True) for where in [a.isfinite()]]
-            off += sum(float((a - b).square().sum()) for a, b in finite)
-            total += sum(float(a.square().sum()) for a, _ in finite)
+            pairs = [comparable(a, b) for a, b in zip(dense, cut, strict=True)]
+            off += sum(float((a - b).square().sum()) for a, b in pairs)
+            total += sum(float(a.square().sum()) for a, _ in pairs)
             classifier = classifier and len(dense) == 1 and dense[0].ndim == 2 and dense[0].shape[1] > 1
             if classifier:
                 p, q = (log_softmax(side[0].double()) for side in (dense, cut))

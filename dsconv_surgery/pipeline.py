@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -77,13 +78,18 @@ def compress(
         raise ValueError("max_drop= and evaluate= go together: how much score may be lost, and a function that gives a network's.")
     if max_drop is not None and (settings.budget is None or len(settings.measures) > 1):
         raise ValueError("max_drop= needs a rule that takes a budget, and a budget on one measure, such as Budget(macs=0.1).")
-    if max_drop is not None and not (isinstance(max_drop, Real) and not isinstance(max_drop, bool) and max_drop >= 0):
-        raise ValueError(f"max_drop={max_drop!r}: expected a number, zero or more, in the units of the score.")
+    check_drop(max_drop)
     images = None if calibration is None else Images(calibration, input_shapes(example_inputs))
     decision = Decision(model, example_inputs, settings, images, progress)
     if max_drop is None or evaluate is None:
         return cut_to(decision, settings.budget)
     return _within(decision, budget, max_drop, evaluate)
+
+
+def check_drop(max_drop: float | None) -> None:
+    """Raise ValueError unless a drop is none, or a finite number, zero or more."""
+    if max_drop is not None and not (isinstance(max_drop, Real) and not isinstance(max_drop, bool) and 0 <= max_drop < math.inf):
+        raise ValueError(f"max_drop={max_drop!r}: expected a number, zero or more, in the units of the score.")
 
 
 def cut_to(decision: Decision, budget: Budget | None) -> Compressed:

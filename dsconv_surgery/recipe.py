@@ -14,13 +14,13 @@ from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
 from dsconv_surgery.budget import Budget
-from dsconv_surgery.decide import Settings
+from dsconv_surgery.decide import Settings, as_tuple
 from dsconv_surgery.finetune import fine_tune
 from dsconv_surgery.geometry import Rank
 from dsconv_surgery.history import FineTune, History
 from dsconv_surgery.images import Calibration
 from dsconv_surgery.measure import in_channels_last
-from dsconv_surgery.pipeline import Compressed, compress
+from dsconv_surgery.pipeline import Compressed, check_drop, compress
 from dsconv_surgery.report import compare
 from dsconv_surgery.surgery import fold_back
 from dsconv_surgery.text import nearest, parse_json
@@ -84,10 +84,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("schemes", "include", "exclude"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, (getattr(self, name),))
-        if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
-            raise ValueError(f"max_drop={self.max_drop!r}: expected a number, zero or more, in the units of the score.")
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_tuple(getattr(self, name)))
+        check_drop(self.max_drop)
         Settings(self.budget, self.schemes, self.rule, self.energy, self.rank, self.include, self.exclude, self.multiple)
         if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 1:
             raise ValueError(f"stages={self.stages!r}: expected a whole number of cuts, 1 or more.")

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from dsconv_surgery.budget import Choice, Option, Table
+from dsconv_surgery.budget import BudgetError, Choice, Option, Table
 from dsconv_surgery.geometry import Cost, Rank
 from dsconv_surgery.knapsack import choose
 
@@ -25,7 +25,7 @@ def least_damage(tables: Mapping[str, Table], allowed: Mapping[str, float], dama
         damage: what errors of a layer do to the network; the tables' own sensitivity if not given.
 
     Raises:
-        ValueError: nothing fits, though each limit by itself could be met.
+        BudgetError: nothing fits, though each limit by itself could be met.
     """
     measures = tuple(allowed)
     options: dict[str, list[Option]] = {}
@@ -39,7 +39,7 @@ def least_damage(tables: Mapping[str, Table], allowed: Mapping[str, float], dama
         damages.append(np.array([0.0, *harm]))
     chosen = choose(damages, costs, np.array([float(allowed[m]) for m in measures]))
     if chosen is None:
-        raise ValueError(f"nothing keeps {' and '.join(measures)} within the budget at once, though each alone can be. Raise one of them.")
+        raise BudgetError(f"nothing keeps {' and '.join(measures)} within the budget at once, though each alone can be. Raise one of them.")
     return {name: options[name][k - 1] if k else None for name, k in zip(tables, chosen, strict=True)}
 
 
@@ -192,6 +192,10 @@ def _cheapest_keeping(table: Table, scheme: str, keep: float) -> Option | None:
 
 def fixed(tables: Mapping[str, Table], rank: Rank) -> Choice:
     """The same rank in every layer, of the scheme with the least error there; dense where that rank would not be cheaper."""
+    pairs = {isinstance(offer[0], tuple) for table in tables.values() for offers in table.offers.values() for offer in offers}
+    if pairs and isinstance(rank, tuple) not in pairs:
+        takes = "a pair, as in rank=(8, 8)" if True in pairs else "one number"
+        raise ValueError(f"rank={rank!r}: all schemes that are offered take {takes}.")
     choice: dict[str, Option | None] = {}
     for name, table in tables.items():
         found = [table.option(scheme, offer) for scheme, offers in table.offers.items() for offer in offers if offer[0] == rank]

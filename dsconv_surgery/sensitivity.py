@@ -17,7 +17,7 @@ from dsconv_surgery.cache import Cache, digest
 from dsconv_surgery.feed import on_device
 from dsconv_surgery.graph import ConvSite
 from dsconv_surgery.images import Images
-from dsconv_surgery.measure import detached, log_softmax, loose_tensors
+from dsconv_surgery.measure import comparable, detached, log_softmax, loose_tensors
 from dsconv_surgery.schemes import Objective
 from dsconv_surgery.walk import layer_moments
 
@@ -75,8 +75,6 @@ class Study:
         Of a classifier the Kullback-Leibler divergence from its own softmax, in nats; of other networks the squared relative error.
         """
         wanted, centred = self._wanted, self.objectives(name)[0].centred
-        if not _finite(wanted):
-            raise ValueError("calibration: the network's own outputs on these images are NaN, or nothing but infinite. Repair it first.")
         layer = self._dense.get_submodule(name)
         replacement = replacement.eval()
 
@@ -102,7 +100,10 @@ class Study:
 
     @cached_property
     def _wanted(self) -> list[list[Tensor]]:
-        return self._outputs()
+        found = self._outputs()
+        if not all(not bool(t.isnan().any()) and bool(t.isfinite().any()) for batch in found for t in batch if t.numel()):
+            raise ValueError("calibration: the network's own outputs on these images are NaN, or nothing but infinite. Repair it first.")
+        return found
 
     def _outputs(self) -> list[list[Tensor]]:
         found: list[list[Tensor]] = []
@@ -118,11 +119,6 @@ class Study:
         return found
 
 
-def _finite(outputs: list[list[Tensor]]) -> bool:
-    """Whether no output is NaN, and not all of them are infinite (masked classes are)."""
-    return all(not bool(t.isnan().any()) and bool(t.isfinite().any()) for batch in outputs for t in batch if t.numel())
-
-
 def _distance(wanted: list[list[Tensor]], given: list[list[Tensor]]) -> float:
     off, total = 0.0, 0.0
     for outputs, its in zip(wanted, given, strict=True):
@@ -130,7 +126,7 @@ def _distance(wanted: list[list[Tensor]], given: list[list[Tensor]]) -> float:
             p, q = (log_softmax(side[0].double()) for side in (outputs, its))
             off, total = off + float((p.exp() * (p - q)).sum()), total + len(p)
         else:
-            pairs = [(a[where].double(), b[where].double()) for a, b in zip(outputs, its, strict=True) for where in [a.isfinite()]]
+            pairs = [comparable(a, b) for a, b in zip(outputs, its, strict=True)]
             off += float(sum((a - b).square().sum() for a, b in pairs))
             total += float(sum(a.square().sum() for a, _ in pairs))
     off, total = ranks.summed(torch.tensor([off, total], dtype=torch.float64)).tolist()

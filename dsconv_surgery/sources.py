@@ -55,10 +55,9 @@ def image_batches(path: Path, example: torch.Tensor, count: int, mean: str, std:
     return list(tensor[rows].float().split(BATCH))
 
 
-def shuffled(batches: list[torch.Tensor], seed: int) -> DataLoader[Any]:
+def shuffled(batches: list[torch.Tensor]) -> DataLoader[Any]:
     """The same images in another order each time: files are often sorted by what they show."""
-    images = TensorDataset(torch.cat(batches))
-    return DataLoader(images, BATCH, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(TensorDataset(torch.cat(batches)), BATCH, shuffle=True)
 
 
 def _numbers(text: str, channels: int) -> list[float]:

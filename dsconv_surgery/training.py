@@ -55,7 +55,7 @@ class Training:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.device = self.trained[0].device
         self.per_epoch = per_epoch
-        every = settings.steps or 0 if per_epoch is None else settings.epochs * per_epoch
+        every = (settings.steps or 0) if per_epoch is None else settings.epochs * per_epoch
         self.total = min(every, settings.steps or every)
         self.optimizer = (optimizer or OPTIMIZERS[settings.optimizer])(by_rate(self.trained, settings.lr))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]

@@ -33,7 +33,7 @@ from dsconv_surgery import (
     schemes,
     workings,
 )
-from dsconv_surgery.budget import Choice, Table, allowance
+from dsconv_surgery.budget import BudgetError, Choice, Option, Table, allowance
 from dsconv_surgery.cache import Cache, digest
 from dsconv_surgery.clock import Clock
 from dsconv_surgery.decide import Decision, Settings
@@ -187,8 +187,38 @@ def test_limits_are_out_of_reach_only_by_themselves() -> None:
     tables = {name: Table(name, Cost(100, 100), offers, None) for name in "ab"}  # type: ignore[arg-type]
     for macs, params in ((0.1, 1.0), (1.0, 0.1), (0.45, 0.45)):
         assert allowance(tables, Cost(200, 200), Budget(macs=macs, params=params)) == {"macs": 200 * macs, "params": 200 * params}
-    with pytest.raises(ValueError, match=r"still keeps macs=0.1001, params=0.1001"):
+    with pytest.raises(BudgetError, match=r"still keeps macs=0.1001, params=0.1001"):
         allowance(tables, Cost(200, 200), Budget(macs=0.09, params=1.0))
+
+
+def test_a_choice_beyond_its_limits_is_no_plan(net: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that finds nothing within two limits at once says so."""
+    monkeypatch.setattr("dsconv_surgery.rules.uniform", lambda tables, _allowed: dict.fromkeys(tables))
+    with pytest.raises(BudgetError, match="rule 'uniform' finds nothing within macs and params at once"):
+        make_plan(net, x, rule="uniform", budget=Budget(macs=0.9, params=0.9), schemes="channel")
+
+
+@pytest.mark.parametrize("error", [BudgetError("beyond"), ValueError("wrong")])
+def test_limits_tightened_out_of_reach_leave_the_best_plan_so_far(error: Exception, net: Net, x: Tensor, monkeypatch: Any) -> None:
+    """While a plan is brought to keep a time; other errors are not taken for that."""
+    monkeypatch.setattr(Clock, "time", lambda _, chain, sizes: float(sum(link.macs(size) for size in sizes for link in chain.values())))
+    monkeypatch.setattr("dsconv_surgery.measure.latency", lambda models, *_, **__: [1.0] * len(models))  # too long, whatever is cut
+    decision = Decision(net, (x,), Settings(Budget(latency=0.9), "channel", cache=False), None, False)
+    name, table = next(iter(decision._tables.items()))
+    rank, cost = table.offers["channel"][0]
+    answers = iter([{name: Option("channel", rank, cost, 0.1)}])
+
+    def chosen(_allowed: Any) -> Choice:
+        for answer in answers:
+            return answer
+        raise error
+
+    monkeypatch.setattr(decision, "_chosen", chosen)
+    if isinstance(error, BudgetError):
+        assert [cut.name for cut in decision._settled(Budget(latency=0.9), {"latency": 1.0}, False)[0].cuts] == [name]
+    else:
+        with pytest.raises(ValueError, match="wrong"):
+            decision._settled(Budget(latency=0.9), {"latency": 1.0}, False)
 
 
 def test_a_knapsack_that_only_just_has_an_answer() -> None:
