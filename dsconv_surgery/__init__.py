@@ -1,14 +1,14 @@
 """Make a trained convolutional network smaller and faster: find its convolutions, decide, cut, compare, keep."""
 
 from dsconv_surgery.budget import Budget
+from dsconv_surgery.calibration.images import Calibration
 from dsconv_surgery.checkpoint import load, save
-from dsconv_surgery.decide import make_plan
-from dsconv_surgery.finetune import fine_tune
-from dsconv_surgery.graph import find_convs
-from dsconv_surgery.history import FineTune
-from dsconv_surgery.images import Calibration
-from dsconv_surgery.pipeline import compress
+from dsconv_surgery.compression import compress
+from dsconv_surgery.finetuning.fine_tune import fine_tune
+from dsconv_surgery.finetuning.settings import FineTune
+from dsconv_surgery.network.discovery import find_convs
 from dsconv_surgery.plan import Plan
+from dsconv_surgery.planning.planner import make_plan
 from dsconv_surgery.recipe import Recipe
 from dsconv_surgery.report import compare
 from dsconv_surgery.schemes import register_scheme

@@ -1,3 +1,3 @@
-from dsconv_surgery.cli import main
+from dsconv_surgery.cli.commands import main
 
 main()

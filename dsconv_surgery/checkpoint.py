@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dsconv_surgery.files import sync, temporary
-from dsconv_surgery.pipeline import Compressed
+from dsconv_surgery.compression import Compressed
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.schemes import is_channels_last
+from dsconv_surgery.support.atomic_files import flush_to_disk, temporary_file
+from dsconv_surgery.support.records import parse_json
 from dsconv_surgery.surgery import apply_plan, check_cut
-from dsconv_surgery.text import parse_json
 
 PLAN_FILE = "plan.json"
 
@@ -68,7 +68,7 @@ def save(compressed: Compressed | nn.Module, folder: str | os.PathLike[str], pla
         raise ValueError(f"{(odd + meta)[0]}: {what} ({len(odd + meta)} such entries). Nothing was written.")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with temporary(target) as written, temporary(target) as manifest:
+    with temporary_file(target) as written, temporary_file(target) as manifest:
         # Cloned, for safetensors takes neither overlapping nor channels-last tensors; one that has several names is written once.
         kept = {names[0]: state[names[0]] for names in _by_tensor(state)}
         save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in kept.items()}, written)
@@ -78,9 +78,9 @@ def save(compressed: Compressed | nn.Module, folder: str | os.PathLike[str], pla
         manifest.write_bytes(_ADAPTER.dump_json(_Saved(plan, weights.name, digest, channels_last), indent=1) + b"\n")
         for source, place in ((written, weights), (manifest, target / PLAN_FILE)):
             source.chmod(0o644)
-            sync(source)
+            flush_to_disk(source)
             os.replace(source, place)
-    sync(target)
+    flush_to_disk(target)
     for old in target.glob("weights-*.safetensors"):
         if old.name != weights.name:
             old.unlink()

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 from pydantic import TypeAdapter
 
 from dsconv_surgery.budget import Budget
-from dsconv_surgery.geometry import ConvSpec, Cost, Rank, Size, chain_cost
-from dsconv_surgery.graph import Skip
-from dsconv_surgery.measure import Conditions
+from dsconv_surgery.network.discovery import Skip
+from dsconv_surgery.network.geometry import ConvSpec, Cost, Rank, Size, chain_cost
 from dsconv_surgery.schemes import chain_of, check_rank, get_scheme
-from dsconv_surgery.text import nearest, parse_json, text_table
+from dsconv_surgery.support.formatting import did_you_mean, text_table
+from dsconv_surgery.support.latency import Conditions
+from dsconv_surgery.support.records import parse_json
 
 FORMAT_VERSION = 1
 
@@ -93,7 +94,7 @@ class Plan:
             >>> plan.replace("layer1.0.conv1", scheme="depthwise", rank=2)
         """
         if name not in [cut.name for cut in self.cuts]:
-            raise ValueError(f"{name}: no cut of this name.{nearest(name, [cut.name for cut in self.cuts])} {_why_left(self, name)}")
+            raise ValueError(f"{name}: no cut of this name.{did_you_mean(name, [cut.name for cut in self.cuts])} {_why_left(self, name)}")
         cuts = tuple(
             replace(cut, scheme=scheme or cut.scheme, rank=cut.rank if rank is None else rank, error=None, damage=None)
             if cut.name == name
@@ -110,7 +111,7 @@ class Plan:
         """
         out = {cut.name for cut in self.cuts if fnmatchcase(cut.name, pattern)}
         if not out:
-            raise ValueError(f"no cut matches {pattern!r}.{nearest(pattern, [cut.name for cut in self.cuts])}")
+            raise ValueError(f"no cut matches {pattern!r}.{did_you_mean(pattern, [cut.name for cut in self.cuts])}")
         skips = tuple(Skip(name, f"taken out by hand ({pattern!r}).") for name in sorted(out))
         return replace(
             self, cuts=tuple(c for c in self.cuts if c.name not in out), skips=self.skips + skips, rule=_edited(self.rule), timing=None

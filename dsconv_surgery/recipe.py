@@ -14,16 +14,18 @@ from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
 from dsconv_surgery.budget import Budget
-from dsconv_surgery.decide import Settings, as_tuple
-from dsconv_surgery.finetune import fine_tune
-from dsconv_surgery.geometry import Rank
-from dsconv_surgery.history import FineTune, History
-from dsconv_surgery.images import Calibration
-from dsconv_surgery.measure import in_channels_last
-from dsconv_surgery.pipeline import Compressed, check_drop, compress
+from dsconv_surgery.calibration.images import Calibration
+from dsconv_surgery.compression import Compressed, check_max_drop, compress
+from dsconv_surgery.finetuning.fine_tune import fine_tune
+from dsconv_surgery.finetuning.history import History
+from dsconv_surgery.finetuning.settings import FineTune
+from dsconv_surgery.network.geometry import Rank
+from dsconv_surgery.planning.settings import PlanSettings, as_tuple
 from dsconv_surgery.report import compare
+from dsconv_surgery.support.copies import to_channels_last
+from dsconv_surgery.support.formatting import did_you_mean
+from dsconv_surgery.support.records import parse_json
 from dsconv_surgery.surgery import fold_back
-from dsconv_surgery.text import nearest, parse_json
 
 HOMES = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a clone
 
@@ -86,8 +88,8 @@ class Recipe:
         for name in ("schemes", "include", "exclude"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_tuple(getattr(self, name)))
-        check_drop(self.max_drop)
-        Settings(self.budget, self.schemes, self.rule, self.energy, self.rank, self.include, self.exclude, self.multiple)
+        check_max_drop(self.max_drop)
+        PlanSettings(self.budget, self.schemes, self.rule, self.energy, self.rank, self.include, self.exclude, self.multiple)
         if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 1:
             raise ValueError(f"stages={self.stages!r}: expected a whole number of cuts, 1 or more.")
         if self.stages > 1 and (self.fine_tune is None or self.budget is None or self.max_drop is not None):
@@ -134,7 +136,7 @@ class Recipe:
             asks = "no training batches" if self.fine_tune is None else "training batches (train=)"
             raise ValueError(f"recipe: it asks for {asks}; found {'none' if train is None else 'some'}.")
         if self.channels_last:
-            model, example_inputs = in_channels_last(model, example_inputs)
+            model, example_inputs = to_channels_last(model, example_inputs)
         stages: list[History] = []
         dense = model
         for stage in range(1, self.stages + 1):
@@ -193,7 +195,7 @@ class Recipe:
         if not path.is_file() and path.suffix != ".toml":
             known = cls.known()
             if str(name_or_path) not in known:
-                raise ValueError(f"recipe {str(name_or_path)!r}: no such file or recipe.{nearest(str(name_or_path), known)}")
+                raise ValueError(f"recipe {str(name_or_path)!r}: no such file or recipe.{did_you_mean(str(name_or_path), known)}")
             path = known[str(name_or_path)]
         return cls.from_toml(path.read_text(), str(name_or_path))
 

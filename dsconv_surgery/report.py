@@ -10,16 +10,18 @@ from typing import Any, ClassVar
 from pydantic import TypeAdapter
 from torch import nn
 
-from dsconv_surgery import graph, measure, schemes
+from dsconv_surgery import schemes
 from dsconv_surgery.budget import Budget
-from dsconv_surgery.feed import check_runs
-from dsconv_surgery.geometry import Cost, Rank
-from dsconv_surgery.graph import Skip
-from dsconv_surgery.images import Calibration, Images, input_shapes
-from dsconv_surgery.measure import Fidelity, Latency
+from dsconv_surgery.calibration.images import Calibration, Images, check_model_runs, input_shapes
+from dsconv_surgery.network.discovery import Skip, survey_model
+from dsconv_surgery.network.geometry import Cost, Rank
 from dsconv_surgery.plan import Plan
+from dsconv_surgery.support.copies import detached_copies
+from dsconv_surgery.support.fidelity import Fidelity, measure_fidelity
+from dsconv_surgery.support.formatting import text_table
+from dsconv_surgery.support.latency import Latency, measure_latency, timing_conditions
+from dsconv_surgery.support.records import parse_json
 from dsconv_surgery.surgery import chain_kernel, check_cut, degeneracy
-from dsconv_surgery.text import parse_json, text_table
 
 COLUMNS = ("layer", "scheme", "rank", "params", "-> params", "MACs", "-> MACs", "error", "output error", "left dense because")
 
@@ -170,7 +172,7 @@ def compare(
     Example:
         >>> print(compare(model, small, torch.rand(1, 3, 32, 32), plan=plan))
     """
-    dense, cut = graph.survey(before, *example_inputs), graph.survey(after, *example_inputs)
+    dense, cut = survey_model(before, *example_inputs), survey_model(after, *example_inputs)
     timing = _timed(before, after, example_inputs, plan) if latency else None
     cuts = {c.name: c for c in plan.cuts} if plan else {}
     if plan:
@@ -178,8 +180,8 @@ def compare(
     images = None if data is None else Images(data, input_shapes(example_inputs), same=False)
     near = None
     if images is not None:
-        check_runs(copy.deepcopy(before, measure.detached(before)).eval(), images)
-        near = measure.fidelity(before, after, (inputs for _, inputs in images), list(cuts))
+        check_model_runs(copy.deepcopy(before, detached_copies(before)).eval(), images)
+        near = measure_fidelity(before, after, (inputs for _, inputs in images), list(cuts))
     reasons = {skip.name: skip.reason for skip in (*(plan.skips if plan else ()), *(s for s in dense.layers if isinstance(s, Skip)))}
     rows: list[Row] = []
     for layer in dense.layers:
@@ -200,8 +202,8 @@ def compare(
 
 
 def _timed(before: nn.Module, after: nn.Module, inputs: Sequence[Any], plan: Plan | None, rounds: int = 15) -> Latency:
-    dense, cut = measure.latency([before, after], inputs, rounds)
-    return Latency(dense, cut, measure.conditions(inputs), rounds, plan.timing.after if plan and plan.timing else None)
+    dense, cut = measure_latency([before, after], inputs, rounds)
+    return Latency(dense, cut, timing_conditions(inputs), rounds, plan.timing.after if plan and plan.timing else None)
 
 
 def _cost_under(name: str, costs: dict[str, Cost]) -> Cost:

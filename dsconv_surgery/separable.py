@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from dsconv_surgery.geometry import ConvSpec
+from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.schemes import build, chain_of, check_rank, factorize, get_scheme
 
 IntOrPair = int | tuple[int, int]

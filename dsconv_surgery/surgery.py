@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dsconv_surgery import graph, measure, schemes
-from dsconv_surgery.geometry import ConvSpec
-from dsconv_surgery.images import Calibration, Images
-from dsconv_surgery.layers import irreplaceable, is_layer, named_layers, refuse_wrapped
-from dsconv_surgery.norms import keep_better_norms
-from dsconv_surgery.options import check_finite
+from dsconv_surgery import schemes
+from dsconv_surgery.calibration.batchnorm import reestimate_batchnorm
+from dsconv_surgery.calibration.images import Calibration, Images
+from dsconv_surgery.calibration.reconstruct import Steps, reconstruct, set_bias
+from dsconv_surgery.network.geometry import ConvSpec
+from dsconv_surgery.network.graph_rewrite import collapse_calls, expand_calls
+from dsconv_surgery.network.layers import check_finite, check_unwrapped, irreplaceable_layers, is_layer, named_layers
 from dsconv_surgery.plan import Cut, Plan
-from dsconv_surgery.reconstruct import Steps, reconstruct, set_bias
 from dsconv_surgery.schemes import Factors, build, factorize, get_scheme, is_channels_last, kernel_of, links_of, make_layer
-from dsconv_surgery.text import nearest
+from dsconv_surgery.support.copies import detached_copies
+from dsconv_surgery.support.formatting import did_you_mean
 
 
 def apply_plan(
@@ -62,27 +63,27 @@ def apply_plan(
     if calibration is not None:
         if init == "empty":
             raise ValueError("init='empty' leaves nothing to calibrate. Leave out calibration=, or init=.")
-        return cut_for_data(model, plan, Images(calibration, plan.input_shapes), {}, progress)[0]
+        return cut_calibrated(model, plan, Images(calibration, plan.input_shapes), {}, progress)[0]
     if plan.calibrated and init == "factorize":
         raise ValueError(
             "the plan was made with calibration, which its ranks and errors count on: pass calibration= (a few hundred unlabelled images), "
             "init='empty' to load weights, or make a plan without calibration."
         )
-    return cut_model(model, plan, init, {}, progress)
+    return build_cut_model(model, plan, init, {}, progress)
 
 
-def cut_for_data(
+def cut_calibrated(
     model: nn.Module, plan: Plan, images: Images, starts: Mapping[str, Factors], progress: bool, steps: Steps | None = None
 ) -> tuple[nn.Module, dict[str, float]]:
     """A model cut for calibration images, and by layer the output's squared relative error on them; `starts`: factors to begin with."""
     steps = steps or Steps()
-    refuse_wrapped(model)
+    check_unwrapped(model)
     _check_fit(model, plan)
     for cut in plan.cuts:
         _check_weight(cut, model.get_submodule(cut.name).get_parameter("weight"))
-    dense = copy.deepcopy(model, measure.detached(model)).eval()
+    dense = copy.deepcopy(model, detached_copies(model)).eval()
     fitted = reconstruct(dense, plan.cuts, images, starts, progress, steps)
-    result = cut_model(model, plan, "factorize", {name: found.factors for name, found in fitted.items()}, progress=False)
+    result = build_cut_model(model, plan, "factorize", {name: found.factors for name, found in fitted.items()}, progress=False)
     for name, found in fitted.items():
         if found.bias is not None:
             set_bias(result.get_submodule(name), found.bias)
@@ -90,13 +91,13 @@ def cut_for_data(
             norm: Any = result.get_submodule(found.norm)
             norm.running_mean -= found.shift.to(norm.running_mean)
     if steps.norms != "never":
-        keep_better_norms(dense, result, images, always=steps.norms == "always")
+        reestimate_batchnorm(dense, result, images, always=steps.norms == "always")
     return result, {name: found.error for name, found in fitted.items()}
 
 
-def cut_model(model: nn.Module, plan: Plan, init: str, made: Mapping[str, Factors], progress: bool) -> nn.Module:
+def build_cut_model(model: nn.Module, plan: Plan, init: str, made: Mapping[str, Factors], progress: bool) -> nn.Module:
     """`apply_plan`, with factors that are known already."""
-    refuse_wrapped(model)
+    check_unwrapped(model)
     _check_fit(model, plan)
     replacements: dict[str, nn.Module] = {}
     for cut in tqdm(plan.cuts, desc="cut", unit="layer", disable=not progress):
@@ -104,7 +105,7 @@ def cut_model(model: nn.Module, plan: Plan, init: str, made: Mapping[str, Factor
         factors = None if init == "empty" else made[cut.name] if cut.name in made else _factors(cut, layer.get_parameter("weight"))
         replacements[cut.name] = build(cut.chain, layer, factors)
     result = _copy_with(model, replacements)
-    graph.expand_calls(result, {cut.name: list(cut.chain) for cut in plan.cuts})
+    expand_calls(result, {cut.name: list(cut.chain) for cut in plan.cuts})
     return result
 
 
@@ -121,13 +122,13 @@ def fold_back(model: nn.Module, plan: Plan) -> nn.Module:
     Example:
         >>> dense = fold_back(small, plan)
     """
-    refuse_wrapped(model)
+    check_unwrapped(model)
     check_cut(model, plan)
     replacements: dict[str, nn.Module] = {}
     for cut in plan.cuts:
         replacements[cut.name] = _dense(cut, model.get_submodule(cut.name))
     result = _copy_with(model, replacements)
-    graph.collapse_calls(result, {cut.name: list(cut.chain) for cut in plan.cuts})
+    collapse_calls(result, {cut.name: list(cut.chain) for cut in plan.cuts})
     return result
 
 
@@ -192,12 +193,14 @@ def _check_weight(cut: Cut, weight: Tensor) -> None:
 def _check_fit(model: nn.Module, plan: Plan) -> None:
     """Raise ValueError, with every mismatch, unless each cut's layer is there as the plan knew it."""
     names = {name for every in named_layers(model).values() for name in every}
-    fixed = irreplaceable(model)
+    fixed = irreplaceable_layers(model)
     problems: list[str] = []
     for cut in plan.cuts:
         layer = _at(model, cut.name)
         if not is_layer(layer):
-            problems.append(f"{cut.name}: expected {cut.spec}, found {_found(model, cut.name)}.{nearest(cut.name, names - {cut.name})}")
+            problems.append(
+                f"{cut.name}: expected {cut.spec}, found {_found(model, cut.name)}.{did_you_mean(cut.name, names - {cut.name})}"
+            )
         elif layer in fixed:
             problems.append(f"{cut.name}: expected {cut.spec}, found a layer to be left alone: {fixed[layer]}")
         elif ConvSpec.of(layer) != cut.spec:
@@ -223,7 +226,7 @@ def _found(model: nn.Module, name: str) -> str:
 
 def _copy_with(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     """A deep copy in which some submodules are others, wherever and however the model refers to them."""
-    memo: dict[int, Any] = measure.detached(model) | {id(model.get_submodule(name)): module for name, module in replacements.items()}
+    memo: dict[int, Any] = detached_copies(model) | {id(model.get_submodule(name)): module for name, module in replacements.items()}
     if id(model) in memo:
         return memo[id(model)]
     result = copy.deepcopy(model, memo)

@@ -10,15 +10,18 @@ from typing import Any, ClassVar
 from pydantic import TypeAdapter
 from torch import nn
 
-from dsconv_surgery.budget import Budget, Rule
-from dsconv_surgery.decide import Decision, Settings
-from dsconv_surgery.geometry import Cost
-from dsconv_surgery.images import Calibration, Images, input_shapes
-from dsconv_surgery.measure import fidelity, scored
-from dsconv_surgery.measure import latency as milliseconds
-from dsconv_surgery.pipeline import cut_to
+from dsconv_surgery.budget import Budget
+from dsconv_surgery.calibration.images import Calibration, Images, input_shapes
+from dsconv_surgery.compression import compress_to_budget
+from dsconv_surgery.network.geometry import Cost
 from dsconv_surgery.plan import Plan
-from dsconv_surgery.text import parse_json, text_table
+from dsconv_surgery.planning.planner import Planner
+from dsconv_surgery.planning.settings import PlanSettings
+from dsconv_surgery.planning.tables import Rule
+from dsconv_surgery.support.fidelity import checked_score, measure_fidelity
+from dsconv_surgery.support.formatting import text_table
+from dsconv_surgery.support.latency import measure_latency as milliseconds
+from dsconv_surgery.support.records import parse_json
 
 FRACTIONS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 COLUMNS = ("keep", "params", "MACs", "ms", "score", "same top class", "divergence", "output error")
@@ -141,16 +144,16 @@ def pareto(
     if not fractions:
         raise ValueError("fractions: none given. Pass some in (0, 1], as in fractions=(0.5, 0.3).")
     budgets = [Budget(**{measure: fraction}) for fraction in sorted(fractions, reverse=True)]
-    settings = Settings(budgets[-1], schemes, rule, None, None, include, exclude, multiple, cache)
+    settings = PlanSettings(budgets[-1], schemes, rule, None, None, include, exclude, multiple, cache)
     images = None if calibration is None else Images(calibration, input_shapes(example_inputs))
     seen = images if data is None else Images(data, input_shapes(example_inputs), same=False)
-    decision = Decision(model, example_inputs, settings, images, progress)
+    decision = Planner(model, example_inputs, settings, images, progress)
     for budget in reversed(budgets):  # the hardest to reach first: nothing is computed for a sweep that cannot be finished
         decision.check(budget)
     total = decision.total
     points = [_point(1.0, model, model, total, example_inputs, None, evaluate, seen, latency)]
     for budget in budgets:
-        small = cut_to(decision, budget)
+        small = compress_to_budget(decision, budget)
         (fraction,) = budget.limits().values()
         points.append(_point(fraction, model, small.model, small.report.after, example_inputs, small.plan, evaluate, seen, latency))
     return Sweep(measure, tuple(points))
@@ -167,11 +170,11 @@ def _point(
     images: Images | None,
     latency: bool,
 ) -> Point:
-    near = None if images is None else fidelity(dense, model, (batch for _, batch in images))
+    near = None if images is None else measure_fidelity(dense, model, (batch for _, batch in images))
     return Point(
         fraction,
         Cost(cost.params, cost.macs, milliseconds([model], inputs)[0] if latency else 0.0),
-        None if evaluate is None else scored(evaluate, model),
+        None if evaluate is None else checked_score(evaluate, model),
         near.agreement if near else None,
         near.divergence if near else None,
         near.error if near else None,

@@ -31,7 +31,7 @@ def main() -> None:
     small = compress(model, images[:1], budget=Budget(params=0.12), **settings, calibration=batches, progress=True)
     print("\n".join(str(small.report).splitlines()[-2:]))
     cut = accuracy(small.model, images, labels)
-    tuning = FineTune(epochs=4, lr=5e-4, precision="bfloat16", channels_last=True)
+    tuning = FineTune(epochs=4, lr=5e-4, channels_last=True)
     history = fine_tune(small.model, Batches(unlabelled, their_labels), teacher=model, settings=tuning, progress=True)
     tuned = accuracy(small.model, images, labels)
     print(history)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from dsconv_surgery import Budget, Plan, apply_plan, compare, compress, find_convs, fold_back, make_plan
-from dsconv_surgery.graph import ConvSite, Skip
+from dsconv_surgery.network.discovery import ConvSite, Skip
 from dsconv_surgery.schemes import scheme_names
 
 

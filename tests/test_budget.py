@@ -18,30 +18,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dsconv_surgery
-from dsconv_surgery import (
-    Budget,
-    Calibration,
-    FineTune,
-    Plan,
-    Recipe,
-    compare,
-    compress,
-    fine_tune,
-    fold_back,
-    make_plan,
-    pareto,
-    schemes,
-    workings,
-)
-from dsconv_surgery.budget import BudgetError, Choice, Option, Table, allowance
-from dsconv_surgery.cache import Cache, digest
-from dsconv_surgery.clock import Clock
-from dsconv_surgery.decide import Decision, Settings
-from dsconv_surgery.geometry import ConvSpec, Cost
-from dsconv_surgery.images import Images
-from dsconv_surgery.knapsack import choose
-from dsconv_surgery.rules import evbmf_rank, least_damage
-from dsconv_surgery.sensitivity import Study
+from dsconv_surgery import Budget, Calibration, FineTune, Plan, Recipe, compare, compress, fine_tune, fold_back, make_plan, pareto, schemes
+from dsconv_surgery.budget import BudgetError
+from dsconv_surgery.calibration.images import Images
+from dsconv_surgery.network.geometry import ConvSpec, Cost
+from dsconv_surgery.planning import option_errors, planner
+from dsconv_surgery.planning.damage import DamageEstimator
+from dsconv_surgery.planning.knapsack import choose
+from dsconv_surgery.planning.layer_latency import LayerTimer
+from dsconv_surgery.planning.option_errors import FAR
+from dsconv_surgery.planning.planner import Planner
+from dsconv_surgery.planning.rules import evbmf_rank, least_damage
+from dsconv_surgery.planning.settings import PlanSettings
+from dsconv_surgery.planning.tables import Choice, Option, Table, allowed_costs
+from dsconv_surgery.support.cache import Cache, digest
 from dsconv_surgery.sweep import Sweep
 
 SHAPES = ((1, 3, 16, 16),)
@@ -186,14 +176,14 @@ def test_limits_are_out_of_reach_only_by_themselves() -> None:
     offers = {"cp": [(1, Cost(10, 80)), (2, Cost(80, 10)), (3, Cost(45, 45))]}
     tables = {name: Table(name, Cost(100, 100), offers, None) for name in "ab"}  # type: ignore[arg-type]
     for macs, params in ((0.1, 1.0), (1.0, 0.1), (0.45, 0.45)):
-        assert allowance(tables, Cost(200, 200), Budget(macs=macs, params=params)) == {"macs": 200 * macs, "params": 200 * params}
+        assert allowed_costs(tables, Cost(200, 200), Budget(macs=macs, params=params)) == {"macs": 200 * macs, "params": 200 * params}
     with pytest.raises(BudgetError, match=r"still keeps macs=0.1001, params=0.1001"):
-        allowance(tables, Cost(200, 200), Budget(macs=0.09, params=1.0))
+        allowed_costs(tables, Cost(200, 200), Budget(macs=0.09, params=1.0))
 
 
 def test_a_choice_beyond_its_limits_is_no_plan(net: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that finds nothing within two limits at once says so."""
-    monkeypatch.setattr("dsconv_surgery.rules.uniform", lambda tables, _allowed: dict.fromkeys(tables))
+    monkeypatch.setattr("dsconv_surgery.planning.rules.uniform", lambda tables, _allowed: dict.fromkeys(tables))
     with pytest.raises(BudgetError, match="rule 'uniform' finds nothing within macs and params at once"):
         make_plan(net, x, rule="uniform", budget=Budget(macs=0.9, params=0.9), schemes="channel")
 
@@ -201,9 +191,13 @@ def test_a_choice_beyond_its_limits_is_no_plan(net: Net, x: Tensor, monkeypatch:
 @pytest.mark.parametrize("error", [BudgetError("beyond"), ValueError("wrong")])
 def test_limits_tightened_out_of_reach_leave_the_best_plan_so_far(error: Exception, net: Net, x: Tensor, monkeypatch: Any) -> None:
     """While a plan is brought to keep a time; other errors are not taken for that."""
-    monkeypatch.setattr(Clock, "time", lambda _, chain, sizes: float(sum(link.macs(size) for size in sizes for link in chain.values())))
-    monkeypatch.setattr("dsconv_surgery.measure.latency", lambda models, *_, **__: [1.0] * len(models))  # too long, whatever is cut
-    decision = Decision(net, (x,), Settings(Budget(latency=0.9), "channel", cache=False), None, False)
+    monkeypatch.setattr(
+        LayerTimer, "time", lambda _, chain, sizes: float(sum(link.macs(size) for size in sizes for link in chain.values()))
+    )
+    monkeypatch.setattr(
+        "dsconv_surgery.planning.planner.measure_latency", lambda models, *_, **__: [1.0] * len(models)
+    )  # too long, whatever is cut
+    decision = Planner(net, (x,), PlanSettings(Budget(latency=0.9), "channel", cache=False), None, False)
     name, table = next(iter(decision._tables.items()))
     rank, cost = table.offers["channel"][0]
     answers = iter([{name: Option("channel", rank, cost, 0.1)}])
@@ -238,7 +232,7 @@ def test_a_knapsack_that_only_just_has_an_answer() -> None:
 
 def test_interpolated_errors_are_near_the_true_ones(net: Net, x: Tensor, batches: list[Tensor]) -> None:
     """Every rank of every scheme of a layer against a fit at that very rank: within a half on average, and in order."""
-    decision = Decision(net, (x,), Settings(Budget(macs=0.5)), Images(Calibration(batches), SHAPES), False)
+    decision = Planner(net, (x,), PlanSettings(Budget(macs=0.5)), Images(Calibration(batches), SHAPES), False)
     working = decision._workings["wide"]
     off: list[float] = []
     for name, offers in decision._tables["wide"].offers.items():
@@ -275,18 +269,18 @@ def test_sensitive_layers_are_spared(x: Tensor, batches: list[Tensor]) -> None:
 def test_a_second_plan_comes_from_the_cache(net: Net, x: Tensor, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is fitted, no network is run, for another budget; other images, weights or schemes are not mistaken for these."""
     first = make_plan(net, x, budget=Budget(macs=0.5), calibration=batches)
-    from dsconv_surgery.sensitivity import Study
-    from dsconv_surgery.workings import Workings
+    from dsconv_surgery.planning.damage import DamageEstimator
+    from dsconv_surgery.planning.option_errors import OptionErrors
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workings, "_fit", refuse)
-        patch.setattr(Study, "divergence", refuse)
+        patch.setattr(OptionErrors, "_fit", refuse)
+        patch.setattr(DamageEstimator, "divergence", refuse)
 
         def plan_again() -> Plan:  # errors of what is chosen are measured anew: not asked for here
-            decision = Decision(net, (x,), Settings(Budget(macs=0.5)), Images(batches, SHAPES), False)
+            decision = Planner(net, (x,), PlanSettings(Budget(macs=0.5)), Images(batches, SHAPES), False)
             return decision.plan(Budget(macs=0.5), later=True)[0]
 
         again = plan_again()
@@ -320,7 +314,7 @@ def test_tensors_that_no_state_dict_holds_are_not_mistaken(x: Tensor, batches: l
         for numbers in ((1.0, 0.0, 1.0), (2.0, 0.0, 1.0), (1.0, 0.5, 1.0), (1.0, 0.0, 3.0), (1.0, 0.0, 1.0)):
             torch.manual_seed(0)
             model = Loose(*numbers, branches).eval()
-            found.add(Study(model, [], Images(batches, SHAPES), Cache(False)).digest)
+            found.add(DamageEstimator(model, [], Images(batches, SHAPES), Cache(False)).digest)
     assert len(found) == 2 * 4
 
 
@@ -338,7 +332,7 @@ def test_registered_schemes_are_not_cached(net: Net, x: Tensor, tmp_path: Path, 
 def test_options_that_are_far_off_are_not_fitted(net: Net, x: Tensor, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the last link is fitted of an option whose error is a multiple of cheaper ones'; plans stay as they are without that."""
     plans, fitted, fit = [], [], schemes.fit
-    for far in (workings.FAR, 1e9):
+    for far in (FAR, 1e9):
         count = [0, 0]
 
         def counted(*args: Any, count: list[int] = count, **keywords: Any) -> Any:
@@ -346,8 +340,8 @@ def test_options_that_are_far_off_are_not_fitted(net: Net, x: Tensor, batches: l
             return fit(*args, **keywords)
 
         with monkeypatch.context() as patch:
-            patch.setattr(workings, "FAR", far)
-            patch.setattr(workings.schemes, "fit", counted)
+            patch.setattr(option_errors, "FAR", far)
+            patch.setattr(schemes, "fit", counted)
             plans.append(make_plan(net, x, budget=Budget(macs=0.4), calibration=batches, cache=False))
         fitted.append(count)
     assert fitted[0][0] == fitted[1][0]
@@ -421,14 +415,14 @@ def test_latency_budgets_are_kept_by_the_clock(net: Net, x: Tensor, monkeypatch:
     """With a clock that we set: chosen is what it calls faster, never what it calls slower than the dense layer."""
     speed = {"spatial": 1e-6, "depthwise": 1e-4}
 
-    def ticks(_clock: Clock, chain: dict[str, ConvSpec], sizes: Any) -> float:
+    def ticks(_clock: LayerTimer, chain: dict[str, ConvSpec], sizes: Any) -> float:
         macs = sum(link.macs(size) for size in sizes for link in chain.values())
         kind = "depthwise" if any(link.groups > 2 for link in chain.values()) else "spatial"
         return macs * speed[kind]
 
-    from dsconv_surgery import measure
+    # no import
 
-    monkeypatch.setattr(Clock, "time", ticks)
+    monkeypatch.setattr(LayerTimer, "time", ticks)
 
     def whole(models: Any, inputs: Any, rounds: int = 15) -> list[float]:
         return [
@@ -436,7 +430,7 @@ def test_latency_budgets_are_kept_by_the_clock(net: Net, x: Tensor, monkeypatch:
             for model in models
         ]
 
-    monkeypatch.setattr(measure, "latency", whole)
+    monkeypatch.setattr(planner, "measure_latency", whole)
     plan = make_plan(net, x, budget=Budget(latency=0.6), schemes=["depthwise", "spatial", "channel"])
     assert plan.cuts
     assert all(cut.scheme != "depthwise" for cut in plan.cuts)
@@ -484,7 +478,7 @@ def test_real_time_is_predicted_and_reported(net: Net, x: Tensor) -> None:
     assert report.latency.conditions.batch == 4
     assert "predicted" in str(report)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Clock, "_measure", lambda *_: pytest.fail("timed again"))
+        patch.setattr(LayerTimer, "_measure", lambda *_: pytest.fail("timed again"))
         make_plan(net, wide, budget=Budget(latency=1.0))
 
 

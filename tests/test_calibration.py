@@ -14,15 +14,16 @@ from cifar import accuracy, demo_images, demo_resnet20
 from torch import Tensor, nn
 
 from dsconv_surgery import Budget, Calibration, Plan, apply_plan, compare, compress, fold_back, load, make_plan, save
-from dsconv_surgery.geometry import ConvSpec
-from dsconv_surgery.images import Images
-from dsconv_surgery.moments import Moments, positions_of
-from dsconv_surgery.norms import keep_better_norms
-from dsconv_surgery.reconstruct import Steps
-from dsconv_surgery.schemes import Objective, factorize, fit, get_scheme, kernel_of, kernel_tensor, refusal, scheme_names
-from dsconv_surgery.schemes._least_squares import priced
-from dsconv_surgery.surgery import cut_for_data
-from dsconv_surgery.walk import Passes, Walk, feed
+from dsconv_surgery.calibration.batchnorm import reestimate_batchnorm
+from dsconv_surgery.calibration.hooks import HookedPair
+from dsconv_surgery.calibration.images import Images
+from dsconv_surgery.calibration.moments import Moments, positions_of
+from dsconv_surgery.calibration.reconstruct import Steps
+from dsconv_surgery.calibration.side_by_side import SideBySide, network_pair
+from dsconv_surgery.network.geometry import ConvSpec
+from dsconv_surgery.schemes import Objective, factorize, fit, fitting, get_scheme, kernel_of, kernel_tensor, refusal, scheme_names
+from dsconv_surgery.schemes.fitting import PRICE, penalized_error
+from dsconv_surgery.surgery import cut_calibrated
 
 LAYERS = [
     nn.Conv2d(4, 6, 3, padding=1),
@@ -158,14 +159,14 @@ def test_a_fit_lowers_the_error_of_outputs(name: str, seen: tuple[nn.Conv2d, Obj
     free = next(factorize(scheme, spec, layer.weight, [rank]))
     refitted = fit(scheme, spec, layer.weight, rank, objective, start=free, iterations=0)
     fitted = fit(scheme, spec, layer.weight, rank, objective, start=free)
-    errors = [priced(scheme, block, factors, objective) for factors in (free, refitted, fitted)]
+    errors = [penalized_error(scheme, block, factors, objective) for factors in (free, refitted, fitted)]
     assert errors[2] < 0.97 * errors[1] < 0.95 * errors[0]
     last = list(fitted)[-1]
     again = fit(scheme, spec, layer.weight, rank, objective, start=fitted, iterations=0)
-    assert priced(scheme, block, again, objective) == pytest.approx(errors[2], rel=1e-3)
+    assert penalized_error(scheme, block, again, objective) == pytest.approx(errors[2], rel=1e-3)
     for _ in range(10):
         moved = {**again, last: again[last] + 1e-3 * again[last].std() * torch.randn_like(again[last])}
-        assert priced(scheme, block, moved, objective) > priced(scheme, block, again, objective)
+        assert penalized_error(scheme, block, moved, objective) > penalized_error(scheme, block, again, objective)
 
 
 def test_a_search_never_ends_above_its_start(seen: tuple[nn.Conv2d, Objective]) -> None:
@@ -173,18 +174,18 @@ def test_a_search_never_ends_above_its_start(seen: tuple[nn.Conv2d, Objective]) 
     spec, scheme = ConvSpec.of(layer), get_scheme("cp")
     start = fit(scheme, spec, layer.weight, 20, objective)
     again = fit(scheme, spec, layer.weight, 20, objective, start=start, metric=torch.diag(torch.rand(32).double() + 0.01)[None])
-    assert priced(scheme, spec, again, objective) <= priced(scheme, spec, start, objective)
+    assert penalized_error(scheme, spec, again, objective) <= penalized_error(scheme, spec, start, objective)
 
 
 def test_terms_of_cp_do_not_cancel(seen: tuple[nn.Conv2d, Objective], monkeypatch: pytest.MonkeyPatch) -> None:
     """The price keeps the sum of the terms' squared norms within bounds, for little error; without it they grow."""
-    from dsconv_surgery.schemes import _least_squares, degeneracy
+    from dsconv_surgery.schemes import degeneracy
 
     layer, objective = seen
     spec, scheme = ConvSpec.of(layer), get_scheme("cp")
     found = {}
-    for price in (0.0, _least_squares.PRICE):
-        monkeypatch.setattr(_least_squares, "PRICE", price)
+    for price in (0.0, PRICE):
+        monkeypatch.setattr(fitting, "PRICE", price)
         factors = fit(scheme, spec, layer.weight, 33, objective, iterations=300)
         found[price] = degeneracy(scheme, spec, factors) or 0.0, objective.value(kernel_of(scheme, spec, factors)[None])
     (wild, least), (tame, error) = found.values()
@@ -209,7 +210,7 @@ def test_a_singular_second_moment_is_no_trouble() -> None:
             free = next(factorize(scheme, spec, layer.weight, [rank]))
             fitted = fit(scheme, spec, layer.weight, rank, pulled, start=free)
             assert all(bool(torch.isfinite(factor).all()) for factor in fitted.values())
-            assert priced(scheme, spec, fitted, pulled) < priced(scheme, spec, free, pulled)
+            assert penalized_error(scheme, spec, fitted, pulled) < penalized_error(scheme, spec, free, pulled)
 
 
 class Branches(nn.Module):
@@ -256,12 +257,12 @@ def images(count: int = 48) -> list[Tensor]:
     return list((torch.randn(count, 3, 10, 10).cumsum(2) * 0.5).split(20))
 
 
-@pytest.mark.parametrize(("kind", "way"), [(Branches, Walk), (Stubborn, Passes)])
+@pytest.mark.parametrize(("kind", "way"), [(Branches, SideBySide), (Stubborn, HookedPair)])
 def test_both_ways_feed_a_layer_what_it_gets(kind: type[nn.Module], way: type) -> None:
     """Inputs of every call, in both networks, with one layer replaced, are those of plain forward passes."""
     model, batches = network(kind), images(7)
     names = ["first", "twice", "closing", "wide", "fc"]
-    source = feed(model, Images(batches, ((1, 3, 10, 10),)), names)
+    source = network_pair(model, Images(batches, ((1, 3, 10, 10),)), names)
     assert type(source) is way
     cut = copy.deepcopy(model)
     visited: list[str] = []
@@ -298,7 +299,7 @@ def test_both_ways_feed_a_layer_what_it_gets(kind: type[nn.Module], way: type) -
 
 def test_the_walk_knows_what_follows() -> None:
     model = network()
-    source = feed(model, Images(images(), ((1, 3, 10, 10),)), ["first", "twice", "beside", "closing", "wide", "fc"])
+    source = network_pair(model, Images(images(), ((1, 3, 10, 10),)), ["first", "twice", "beside", "closing", "wide", "fc"])
     after = {name: (found.norm, found.other is not None, found.relu) for name, found in source.after.items()}
     assert after == {
         "first": ("norm", False, True),
@@ -338,7 +339,7 @@ def test_what_a_shortcut_lost_is_made_up_for() -> None:
     off = []
     for shortcut in (False, True):
         steps = Steps(shortcut=shortcut, relu=False, norms="never")
-        cut, _ = cut_for_data(model, plan, Images(batches, plan.input_shapes), {}, False, steps)
+        cut, _ = cut_calibrated(model, plan, Images(batches, plan.input_shapes), {}, False, steps)
         off.append(compare(model, cut, X, plan=plan, data=images()).fidelity.error)
     assert off[1] < 0.8 * off[0]
 
@@ -372,7 +373,7 @@ def test_the_mean_of_an_error_goes_into_bias_or_batchnorm() -> None:
     """On calibration images the mean output of the layer, behind its BatchNorm, is the dense one's, channel by channel."""
     model, batches = network(), images(60)
     plan = make_plan(model, batches[0][:1], rule="fixed", rank=3, schemes="cp", include=["first"])
-    cut, _ = cut_for_data(model, plan, Images(batches, plan.input_shapes), {}, False, Steps(relu=False, norms="never"))
+    cut, _ = cut_calibrated(model, plan, Images(batches, plan.input_shapes), {}, False, Steps(relu=False, norms="never"))
     assert not torch.equal(cut.norm.running_mean, model.norm.running_mean)
     x = torch.cat(batches)
     with torch.no_grad():
@@ -390,10 +391,10 @@ def test_batchnorm_statistics_are_replaced_only_for_the_better() -> None:
     some = Images(train[:128].split(64), ((1, 3, 32, 32),))
     free, same = apply_plan(model, plan), copy.deepcopy(model)
     was = compare(model, free, train[:1], plan=plan, data=[train[200:300]]).fidelity
-    assert keep_better_norms(model, free, some)
+    assert reestimate_batchnorm(model, free, some)
     now = compare(model, free, train[:1], plan=plan, data=[train[200:300]]).fidelity
     assert now.divergence < 0.8 * was.divergence
-    assert not keep_better_norms(model, same, some)
+    assert not reestimate_batchnorm(model, same, some)
     assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True))
 
 

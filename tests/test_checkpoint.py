@@ -17,7 +17,8 @@ from cifar import CifarResNet
 from torch import Tensor, nn
 
 from dsconv_surgery import Budget, apply_plan, checkpoint, compress, fold_back, load, make_plan, save, schemes, surgery
-from dsconv_surgery.pipeline import Compressed
+from dsconv_surgery.checkpoint import _sha256, read_plan
+from dsconv_surgery.compression import Compressed
 
 
 class Net(nn.Module):
@@ -93,7 +94,7 @@ def test_outputs_are_equal(small: Compressed, folder: Path, x: Tensor) -> None:
     assert type(again) is Net
     assert snapshot(fresh) == before
     assert sorted(path.name for path in folder.iterdir()) == ["plan.json", weights_of(folder).name]
-    assert checkpoint.read_plan(folder) == small.plan
+    assert read_plan(folder) == small.plan
 
 
 def test_a_whole_network_with_every_scheme(tmp_path: Path) -> None:
@@ -225,7 +226,7 @@ def test_a_truncated_weights_file(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     refused(Net(), folder, "damaged - its SHA-256 is .*Copy it anew, or save again")
     with pytest.raises(ValueError, match="damaged"):
-        checkpoint.read_plan(folder)
+        read_plan(folder)
 
 
 @pytest.mark.parametrize("at", [0, 9, -1])
@@ -243,7 +244,7 @@ def test_weights_of_right_digest_that_are_none(folder: Path) -> None:
     weights = weights_of(folder)
     weights.write_bytes(b"rubbish" * 10)
     data = json.loads((folder / "plan.json").read_text())
-    data["weights_sha256"] = checkpoint._sha256(weights)
+    data["weights_sha256"] = _sha256(weights)
     (folder / "plan.json").write_text(json.dumps(data))
     refused(Net(), folder, "not a safetensors file")
 

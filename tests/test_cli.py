@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from dsconv_surgery import cli, compress, find_convs, load, sources
+from dsconv_surgery import compress, find_convs, load
+from dsconv_surgery.budget import Budget
 from dsconv_surgery.checkpoint import read_plan
+from dsconv_surgery.cli.commands import app, main
+from dsconv_surgery.cli.inputs import image_batches, named_model, shuffled
 from dsconv_surgery.report import Report
 from dsconv_surgery.sweep import Sweep
 
@@ -56,7 +59,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def run(*words: Any) -> str:
     """What a command that works prints on the standard output."""
-    result = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -72,7 +75,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         monkeypatch.setattr(sys, "argv", ["dsconv-surgery", *(str(word) for word in words)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main()
         out, err = capsys.readouterr()
         assert caught.value.code == 1
         assert out == ""
@@ -144,8 +147,8 @@ def test_a_callable_of_ones_own(home: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_weights_from_a_file(suffix: str, home: str, tmp_path: Path) -> None:
     """The network that is cut is the one with these weights, and its errors are against them."""
-    sources.named_model(f"{home}:small", "none")  # so that it can be imported
-    model = sources.named_model(f"{home}:small", "none")
+    named_model(f"{home}:small", "none")  # so that it can be imported
+    model = named_model(f"{home}:small", "none")
     path = tmp_path / f"weights{suffix}"
     if suffix == ".pt":
         torch.save(model.state_dict(), path)
@@ -155,10 +158,10 @@ def test_weights_from_a_file(suffix: str, home: str, tmp_path: Path) -> None:
     said = Report.from_json(
         run("compress", f"{home}:small", *words, "--out", tmp_path / "out", "--macs", 0.6, "--scheme", "channel", "--json")
     )
-    expected = compress(model, torch.zeros(1, 3, 12, 12), schemes="channel", budget=cli.Budget(macs=0.6))
+    expected = compress(model, torch.zeros(1, 3, 12, 12), schemes="channel", budget=Budget(macs=0.6))
     assert said == expected.report
     x = torch.rand(1, 3, 12, 12)
-    assert torch.equal(load(sources.named_model(f"{home}:small", "none"), tmp_path / "out")(x), expected.model(x))
+    assert torch.equal(load(named_model(f"{home}:small", "none"), tmp_path / "out")(x), expected.model(x))
     again = Report.from_json(run("report", f"{home}:small", tmp_path / "out", *words, "--json"))
     assert again == said
     other = Report.from_json(run("report", f"{home}:small", tmp_path / "out", *INPUT, "--json"))
@@ -187,7 +190,7 @@ def test_json_and_markdown(home: str, tmp_path: Path) -> None:
 
 def test_it_runs_as_a_module(home: str) -> None:
     """`python -m dsconv_surgery`, in a process of its own, on a mistake."""
-    environment = {"PYTHONPATH": str(Path(cli.__file__).parent.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
 
     words = [sys.executable, "-m", "dsconv_surgery", "inspect", f"{home}:smal", *INPUT]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
@@ -268,7 +271,7 @@ def test_folders_that_are_wrong(fails: Fails, home: str, tmp_path: Path) -> None
 def test_words_that_are_wrong() -> None:
     """Unknown options and commands are typer's to refuse: status 2, with the usage."""
     for words in (["inspect"], ["cut"], ["inspect", "torchvision:resnet18", "--imput", "1"]):
-        result = CliRunner().invoke(cli.app, words)
+        result = CliRunner().invoke(app, words)
         assert result.exit_code == 2
         assert "Usage" in result.output
 
@@ -308,7 +311,7 @@ def test_compress_calibrates(home: str, pictures: Path) -> None:
 def test_pictures_are_scaled_cropped_and_normalised(tmp_path: Path) -> None:
     """A grey picture of another shape becomes one number per channel, everywhere."""
     Image.fromarray(np.full((40, 70, 3), 128, dtype=np.uint8)).save(tmp_path / "grey.png")
-    (batch,) = sources.image_batches(tmp_path, torch.zeros(1, 3, 12, 16), 8, "0.5,0.4,0.3", "0.1,0.2,0.5")
+    (batch,) = image_batches(tmp_path, torch.zeros(1, 3, 12, 16), 8, "0.5,0.4,0.3", "0.1,0.2,0.5")
     expected = (128 / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.1, 0.2, 0.5])
     torch.testing.assert_close(batch, expected.view(1, 3, 1, 1).expand(1, 3, 12, 16))
 
@@ -372,7 +375,7 @@ def test_a_recipe_runs_from_the_shell(home: str, tmp_path: Path, fails: Fails) -
     recipe.write_text("channels_last = true\n" + recipe.read_text())
     again = run("run", recipe, "--out", tmp_path / "last", "--latency")
     assert "channels_last" in again
-    last = load(sources.named_model(f"{home}:small", "none"), tmp_path / "last")
+    last = load(named_model(f"{home}:small", "none"), tmp_path / "last")
     convolutions = [m.weight for m in last.modules() if isinstance(m, torch.nn.Conv2d)]
     assert convolutions
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
@@ -384,7 +387,7 @@ def test_a_recipe_runs_from_the_shell(home: str, tmp_path: Path, fails: Fails) -
 
 def test_training_images_come_in_another_order_each_time() -> None:
     """Files are sorted, often by what they show."""
-    loader = sources.shuffled(list(torch.arange(200.0).split(64)))
+    loader = shuffled(list(torch.arange(200.0).split(64)))
     first, again = list(loader), list(loader)
     assert [len(batch) for (batch,) in first] == [64, 64, 64, 8]
     assert not any(torch.equal(a, b) for (a,), (b,) in zip(first, again, strict=True))

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, TensorDataset
 
 from dsconv_surgery import Budget, FineTune, Plan, apply_plan, compare, compress, fine_tune, make_plan
-from dsconv_surgery.distill import Lesson, blocks_of, mixable, mixed
-from dsconv_surgery.history import History
-from dsconv_surgery.optimise import decay, products, rise
-from dsconv_surgery.pipeline import Compressed
+from dsconv_surgery.compression import Compressed
+from dsconv_surgery.finetuning.history import History
+from dsconv_surgery.finetuning.loss import DistillationLoss, blocks_of
+from dsconv_surgery.finetuning.mixing import can_mix, mix_images
+from dsconv_surgery.finetuning.optimizers import decay, learning_rate_factor, products
 from dsconv_surgery.schemes import scheme_names
 from dsconv_surgery.surgery import chain_kernel
 
@@ -150,7 +151,7 @@ def test_the_loss_is_what_the_formula_says() -> None:
     x, y = next(iter(Labelled()))
     with torch.no_grad():
         model.get_parameter("head.weight").mul_(3)  # outputs well apart
-    lesson = Lesson(model, dense, None, 0.7, 3.0, 2.0)
+    lesson = DistillationLoss(model, dense, None, 0.7, 3.0, 2.0)
     assert lesson.blocks == ["block"]
     with lesson.watching(), torch.no_grad():
         given = model(x)
@@ -174,7 +175,7 @@ def test_images_are_mixed() -> None:
     torch.manual_seed(0)
     kinds: set[bool] = set()
     for _ in range(20):
-        (mix, first, second), kept = mixed((x, y), 1, 1.0)
+        (mix, first, second), kept = mix_images((x, y), 1, 1.0)
         other = x[second]
         assert torch.equal(first, y)
         assert sorted(second.tolist()) == y.tolist()
@@ -191,11 +192,11 @@ def test_images_are_mixed() -> None:
             assert float(edge.diff().sum()) <= 2  # in one piece
             assert int(edge.sum()) == pytest.approx(20 * math.sqrt(1 - kept), abs=0.51)
     assert kinds == {True, False}
-    assert mixed((x, y), 1, 0.0)[0][0] is x
-    assert mixable((x, y), 1)
-    assert not any(mixable(items, 1) for items in ((), (y, y), (x, y[0]), (x, y[:5]), (x, [y]), ("words", y)))
+    assert mix_images((x, y), 1, 0.0)[0][0] is x
+    assert can_mix((x, y), 1)
+    assert not any(can_mix(items, 1) for items in ((), (y, y), (x, y[0]), (x, y[:5]), (x, [y]), ("words", y)))
     given = torch.randn(6, 4)
-    loss, _ = Lesson(nn.Identity(), None, F.mse_loss, 0.0, 1.0, 0.0)(given, None, (given + 1, given + 3), 0.25)
+    loss, _ = DistillationLoss(nn.Identity(), None, F.mse_loss, 0.0, 1.0, 0.0)(given, None, (given + 1, given + 3), 0.25)
     assert float(loss) == pytest.approx(0.25 * 1 + 0.75 * 9)
 
 
@@ -409,9 +410,9 @@ def test_precision_and_memory_format(settings: dict[str, Any]) -> None:
 
 def test_the_schedule() -> None:
     """Up in a straight line over the warm-up, down along half a cosine; the callback sees it."""
-    assert [rise(step, 20, 0.2) for step in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert rise(4, 20, 0.2) == pytest.approx(1.0)
-    assert rise(12, 20, 0.2) == pytest.approx(0.5)
+    assert [learning_rate_factor(step, 20, 0.2) for step in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert learning_rate_factor(4, 20, 0.2) == pytest.approx(1.0)
+    assert learning_rate_factor(12, 20, 0.2) == pytest.approx(0.5)
     dense, model, _ = cut_net()
     seen: dict[int, float] = {}
     fine_tune(
@@ -422,7 +423,7 @@ def test_the_schedule() -> None:
         callback=lambda step, values: seen.update({step: values["lr"]}) if "lr" in values else None,
     )
     assert list(seen) == list(range(1, 13))
-    assert list(seen.values()) == pytest.approx([0.01 * rise(step, 12, 0.25) for step in range(12)])
+    assert list(seen.values()) == pytest.approx([0.01 * learning_rate_factor(step, 12, 0.25) for step in range(12)])
 
 
 def test_best_and_last_weights() -> None:
@@ -723,15 +724,15 @@ sys.path[:0] = sys.argv[1:3]
 import torch.distributed as dist
 import test_finetune as t
 from dsconv_surgery import Calibration, FineTune, fine_tune
-from dsconv_surgery.images import Images
-from dsconv_surgery.reconstruct import Steps
-from dsconv_surgery.surgery import cut_for_data
+from dsconv_surgery.calibration.images import Images
+from dsconv_surgery.calibration.reconstruct import Steps
+from dsconv_surgery.surgery import cut_calibrated
 from torch.utils.checkpoint import checkpoint
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")
 dense, model, plan = t.cut_net(schemes="channel")  # in closed form: no search that magnifies the last bits
 images = Images(Calibration(list(t.Labelled(95, 20)), patches=2**22), ((1, 3, 8, 8),))
-calibrated, errors = cut_for_data(dense, plan, images, {}, False, Steps(metric=False))
+calibrated, errors = cut_calibrated(dense, plan, images, {}, False, Steps(metric=False))
 losses = [e.loss for e in fine_tune(model, t.Labelled(95, 20), teacher=dense, settings=FineTune(epochs=3, accumulate=2, mix=0.7)).epochs]
 def network():
     model = t.cut_net(schemes="channel")[1]

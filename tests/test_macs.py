@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsconv_surgery import Plan, apply_plan, make_plan
-from dsconv_surgery.graph import ConvSite, Skip, survey
+from dsconv_surgery.network.discovery import ConvSite, Skip, survey_model
 from dsconv_surgery.plan import Cut
 from dsconv_surgery.schemes import get_scheme, refusal, scheme_names
 
@@ -71,7 +71,7 @@ def counted(model: nn.Module, *inputs: Any) -> tuple[dict[str, int], int]:
 
 def check(model: nn.Module, *inputs: Any) -> int:
     """Compare every layer and the totals; returns the remainder."""
-    seen = survey(model, *inputs)
+    seen = survey_model(model, *inputs)
     macs, total = counted(model, *inputs)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
     assert [layer.name for layer in seen.layers] == list(layers)
@@ -110,14 +110,14 @@ def test_auxiliary_heads_count_only_where_they_run(name: str) -> None:
     heads = [n for n, module in model.named_modules() if isinstance(module, LAYERS) and n.lower().startswith("aux")]
     assert heads
     check(model, x)
-    quiet = survey(model, x)
+    quiet = survey_model(model, x)
     assert {layer.name for layer in quiet.layers if isinstance(layer, Skip)} == set(heads)
     assert all(quiet.costs[head].macs == 0 for head in heads)
     model.train()
     if name == "inception_v3":
         x = torch.empty(2, 3, 299, 299, device="meta")  # its auxiliary head pools 5x5
     check(model, x)
-    assert not [layer for layer in survey(model, x).layers if isinstance(layer, Skip)]
+    assert not [layer for layer in survey_model(model, x).layers if isinstance(layer, Skip)]
 
 
 def test_a_layer_that_runs_twice_counts_twice() -> None:
@@ -133,7 +133,7 @@ def test_a_layer_that_runs_twice_counts_twice() -> None:
 
     model, x = Pyramid(), torch.rand(2, 3, 17, 12)
     assert check(model, x) == 0
-    assert survey(model, x).total.macs == 2 * 5 * 9 * (8 * 12 + 4 * 4)
+    assert survey_model(model, x).total.macs == 2 * 5 * 9 * (8 * 12 + 4 * 4)
 
 
 def test_transposed_and_one_dimensional_convolutions_count_too() -> None:
@@ -143,12 +143,12 @@ def test_transposed_and_one_dimensional_convolutions_count_too() -> None:
     )
     model.append(nn.Conv3d(3, 2, (1, 3, 1)))
     assert check(model, torch.rand(2, 4, 5, 7)) == 0
-    assert survey(model, torch.rand(2, 4, 5, 7)).total.macs > 0
+    assert survey_model(model, torch.rand(2, 4, 5, 7)).total.macs > 0
 
 
 def hand_made(model: nn.Module, x: torch.Tensor, scheme: str) -> Plan:
     """A plan that cuts all that a scheme can cut, cheaper or not, at half the full rank."""
-    seen = survey(model, x)
+    seen = survey_model(model, x)
     cuts: list[Cut] = []
     for layer in seen.layers:
         if isinstance(layer, ConvSite) and not refusal(get_scheme(scheme), layer.spec):
@@ -166,7 +166,7 @@ def test_a_plan_foretells_the_cut_network(name: str, scheme: str) -> None:
     plan = hand_made(model, x, scheme)
     cut = apply_plan(model, plan, init="empty")
     assert len(plan.cuts) > 5
-    assert survey(cut, x).total == plan.total_after != plan.total
+    assert survey_model(cut, x).total == plan.total_after != plan.total
     assert check(cut, x) == 0
     assert sum(counted(cut, x)[0].values()) == plan.total_after.macs
 
@@ -176,6 +176,6 @@ def test_a_plan_of_make_plan_foretells_the_cut_network() -> None:
     model, x = models.shufflenet_v2_x0_5(weights=None).eval(), torch.rand(2, 3, 64, 64)
     plan = make_plan(model, x, schemes=["depthwise", "spatial", "channel", "bottleneck"], rule="uniform")
     cut = apply_plan(model, plan)
-    assert survey(cut, x).total == plan.total_after
+    assert survey_model(cut, x).total == plan.total_after
     macs, total = counted(cut, x)
     assert sum(macs.values()) == total == plan.total_after.macs <= plan.total.macs / 2

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dsconv_surgery import register_scheme, schemes
-from dsconv_surgery.cache import Cache
-from dsconv_surgery.geometry import ConvSpec, Rank, chain_cost
-from dsconv_surgery.graph import ConvSite
-from dsconv_surgery.sensitivity import Study
-from dsconv_surgery.workings import Workings
+from dsconv_surgery.network.discovery import ConvSite
+from dsconv_surgery.network.geometry import ConvSpec, Rank, chain_cost
+from dsconv_surgery.planning.damage import DamageEstimator
+from dsconv_surgery.planning.option_errors import OptionErrors
+from dsconv_surgery.schemes import als
+from dsconv_surgery.support.cache import Cache
 
 EVERY = schemes.scheme_names()
 CLOSED_FORM = ("depthwise", "pointwise_depthwise", "spatial", "channel", "bottleneck")
@@ -101,10 +102,10 @@ GEOMETRIES = [
 ]
 
 
-def _workings(conv: nn.Conv2d) -> Workings:
+def _workings(conv: nn.Conv2d) -> OptionErrors:
     """A layer by itself, judged by its weights."""
     site = ConvSite("layer", (), ConvSpec.of(conv), ((1, 16, 16),))
-    return Workings(site, conv, EVERY, Study(conv, [site], None, Cache(False)))
+    return OptionErrors(site, conv, EVERY, DamageEstimator(conv, [site], None, Cache(False)))
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -209,7 +210,7 @@ def test_cp_is_no_worse_than_depthwise_of_the_same_rank() -> None:
 
 def test_cp_minds_what_the_channels_have_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
     """The response to an input that is the same in all channels is off by less than a least-squares fit of the weights leaves it."""
-    from dsconv_surgery.schemes import _als
+    # no import
 
     scheme, spec = schemes.get_scheme("cp"), ConvSpec(24, 24, (3, 3))
     weight = torch.randn(spec.weight_shape, dtype=torch.float64)
@@ -219,7 +220,7 @@ def test_cp_minds_what_the_channels_have_in_common(monkeypatch: pytest.MonkeyPat
         return float((weight - found).sum(1).square().sum() / weight.sum(1).square().sum())
 
     minded = off()
-    monkeypatch.setattr(_als, "COMMON", 0.0)
+    monkeypatch.setattr(als, "COMMON", 0.0)
     assert minded < 0.5 * off()
 
 

@@ -14,8 +14,8 @@ from cifar import CifarResNet
 from torch import Tensor, nn
 
 from dsconv_surgery import Budget, Plan, apply_plan, compare, compress, find_convs, fold_back, make_plan
-from dsconv_surgery.budget import Choice, Option, Table
-from dsconv_surgery.geometry import chain_cost
+from dsconv_surgery.network.geometry import chain_cost
+from dsconv_surgery.planning.tables import Choice, Option, Table
 from dsconv_surgery.report import Report
 from dsconv_surgery.schemes import chain_of, factorize, get_scheme, kernel_of, relative_error, scheme_names
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dsconv_surgery import Budget, Plan, apply_plan, find_convs, fold_back, load, make_plan, save
-from dsconv_surgery.graph import ConvSite, Skip, survey
+from dsconv_surgery.network.discovery import ConvSite, Skip, survey_model
 
 models = pytest.importorskip("torchvision.models")
 
@@ -94,7 +94,7 @@ def test_zoo(name: str, tmp_path: Path) -> None:
     cut = apply_plan(model, plan)
     check_cut(model, cut, plan)
     assert {at.scheme for at in plan.cuts} == set(network.schemes)
-    after = survey(cut, x).total
+    after = survey_model(cut, x).total
     assert after == plan.total_after
     assert after.macs <= network.keep * plan.total.macs
     assert sum(p.numel() for p in cut.parameters()) == after.params
@@ -167,7 +167,7 @@ def test_faster_rcnn(tmp_path: Path) -> None:
     """A network that neither traces nor runs on fake tensors, whose heads run at five sizes."""
     model, images = detector().eval(), [torch.rand(3, 64, 64)]
     before = snapshot(model)
-    seen = survey(model, images)
+    seen = survey_model(model, images)
     assert seen.how == "real"
     sites = {layer.name: layer for layer in seen.layers if isinstance(layer, ConvSite)}
     assert set(sites) == layer_names(model)
@@ -177,7 +177,7 @@ def test_faster_rcnn(tmp_path: Path) -> None:
     cut = apply_plan(model, plan)
     check_cut(model, cut, plan)
     assert "rpn.head.conv.0.0" in {at.name for at in plan.cuts}
-    assert survey(cut, images).total.params == plan.total_after.params
+    assert survey_model(cut, images).total.params == plan.total_after.params
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     targets = [{"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]), "labels": torch.tensor([1])}]

@@ -1,250 +1,44 @@
-"""The registry of schemes, and everything that follows for all of them alike from `chain` and `kernel`."""
+"""Schemes: the ways of writing one convolution as a chain of smaller ones, and what follows for all of them alike."""
 
-from __future__ import annotations
-
-import difflib
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from dsconv_surgery.geometry import ConvSpec, Rank
-from dsconv_surgery.schemes._least_squares import priced, refine
-from dsconv_surgery.schemes._objective import Objective
-from dsconv_surgery.schemes._protocol import Factors, Scheme
-from dsconv_surgery.schemes.bottleneck import Bottleneck
-from dsconv_surgery.schemes.channel import Channel
-from dsconv_surgery.schemes.cp import CP, SplitCP, term_energy
-from dsconv_surgery.schemes.depthwise import Depthwise, PointwiseDepthwise
-from dsconv_surgery.schemes.spatial import Spatial
-from dsconv_surgery.schemes.tucker import Tucker
+from dsconv_surgery.schemes.base import Factors, Scheme
+from dsconv_surgery.schemes.chain import (
+    build,
+    chain_of,
+    check_rank,
+    degeneracy,
+    factorize,
+    is_channels_last,
+    kernel_of,
+    kernel_tensor,
+    links_of,
+    make_layer,
+    refusal,
+    relative_error,
+    spectrum,
+)
+from dsconv_surgery.schemes.fitting import fit
+from dsconv_surgery.schemes.objective import Objective
+from dsconv_surgery.schemes.registry import get_scheme, register_scheme, scheme_names
 
 __all__ = [
-    "Factors", "Objective", "Scheme", "build", "chain_of", "check_rank", "degeneracy", "factorize", "fit", "get_scheme",
-    "is_channels_last", "kernel_of", "kernel_tensor", "links_of", "make_layer", "refusal", "register_scheme", "relative_error",
-    "scheme_names", "spectrum",
-]  # fmt: skip
-
-_SCHEMES: dict[str, Scheme] = {}
-
-
-def register_scheme(scheme: Scheme) -> None:
-    """Make a scheme known by its name to plans, the command line and every test that runs over the registry.
-
-    Args:
-        scheme: a record of pure functions, see `Scheme`.
-
-    Raises:
-        ValueError: the name is taken.
-
-    Example:
-        >>> class Narrow(type(get_scheme("channel"))):
-        ...     name = "narrow"
-        >>> register_scheme(Narrow())
-        >>> get_scheme("narrow").full_rank(ConvSpec(8, 16, (3, 3)))
-        16
-    """
-    if scheme.name in _SCHEMES:
-        raise ValueError(f"a scheme named {scheme.name!r} is registered already. Choose another name.")
-    _SCHEMES[scheme.name] = scheme
-
-
-for _scheme in (Depthwise(), PointwiseDepthwise(), CP(), SplitCP(), Tucker(), Spatial(), Channel(), Bottleneck()):
-    register_scheme(_scheme)
-
-
-def get_scheme(name: str) -> Scheme:
-    """The scheme of this name; ValueError with the nearest known one otherwise."""
-    if name not in _SCHEMES:
-        close = difflib.get_close_matches(str(name), _SCHEMES, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown scheme {name!r}.{hint} Known: {', '.join(_SCHEMES)}; add your own with register_scheme.")
-    return _SCHEMES[name]
-
-
-def scheme_names() -> tuple[str, ...]:
-    return tuple(_SCHEMES)
-
-
-def refusal(scheme: Scheme, spec: ConvSpec) -> str | None:
-    """Why a scheme cannot write this layer, or None."""
-    return scheme.refuses(_block(spec))
-
-
-def check_rank(name: str, scheme: Scheme, spec: ConvSpec, rank: Rank) -> None:
-    """Raise ValueError, naming the layer, unless the scheme takes this layer at this rank."""
-    why = refusal(scheme, spec)
-    if why:
-        raise ValueError(f"{name}: scheme {scheme.name!r} does not apply - {why}")
-    full = scheme.full_rank(_block(spec))
-    per_group = f" per group ({spec.groups} groups)" if spec.groups > 1 else ""
-    if isinstance(full, int):
-        if not isinstance(rank, int) or not _whole(rank):
-            raise ValueError(f"{name}: {scheme.name!r} has one rank, found {rank!r}. Choose 1..{full}.")
-        if not 1 <= rank <= full:
-            side = "above the full rank" if rank > full else "below 1; the full rank is"
-            raise ValueError(f"{name}: rank {rank} is {side} {full} of {scheme.name!r} ({spec}){per_group}. Choose 1..{full}.")
-    elif not (isinstance(rank, tuple) and len(rank) == 2 and all(map(_whole, rank))):
-        raise ValueError(f"{name}: scheme {scheme.name!r} has a pair of ranks, found {rank!r}. Choose (1..{full[0]}, 1..{full[1]}).")
-    elif not (1 <= rank[0] <= full[0] and 1 <= rank[1] <= full[1]):
-        raise ValueError(f"{name}: rank {rank} is outside (1..{full[0]}, 1..{full[1]}) of {scheme.name!r} ({spec}){per_group}.")
-
-
-def _whole(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool)
-
-
-def chain_of(scheme: Scheme, spec: ConvSpec, rank: Rank) -> dict[str, ConvSpec]:
-    """The chain of a whole layer: each link of a group repeated for every group, the bias on the last link."""
-    links = scheme.chain(_block(spec), rank)
-    g = spec.groups
-    chain = {
-        link: replace(s, in_channels=g * s.in_channels, out_channels=g * s.out_channels, groups=g * s.groups) for link, s in links.items()
-    }
-    # Bias goes on the last link: earlier links would leak it in at the padded border.
-    last = next(reversed(chain))
-    chain[last] = replace(chain[last], bias=spec.bias)
-    return chain
-
-
-def kernel_tensor(spec: ConvSpec, weight: Tensor) -> Tensor:
-    """A layer's weight as schemes see it: (groups, out, in, height, width) in float64, on the CPU where the device has no float64."""
-    device = "cpu" if weight.device.type == "mps" else weight.device
-    return weight.detach().to(device, torch.float64).reshape(spec.groups, -1, *spec.weight_shape[1:])
-
-
-def factorize(scheme: Scheme, spec: ConvSpec, weight: Tensor, ranks: Sequence[Rank], rough: bool = False) -> Iterator[Factors]:
-    """Factors of a whole layer for ascending ranks, in float64; `weight` is the layer's own; `rough`: to start a search with."""
-    return scheme.factorize(_block(spec), kernel_tensor(spec, weight), list(ranks), rough)
-
-
-def fit(
-    scheme: Scheme,
-    spec: ConvSpec,
-    weight: Tensor,
-    rank: Rank,
-    objective: Objective,
-    *,
-    start: Factors | None = None,
-    metric: Tensor | None = None,
-    iterations: int | None = None,
-) -> Factors:
-    """Factors of a whole layer for data: of least `E |t - V p|^2` where a closed form or the search finds them.
-
-    Args:
-        objective: what the outputs should be.
-        start: where to begin; the factors of the weights alone, if not given. The result is never of higher error, but where the
-            start's is low by terms that cancel each other.
-        metric: (groups, out, out); directions to keep are chosen by `|M (t - V p)|^2`, the last link then by `|t - V p|^2`.
-        iterations: of the search at most; 0 for the last link's linear solve only.
-    """
-    block = _block(spec)
-    if start is None:
-        start = next(factorize(scheme, spec, weight, [rank], rough=True))
-    if rank == scheme.full_rank(block):
-        iterations = 0  # exact already, for any kernel
-    links = list(scheme.chain(block, rank).values())
-    seen = objective if metric is None or links[-1].groups > 1 else objective.weighted(metric.to(objective.cross))
-    best = scheme.optimum(block, seen, rank) if iterations != 0 else None
-    if best is None:
-        best = refine(scheme, block, start, seen, iterations)
-    if seen is not objective:
-        best = refine(scheme, block, best, objective, 0)
-    return best if priced(scheme, block, best, objective) <= priced(scheme, block, start, objective) else start
-
-
-def spectrum(scheme: Scheme, spec: ConvSpec, weight: Tensor) -> Tensor | None:
-    """The scheme's spectrum for a whole layer, see `Scheme.spectrum`."""
-    return scheme.spectrum(_block(spec), kernel_tensor(spec, weight))
-
-
-def kernel_of(scheme: Scheme, spec: ConvSpec, factors: Factors) -> Tensor:
-    """The dense kernel of a whole layer, (out, in / groups, height, width)."""
-    return scheme.kernel(_block(spec), factors).flatten(0, 1)
-
-
-def degeneracy(scheme: Scheme, spec: ConvSpec, factors: Factors) -> float | None:
-    """`sum_r |term_r|^2 / |V|^2`, large where the terms of a CP decomposition cancel each other; None for other schemes."""
-    if not isinstance(scheme, CP | SplitCP):
-        return None
-    kernel = float(scheme.kernel(_block(spec), factors).square().sum())
-    return term_energy(factors) / kernel if kernel else 1.0
-
-
-def relative_error(weight: Tensor, kernel: Tensor) -> float:
-    """`sum (W - V)^2 / sum W^2` in float64; zero where both are zero."""
-    w, v = weight.detach().double(), kernel.detach().to(weight.device).double()
-    squares = float(w.square().sum())
-    off = float((w.reshape(v.shape) - v).square().sum())
-    return off / squares if squares else float(off > 0)
-
-
-def build(chain: dict[str, ConvSpec], like: nn.Module, factors: Factors | None) -> nn.Sequential:
-    """An nn.Sequential of plain layers for a chain, with a layer's dtype, device, memory format, bias, flags.
-
-    Args:
-        chain: link name -> geometry, as from `chain_of`.
-        like: the layer that it replaces.
-        factors: weights by link name; None leaves the weights uninitialised (the bias is copied all the same).
-    """
-    original: Any = like
-    weight: Tensor = original.weight
-    channels_last = is_channels_last(weight)
-    links: OrderedDict[str, nn.Module] = OrderedDict()
-    for link, spec in chain.items():
-        made: Any = make_layer(spec, weight)
-        if channels_last:
-            made.to(memory_format=torch.channels_last)
-        with torch.no_grad():
-            if factors is not None:
-                made.weight.copy_(factors[link].reshape(made.weight.shape))
-            if spec.bias:
-                made.bias.copy_(original.bias)
-        made.weight.requires_grad_(weight.requires_grad)
-        if spec.bias:
-            made.bias.requires_grad_(original.bias.requires_grad)
-        links[link] = made
-    sequence = nn.Sequential(links)
-    return sequence.train(original.training)
-
-
-def is_channels_last(weight: Tensor) -> bool:
-    """Whether a weight is stored channels-last and could have been stored otherwise."""
-    return weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-
-
-def links_of(chain: dict[str, ConvSpec], sequence: nn.Module) -> bool:
-    """Whether a module is the nn.Sequential that `build` makes for this chain."""
-    if type(sequence) is not nn.Sequential or list(sequence._modules) != list(chain):
-        return False
-    return all(
-        type(layer) is (nn.Linear if spec.kind == "linear" else nn.Conv2d) and ConvSpec.of(layer) == spec
-        for layer, spec in zip(sequence, chain.values(), strict=True)
-    )
-
-
-def _block(spec: ConvSpec) -> ConvSpec:
-    return replace(spec.one_group(), bias=False)
-
-
-def make_layer(spec: ConvSpec, like: Tensor) -> nn.Module:
-    """A plain, uninitialised layer."""
-    if spec.kind == "linear":
-        return nn.utils.skip_init(nn.Linear, spec.in_channels, spec.out_channels, spec.bias, device=like.device, dtype=like.dtype)
-    return nn.utils.skip_init(
-        nn.Conv2d,
-        spec.in_channels,
-        spec.out_channels,
-        spec.kernel,
-        stride=spec.stride,
-        padding=spec.padding,
-        dilation=spec.dilation,
-        groups=spec.groups,
-        bias=spec.bias,
-        padding_mode=spec.padding_mode,
-        device=like.device,
-        dtype=like.dtype,
-    )
+    "Factors",
+    "Objective",
+    "Scheme",
+    "build",
+    "chain_of",
+    "check_rank",
+    "degeneracy",
+    "factorize",
+    "fit",
+    "get_scheme",
+    "is_channels_last",
+    "kernel_of",
+    "kernel_tensor",
+    "links_of",
+    "make_layer",
+    "refusal",
+    "register_scheme",
+    "relative_error",
+    "scheme_names",
+    "spectrum",
+]

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dsconv_surgery.geometry import ConvSpec, Rank
-from dsconv_surgery.schemes import _low_rank
-from dsconv_surgery.schemes._objective import Objective, leading_outputs
-from dsconv_surgery.schemes._protocol import Factors, whole
+from dsconv_surgery.network.geometry import ConvSpec, Rank
+from dsconv_surgery.schemes import low_rank
+from dsconv_surgery.schemes.base import Factors, whole
+from dsconv_surgery.schemes.objective import Objective, leading_outputs
 
 
 class Bottleneck:
@@ -32,7 +32,7 @@ class Bottleneck:
         return {"reduce": replace(spec, out_channels=r), "expand": ConvSpec(r, spec.out_channels, kind=spec.kind)}
 
     def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
-        for left, right in _low_rank.truncated(weight.flatten(2), [whole(rank) for rank in ranks]):
+        for left, right in low_rank.truncated_svd(weight.flatten(2), [whole(rank) for rank in ranks]):
             yield {"reduce": right[..., None, None], "expand": left[..., None, None]}
 
     def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> Factors:
@@ -43,4 +43,4 @@ class Bottleneck:
         return (factors["expand"].flatten(2) @ factors["reduce"].flatten(2))[..., None, None]
 
     def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor:
-        return _low_rank.energies(weight.flatten(2)).sum(0)
+        return low_rank.squared_singular_values(weight.flatten(2)).sum(0)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dsconv_surgery.geometry import ConvSpec, Rank
-from dsconv_surgery.schemes import _als
-from dsconv_surgery.schemes._objective import Objective
-from dsconv_surgery.schemes._protocol import Factors, one_tap, split_taps, whole
+from dsconv_surgery.network.geometry import ConvSpec, Rank
+from dsconv_surgery.schemes import als
+from dsconv_surgery.schemes.base import Factors, one_tap, split_taps, whole
+from dsconv_surgery.schemes.objective import Objective
 
 
 class CP:
@@ -38,7 +38,7 @@ class CP:
         }
 
     def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
-        for terms in _als.decompose(weight.flatten(3), (spec.taps,), [whole(rank) for rank in ranks], self.full_rank(spec), rough):
+        for terms in als.decompose(weight.flatten(3), (spec.taps,), [whole(rank) for rank in ranks], self.full_rank(spec), rough):
             (taps,) = terms.taps
             yield {
                 "reduce": terms.inputs.mT[..., None, None],
@@ -85,7 +85,7 @@ class SplitCP:
         }
 
     def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
-        for terms in _als.decompose(weight.flatten(3), spec.kernel, [whole(rank) for rank in ranks], self.full_rank(spec), rough):
+        for terms in als.decompose(weight.flatten(3), spec.kernel, [whole(rank) for rank in ranks], self.full_rank(spec), rough):
             along_height, along_width = terms.taps
             yield {
                 "reduce": terms.inputs.mT[..., None, None],

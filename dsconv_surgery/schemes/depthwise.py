@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dsconv_surgery.geometry import ConvSpec, Rank
-from dsconv_surgery.schemes import _low_rank
-from dsconv_surgery.schemes._objective import Objective
-from dsconv_surgery.schemes._protocol import Factors, one_tap, whole
+from dsconv_surgery.network.geometry import ConvSpec, Rank
+from dsconv_surgery.schemes import low_rank
+from dsconv_surgery.schemes.base import Factors, one_tap, whole
+from dsconv_surgery.schemes.objective import Objective
 
 
 class Depthwise:
@@ -36,7 +36,7 @@ class Depthwise:
         }
 
     def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
-        for left, right in _low_rank.truncated(self._slices(weight), [whole(rank) for rank in ranks]):
+        for left, right in low_rank.truncated_svd(self._slices(weight), [whole(rank) for rank in ranks]):
             yield {
                 "depthwise": right.flatten(1, 2).unsqueeze(2).unflatten(3, weight.shape[3:]),
                 "pointwise": left.transpose(1, 2).flatten(2)[..., None, None],
@@ -53,7 +53,7 @@ class Depthwise:
         return (mixing @ taps).transpose(1, 2).unflatten(3, depthwise.shape[3:])
 
     def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor:
-        return _low_rank.energies(self._slices(weight)).sum((0, 1))
+        return low_rank.squared_singular_values(self._slices(weight)).sum((0, 1))
 
     @staticmethod
     def _slices(weight: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class PointwiseDepthwise:
         }
 
     def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
-        for left, right in _low_rank.truncated(weight.flatten(3), [whole(rank) for rank in ranks]):
+        for left, right in low_rank.truncated_svd(weight.flatten(3), [whole(rank) for rank in ranks]):
             yield {
                 "pointwise": left.mT.flatten(1, 2)[..., None, None],
                 "depthwise": right.unflatten(3, weight.shape[3:]),
@@ -98,4 +98,4 @@ class PointwiseDepthwise:
         return (mixing.mT @ depthwise.flatten(3)).unflatten(3, depthwise.shape[3:])
 
     def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor:
-        return _low_rank.energies(weight.flatten(3)).sum((0, 1))
+        return low_rank.squared_singular_values(weight.flatten(3)).sum((0, 1))

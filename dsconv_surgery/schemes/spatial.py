@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dsconv_surgery.geometry import ConvSpec, Rank
-from dsconv_surgery.schemes import _low_rank
-from dsconv_surgery.schemes._objective import Objective
-from dsconv_surgery.schemes._protocol import Factors, one_tap, split_taps, whole
+from dsconv_surgery.network.geometry import ConvSpec, Rank
+from dsconv_surgery.schemes import low_rank
+from dsconv_surgery.schemes.base import Factors, one_tap, split_taps, whole
+from dsconv_surgery.schemes.objective import Objective
 
 
 class Spatial:
@@ -34,7 +34,7 @@ class Spatial:
 
     def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
         _, o, i, kh, kw = weight.shape
-        for left, right in _low_rank.truncated(self._unfolding(weight), [whole(rank) for rank in ranks]):
+        for left, right in low_rank.truncated_svd(self._unfolding(weight), [whole(rank) for rank in ranks]):
             yield {
                 "vertical": left.mT.unflatten(2, (i, kh)).unsqueeze(4),
                 "horizontal": right.unflatten(2, (o, kw)).transpose(1, 2).unsqueeze(3),
@@ -51,7 +51,7 @@ class Spatial:
         return product.reshape(g, o, kw, i, kh).permute(0, 1, 3, 4, 2)
 
     def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor:
-        return _low_rank.energies(self._unfolding(weight)).sum(0)
+        return low_rank.squared_singular_values(self._unfolding(weight)).sum(0)
 
     @staticmethod
     def _unfolding(weight: Tensor) -> Tensor:

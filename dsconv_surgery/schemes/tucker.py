@@ -9,9 +9,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from dsconv_surgery.geometry import ConvSpec, Pair, Rank
-from dsconv_surgery.schemes._objective import Objective
-from dsconv_surgery.schemes._protocol import Factors, one_tap, pair
+from dsconv_surgery.network.geometry import ConvSpec, Pair, Rank
+from dsconv_surgery.schemes.base import Factors, one_tap, pair
+from dsconv_surgery.schemes.objective import Objective
 
 SWEEPS = 10  # at most; HOOI gains little after two
 STALL = 1e-6  # stop when a sweep explains less than this share of the norm more

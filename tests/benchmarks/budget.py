@@ -41,14 +41,16 @@ from calibrated import Add, divergence, draw, network, outputs, recorder
 from cifar import accuracy, cifar10, load_resnet, to_input
 
 from dsconv_surgery import Budget, Calibration, Recipe, compress
-from dsconv_surgery.budget import Choice, Table
-from dsconv_surgery.cache import Cache
-from dsconv_surgery.clock import Clock
-from dsconv_surgery.decide import Decision, Settings
-from dsconv_surgery.images import Images
-from dsconv_surgery.measure import in_channels_last, latency
-from dsconv_surgery.pipeline import cut_to
-from dsconv_surgery.rules import equal_error, least_damage
+from dsconv_surgery.calibration.images import Images
+from dsconv_surgery.compression import compress_to_budget
+from dsconv_surgery.planning.layer_latency import LayerTimer
+from dsconv_surgery.planning.planner import Planner
+from dsconv_surgery.planning.rules import equal_error, least_damage
+from dsconv_surgery.planning.settings import PlanSettings
+from dsconv_surgery.planning.tables import Choice, Table
+from dsconv_surgery.support.cache import Cache
+from dsconv_surgery.support.copies import to_channels_last
+from dsconv_surgery.support.latency import measure_latency
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 GOALS = {20: {"macs": (0.5, 0.4, 0.3), "params": (0.4, 0.25)}, 56: {"macs": (0.5, 0.4, 0.3)}}
@@ -231,8 +233,8 @@ def both_formats(model: nn.Module) -> list[nn.Module]:
 
 def for_channels_last(model: nn.Module, example: Tensor, fraction: float) -> tuple[nn.Module, Tensor, float]:
     """Network and input in channels_last, and what of its time is a fraction of the dense network's in the format that suits it better."""
-    contiguous, last = latency(both_formats(model), [example], rounds=31)
-    model, (example,) = in_channels_last(model, (example,))
+    contiguous, last = measure_latency(both_formats(model), [example], rounds=31)
+    model, (example,) = to_channels_last(model, (example,))
     return model, example, fraction * min(contiguous, last) / last
 
 
@@ -243,10 +245,12 @@ def timed(dense: nn.Module, cut: nn.Module, example: Tensor, timing: Any) -> dic
     and their cut forms faster still would be no gain.
     """
     if example.is_contiguous():
-        before, after = latency([dense, cut], [example], rounds=31)
+        before, after = measure_latency([dense, cut], [example], rounds=31)
         found = {}
     else:
-        contiguous, last, after = latency([*both_formats(dense), InFormat(cut, torch.channels_last)], [example.contiguous()], rounds=31)
+        contiguous, last, after = measure_latency(
+            [*both_formats(dense), InFormat(cut, torch.channels_last)], [example.contiguous()], rounds=31
+        )
         found, before = {"dense_contiguous_ms": round(contiguous, 3), "dense_channels_last_ms": round(last, 3)}, min(contiguous, last)
     found |= {"dense_ms": round(before, 3), "cut_ms": round(after, 3), "faster": round(before / after, 3)}
     if timing is None:
@@ -303,7 +307,7 @@ def run_torchvision(options: argparse.Namespace, add: Add) -> None:
 
 def faster(model: nn.Module, example: Tensor, cut: Any) -> bool:
     """Whether a cut's chain is faster than its layer, timed anew."""
-    clock = Clock(model, [example], Cache(False))
+    clock = LayerTimer(model, [example], Cache(False))
     return clock.time(cut.chain, cut.sizes) < clock.time({"dense": cut.spec}, cut.sizes)
 
 
@@ -320,15 +324,15 @@ def run_latency(options: argparse.Namespace, add: Add) -> None:
             example = torch.randn(batch, 3, 224, 224)
             by_clock = compress(model, example, budget=Budget(latency=0.5))
             damage = sum(cut.damage or 0.0 for cut in by_clock.plan.cuts)
-            decision = Decision(model, (example,), Settings(Budget(macs=0.5)), None, False)
+            decision = Planner(model, (example,), PlanSettings(Budget(macs=0.5)), None, False)
             low, high = decision.smallest("macs") + 1e-3, 1.0
             for _ in range(10):
                 middle = (low + high) / 2
                 plan, _ = decision.plan(Budget(macs=middle), later=True)
                 over = sum(cut.damage or 0.0 for cut in plan.cuts) > damage
                 low, high = (middle, high) if over else (low, middle)
-            by_macs = cut_to(decision, Budget(macs=high))
-            dense, clock, macs = latency([model, by_clock.model, by_macs.model], [example], rounds=31)
+            by_macs = compress_to_budget(decision, Budget(macs=high))
+            dense, clock, macs = measure_latency([model, by_clock.model, by_macs.model], [example], rounds=31)
             return {
                 "predicted_damage": round(damage, 4),
                 "dense_ms": round(dense, 3),
@@ -360,8 +364,8 @@ def run_planning(options: argparse.Namespace, add: Add) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 for budget in (Budget(macs=0.5), Budget(macs=0.4), Budget(params=0.3)):
                     begun = time.perf_counter()
-                    decision = Decision(
-                        model, (batches[0][:1],), Settings(budget, cache=folder), Images(batches, (tuple(batches[0][:1].shape),)), True
+                    decision = Planner(
+                        model, (batches[0][:1],), PlanSettings(budget, cache=folder), Images(batches, (tuple(batches[0][:1].shape),)), True
                     )
                     decision.plan(budget, later=True)
                     seconds.append(round(time.perf_counter() - begun, 1))

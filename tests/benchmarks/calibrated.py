@@ -31,13 +31,13 @@ import conftest  # noqa: F401 - makes torchvision importable beside a CPU build 
 from cifar import accuracy, cifar10, load_resnet, to_input
 
 from dsconv_surgery import Budget, Calibration, apply_plan, compress, make_plan
-from dsconv_surgery.geometry import ConvSpec, chain_cost
-from dsconv_surgery.images import Images
-from dsconv_surgery.moments import Moments, positions_of
-from dsconv_surgery.norms import keep_better_norms
-from dsconv_surgery.reconstruct import Steps
+from dsconv_surgery.calibration.batchnorm import reestimate_batchnorm
+from dsconv_surgery.calibration.images import Images
+from dsconv_surgery.calibration.moments import Moments, positions_of
+from dsconv_surgery.calibration.reconstruct import Steps
+from dsconv_surgery.network.geometry import ConvSpec, chain_cost
 from dsconv_surgery.schemes import chain_of, factorize, fit, get_scheme, kernel_of, kernel_tensor, refusal, scheme_names
-from dsconv_surgery.surgery import cut_for_data
+from dsconv_surgery.surgery import cut_calibrated
 
 HERE = Path(__file__).parent
 Add = Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None]
@@ -157,9 +157,9 @@ def run_ablation(options: argparse.Namespace, add: Callable[..., None]) -> None:
                     if steps is None:
                         cut = apply_plan(model, plan)
                         if "BatchNorm" in step:
-                            keep_better_norms(model, cut, images, always=True)
+                            reestimate_batchnorm(model, cut, images, always=True)
                     else:
-                        cut = cut_for_data(model, plan, images, {}, False, steps)[0]
+                        cut = cut_calibrated(model, plan, images, {}, False, steps)[0]
                     given = outputs(cut, x)
                     right = [100 * float((its.argmax(1) == y).double().mean()) for its in (wanted, given)]
                     return {"dense": round(right[0], 2), "cut": round(right[1], 2), "divergence": divergence(wanted, given)}

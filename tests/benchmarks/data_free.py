@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from cifar import ASSETS, accuracy, cifar10, load_resnet, to_input
 
 from dsconv_surgery import Budget, compress
-from dsconv_surgery.schemes import _als
+from dsconv_surgery.schemes import als
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10000)
     parser.add_argument("--keep", type=float, nargs="*", default=[0.4], help="fractions of the parameters")
     parser.add_argument("--schemes", nargs="*", default=["cp"])
-    parser.add_argument("--common", type=float, nargs="*", default=[_als.COMMON])
+    parser.add_argument("--common", type=float, nargs="*", default=[als.COMMON])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     images, labels = cifar10(options.data / "cifar10", options.split)
@@ -48,7 +48,7 @@ def main() -> None:
         for scheme in options.schemes:
             for keep in options.keep:
                 for common in options.common if scheme.startswith("cp") else [0.0]:
-                    _als.COMMON = common
+                    als.COMMON = common
                     start = time.perf_counter()
                     small = compress(model, x[:1], budget=Budget(params=keep), schemes=scheme, exclude="conv1")
                     row = {

@@ -29,9 +29,9 @@ from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 
 from dsconv_surgery import Budget, compress, make_plan, schemes
-from dsconv_surgery.geometry import Rank, chain_cost
-from dsconv_surgery.graph import ConvSite, find_convs
-from dsconv_surgery.schemes import _als
+from dsconv_surgery.network.discovery import ConvSite, find_convs
+from dsconv_surgery.network.geometry import Rank, chain_cost
+from dsconv_surgery.schemes import als
 
 
 def svd_rival(scheme: str, w: Tensor, rank: int) -> tuple[Tensor, ...]:
@@ -78,17 +78,17 @@ def tensorly_kernel(scheme: str, factors: tuple[Tensor, ...], shape: torch.Size)
 
 def ours_to_error(site: ConvSite, w: Tensor, rank: int, error: float) -> float:
     """Seconds until our CP is at least as good as an error; from the start each time, the number of sweeps doubled."""
-    scheme, usual = schemes.get_scheme("cp"), (_als.SWEEPS, _als.WIDE_SWEEPS)
+    scheme, usual = schemes.get_scheme("cp"), (als.SWEEPS, als.WIDE_SWEEPS)
     try:
         for sweeps in (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 200):
-            _als.SWEEPS = _als.WIDE_SWEEPS = sweeps
+            als.SWEEPS = als.WIDE_SWEEPS = sweeps
             start = time.perf_counter()
             factors = next(schemes.factorize(scheme, site.spec, w, [rank]))
             seconds = time.perf_counter() - start
             if schemes.relative_error(w, schemes.kernel_of(scheme, site.spec, factors)) <= error:
                 return seconds
     finally:
-        _als.SWEEPS, _als.WIDE_SWEEPS = usual
+        als.SWEEPS, als.WIDE_SWEEPS = usual
     return float("inf")
 
 

@@ -39,8 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from calibrated import Add, divergence, draw, network, outputs, recorder
 from cifar import Batches, CifarResNet, accuracy, cifar10, demo_images, demo_resnet20, load_resnet, to_input
 
-from dsconv_surgery import Budget, FineTune, Recipe, apply_plan, compare, compress, fine_tune, load, optimise, save
+from dsconv_surgery import Budget, FineTune, Recipe, apply_plan, compare, compress, fine_tune, load, save
 from dsconv_surgery.checkpoint import read_plan
+from dsconv_surgery.finetuning import optimizers
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 JUDGE = Path(__file__).with_name("resnet20-45000.safetensors")
@@ -180,7 +181,7 @@ def run_ablation(options: argparse.Namespace, add: Add) -> None:
                 dense, model, plan = cut(options, case, 0, held_out=True)
                 change = {**options.settings, **change}
                 teacher = dense if change.pop("teacher", True) else None
-                optimise.SCALING = change.pop("scaling", optimise.SCALING)
+                optimizers.SCALING = change.pop("scaling", optimizers.SCALING)
                 kind, decay = change.pop("maker", None), change.pop("factor_decay", 0.0)
                 makers: dict[Any, Callable[..., Any] | None] = {
                     None: None,
@@ -212,7 +213,7 @@ def run_ablation(options: argparse.Namespace, add: Add) -> None:
                 }
 
             add({"case": case, "change": name, **base_of(options)}, run)
-            optimise.SCALING = 0.0
+            optimizers.SCALING = 0.0
 
 
 def base_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from finetune import CASES, RECIPES, base_of, cut, judged, training
 from torch import Tensor, nn
 
 from dsconv_surgery import FineTune, fine_tune
-from dsconv_surgery.distill import mixed
-from dsconv_surgery.optimise import OPTIMIZERS, rise
+from dsconv_surgery.finetuning.mixing import mix_images
+from dsconv_surgery.finetuning.optimizers import OPTIMIZERS, learning_rate_factor
 
 CASE = "resnet20-alds"
 
@@ -46,8 +46,8 @@ def block_by_block(dense: nn.Module, model: nn.Module, batches: Batches, steps: 
         optimizer = OPTIMIZERS["soap"]([{"params": list(block.parameters()), "lr": lr}])
         given = iter(batches)
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = lr * rise(step, steps, 0.05)
-            (x, *_), _ = mixed(next(given), 1, 1.0)
+            optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(step, steps, 0.05)
+            (x, *_), _ = mix_images(next(given), 1, 1.0)
             x = x.contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
                 with torch.no_grad():

@@ -1,0 +1,127 @@
+"""What the command line works on: models by name, weights and images from files."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dsconv_surgery.support.formatting import did_you_mean
+
+PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+BATCH = 64
+
+
+def example_input(shape: str) -> torch.Tensor:
+    """Zeros of a shape given as text."""
+    try:
+        sizes = [int(part) for part in shape.split(",")]
+        return torch.zeros(sizes)
+    except (ValueError, RuntimeError):
+        raise ValueError(f"--input {shape!r}: expected sizes separated by commas, batch first, such as 1,3,224,224.") from None
+
+
+def image_batches(path: Path, example: torch.Tensor, count: int, mean: str, std: str) -> list[torch.Tensor]:
+    """Images as the model takes them, from a folder of pictures (resized, cropped, normalised) or a tensor (taken as it is)."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES)
+        if not files:
+            raise ValueError(f"{path}: no pictures in this folder ({', '.join(PICTURES)}).")
+        chosen = [files[at * len(files) // count] for at in range(count)] if count < len(files) else files
+        scale = [torch.tensor(_numbers(text, example.shape[1])).view(-1, 1, 1) for text in (mean, std)]
+        pictures = torch.stack([(_picture(file, example) - scale[0]) / scale[1] for file in chosen])
+        return list(pictures.split(BATCH))
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not there. Expected a folder of pictures or a .pt, .safetensors or .npy file with one tensor.")
+    try:
+        if path.suffix == ".npy":
+            tensor = torch.from_numpy(np.load(path, allow_pickle=False))
+        elif path.suffix == ".safetensors":
+            (tensor,) = load_file(path).values()
+        else:
+            tensor = torch.load(path, weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign file makes its reader stumble over
+        raise ValueError(f"{path}: expected a .pt, .safetensors or .npy file with one tensor: {error}") from error
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        raise ValueError(f"{path}: found {getattr(tensor, 'dtype', type(tensor).__name__)}, expected a tensor of normalised images.")
+    rows = torch.linspace(0, len(tensor) - 1, count).long() if count < len(tensor) else torch.arange(len(tensor))
+    return list(tensor[rows].float().split(BATCH))
+
+
+def shuffled(batches: list[torch.Tensor]) -> DataLoader[Any]:
+    """The same images in another order each time: files are often sorted by what they show."""
+    return DataLoader(TensorDataset(torch.cat(batches)), BATCH, shuffle=True)
+
+
+def _numbers(text: str, channels: int) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, channels):
+        raise ValueError(f"{text!r}: expected {channels} numbers separated by commas, one for each channel.")
+    return numbers
+
+
+def _picture(file: Path, example: torch.Tensor) -> torch.Tensor:
+    """A picture resized so as to cover the input, cropped about the middle, in [0, 1]."""
+    image: Any = _import("PIL.Image", "pillow")
+    channels, height, width = example.shape[1:]
+    with image.open(file) as opened:
+        picture = opened.convert("L" if channels == 1 else "RGB")
+    scale = max(height / picture.height, width / picture.width)
+    picture = picture.resize(
+        (max(width, round(scale * picture.width)), max(height, round(scale * picture.height))), image.Resampling.BILINEAR
+    )
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    pixels = np.array(picture.crop((left, top, left + width, top + height)), dtype=np.float32) / 255
+    return torch.from_numpy(pixels.reshape(height, width, channels)).permute(2, 0, 1)
+
+
+def named_model(name: str, weights: str) -> nn.Module:
+    """The model in evaluation mode."""
+    source, _, rest = name.partition(":")
+    if not rest:
+        raise ValueError(f"model {name!r}: expected torchvision:NAME, timm:NAME or package.module:callable.")
+    pretrained = weights == "DEFAULT"
+    if source == "torchvision":
+        model = _import("torchvision.models", "torchvision").get_model(rest, weights="DEFAULT" if pretrained else None)
+    elif source == "timm":
+        try:
+            model = _import("timm", "timm").create_model(rest, pretrained=pretrained)
+        except RuntimeError as error:  # timm's word for a name that it does not know
+            raise ValueError(f"model {name!r}: {error}. See timm.list_models().") from error
+    else:
+        if pretrained:
+            raise ValueError("--weights DEFAULT is for torchvision and timm; let your callable load its own, or give a file.")
+        sys.path.insert(0, "")
+        home = _import(source, source)
+        if not callable(getattr(home, rest, None)):
+            raise ValueError(f"model {name!r}: {source} has no callable {rest!r}.{did_you_mean(rest, vars(home))}")
+        model = getattr(home, rest)()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model {name!r}: expected an nn.Module, found {type(model).__name__}.")
+    if weights not in ("none", "DEFAULT"):
+        path = Path(weights)
+        if not path.exists():
+            raise FileNotFoundError(f"--weights {weights}: expected none, DEFAULT or a file; there is none of this name.")
+        try:
+            state: dict[str, Any] = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            model.load_state_dict(state)
+        except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
+            raise ValueError(f"--weights {weights}: not a state_dict of {name}: {error}") from error
+    return model.eval()
+
+
+def _import(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:  # torchvision beside a torch that it was not built for raises a RuntimeError
+        raise ValueError(f"{module} cannot be imported ({error}). Install {package}, or check the name.") from error

@@ -1,0 +1,83 @@
+"""What a network costs, counted and timed: parameters, MACs, latency. Imports nothing of ours."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.benchmark import Timer
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a time holds for."""
+
+    threads: int
+    batch: int
+    dtype: str
+    device: str
+    memory_format: str
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.threads} threads, {self.dtype}, {self.memory_format}, {self.device}"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median milliseconds of whole forward passes, taken in turn, the conditions that they hold for, and what a plan foresaw."""
+
+    before: float
+    after: float
+    conditions: Conditions
+    rounds: int
+    predicted: float | None = None
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+
+def timing_conditions(inputs: Sequence[Any]) -> Conditions:
+    """The inputs' device, dtype, batch and memory format, and torch's current thread count."""
+    first = next(t for t in pytree.tree_leaves(tuple(inputs)) if isinstance(t, Tensor))
+    channels_last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
+    return Conditions(
+        threads=torch.get_num_threads(),
+        batch=first.shape[0] if first.ndim else 1,
+        dtype=str(first.dtype).removeprefix("torch."),
+        device=str(first.device),
+        memory_format="channels_last" if channels_last else "contiguous",
+    )
+
+
+@contextmanager
+def _evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every module has the training flag that it had."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def measure_latency(models: Sequence[nn.Module], inputs: Sequence[Any], rounds: int = 15) -> list[float]:
+    """Median milliseconds of networks timed side by side, end to end in evaluation mode, on torch's current thread count."""
+    threads = torch.get_num_threads()
+    times: list[list[float]] = [[] for _ in models]
+    timers = [Timer("model(*inputs)", globals={"model": model, "inputs": tuple(inputs)}, num_threads=threads) for model in models]
+    with _evaluation_mode(*models), torch.inference_mode():
+        for timer in timers:  # warm-up; Timer synchronises CUDA itself
+            timer.timeit(2)
+        for _ in range(rounds):  # in turn, so that a busy moment of the machine hits all
+            for timer, found in zip(timers, times, strict=True):
+                found.append(1e3 * timer.timeit(1).median)
+    return [statistics.median(found) for found in times]
