@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,14 +17,14 @@ from dsconv_surgery.compression import Compressed
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.schemes import is_channels_last
 from dsconv_surgery.support.atomic_files import flush_to_disk, temporary_file
-from dsconv_surgery.support.records import parse_json
+from dsconv_surgery.support.records import JsonRecord, parse_json
 from dsconv_surgery.surgery import apply_plan, check_cut
 
 PLAN_FILE = "plan.json"
 
 
 @dataclass(frozen=True)
-class _Saved:
+class _Saved(JsonRecord):
     """What plan.json holds."""
 
     plan: Plan
@@ -34,9 +33,6 @@ class _Saved:
     channels_last: tuple[str, ...]  # names of weights stored so; safetensors keeps values only
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
-
-_ADAPTER = TypeAdapter(_Saved)
 
 
 def save(compressed: Compressed | nn.Module, folder: str | os.PathLike[str], plan: Plan | None = None) -> None:
@@ -75,7 +71,7 @@ def save(compressed: Compressed | nn.Module, folder: str | os.PathLike[str], pla
         digest = _sha256(written)
         weights = target / f"weights-{digest[:16]}.safetensors"
         channels_last = tuple(name for name, value in state.items() if is_channels_last(value))
-        manifest.write_bytes(_ADAPTER.dump_json(_Saved(plan, weights.name, digest, channels_last), indent=1) + b"\n")
+        manifest.write_bytes(_Saved(plan, weights.name, digest, channels_last).to_json().encode())
         for source, place in ((written, weights), (manifest, target / PLAN_FILE)):
             source.chmod(0o644)
             flush_to_disk(source)
@@ -165,7 +161,7 @@ def _read(folder: Path) -> tuple[_Saved, Path]:
     path = folder / PLAN_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path}: not there. Expected a folder written by dsconv_surgery.save.")
-    saved = parse_json(_ADAPTER, path.read_bytes(), str(path))
+    saved = parse_json(_Saved, path.read_bytes(), str(path))
     if Path(saved.weights_file).name != saved.weights_file:
         raise ValueError(f"{path}: weights_file {saved.weights_file!r} is not a plain file name. Save the network again.")
     weights = folder / saved.weights_file

@@ -6,15 +6,13 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from pydantic import TypeAdapter
-
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.network.discovery import Skip
 from dsconv_surgery.network.geometry import ConvSpec, Cost, Rank, Size, chain_cost
 from dsconv_surgery.schemes import chain_of, check_rank, get_scheme
 from dsconv_surgery.support.formatting import did_you_mean, text_table
-from dsconv_surgery.support.latency import Conditions
-from dsconv_surgery.support.records import parse_json
+from dsconv_surgery.support.latency import Latency
+from dsconv_surgery.support.records import JsonRecord
 
 FORMAT_VERSION = 1
 
@@ -50,19 +48,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Milliseconds of the whole network that a plan was made by, and the conditions that they hold for."""
-
-    conditions: Conditions
-    before: float
-    after: float  # of the network cut so, with any weights
-    tables: float  # what the layers' times, each by itself, sum up to
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
-
-@dataclass(frozen=True)
-class Plan:
+class Plan(JsonRecord):
     """What is to be done to a network: cuts, layers left as they are with the reason, and how it was decided."""
 
     cuts: tuple[Cut, ...]
@@ -72,7 +58,7 @@ class Plan:
     budget: Budget | None
     total: Cost  # of the dense network
     calibrated: bool = False  # errors are of outputs on calibration images, and cutting needs some, too
-    timing: Timing | None = None  # where latency was limited
+    timing: Latency | None = None  # where latency was limited
     format_version: int = FORMAT_VERSION
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -117,14 +103,6 @@ class Plan:
             self, cuts=tuple(c for c in self.cuts if c.name not in out), skips=self.skips + skips, rule=_edited(self.rule), timing=None
         )
 
-    def to_json(self) -> str:
-        return _ADAPTER.dump_json(self, indent=1).decode() + "\n"
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Plan:
-        """Read what `to_json` wrote; ValueError says what is wrong and where."""
-        return parse_json(_ADAPTER, text, "plan")
-
     def __str__(self) -> str:
         rows = [
             (
@@ -158,6 +136,3 @@ def _why_left(plan: Plan, name: str) -> str:
 
 def _edited(rule: str) -> str:
     return rule if rule.endswith(", edited") else f"{rule}, edited"
-
-
-_ADAPTER = TypeAdapter(Plan)

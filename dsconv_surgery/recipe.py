@@ -22,9 +22,9 @@ from dsconv_surgery.finetuning.settings import FineTune
 from dsconv_surgery.network.geometry import Rank
 from dsconv_surgery.planning.settings import PlanSettings, as_tuple
 from dsconv_surgery.report import compare
-from dsconv_surgery.support.copies import to_channels_last
+from dsconv_surgery.support.copies import channels_last_copy
 from dsconv_surgery.support.formatting import did_you_mean
-from dsconv_surgery.support.records import parse_json
+from dsconv_surgery.support.records import json_schema, parse_json
 from dsconv_surgery.surgery import fold_back
 
 HOMES = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a clone
@@ -136,7 +136,7 @@ class Recipe:
             asks = "no training batches" if self.fine_tune is None else "training batches (train=)"
             raise ValueError(f"recipe: it asks for {asks}; found {'none' if train is None else 'some'}.")
         if self.channels_last:
-            model, example_inputs = to_channels_last(model, example_inputs)
+            model, example_inputs = channels_last_copy(model, example_inputs)
         stages: list[History] = []
         dense = model
         for stage in range(1, self.stages + 1):
@@ -186,7 +186,7 @@ class Recipe:
             found = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{what}: not TOML: {error}.") from None
-        return parse_json(_ADAPTER, _ADAPTER_ANY.dump_json(found), what)
+        return parse_json(cls, _ADAPTER_ANY.dump_json(found), what)
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Recipe:
@@ -207,7 +207,7 @@ class Recipe:
     @staticmethod
     def schema() -> dict[str, Any]:
         """The JSON schema of a recipe's file."""
-        return _ADAPTER.json_schema()
+        return json_schema(Recipe)
 
 
 class _First:
@@ -232,5 +232,4 @@ def _without_none(value: Any) -> Any:
     return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-_ADAPTER = TypeAdapter(Recipe)
 _ADAPTER_ANY = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))  # not as null, which would be None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import TypeAdapter
 from torch import nn
 
 from dsconv_surgery import schemes
@@ -16,11 +14,11 @@ from dsconv_surgery.calibration.images import Calibration, Images, check_model_r
 from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.network.geometry import Cost, Rank
 from dsconv_surgery.plan import Plan
-from dsconv_surgery.support.copies import detached_copies
+from dsconv_surgery.support.copies import evaluation_copy
 from dsconv_surgery.support.fidelity import Fidelity, measure_fidelity
 from dsconv_surgery.support.formatting import text_table
 from dsconv_surgery.support.latency import Latency, measure_latency, timing_conditions
-from dsconv_surgery.support.records import parse_json
+from dsconv_surgery.support.records import JsonRecord
 from dsconv_surgery.surgery import chain_kernel, check_cut, degeneracy
 
 COLUMNS = ("layer", "scheme", "rank", "params", "-> params", "MACs", "-> MACs", "error", "output error", "left dense because")
@@ -60,7 +58,7 @@ class Try:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(JsonRecord):
     """Two networks compared: parameters (all), MACs (convolutions and linear layers as called, for the whole example batch)."""
 
     rows: tuple[Row, ...]
@@ -81,13 +79,6 @@ class Report:
     @property
     def macs_saved(self) -> float:
         return 1 - self.after.macs / self.before.macs if self.before.macs else 0.0
-
-    def to_json(self) -> str:
-        return _ADAPTER.dump_json(self, indent=1).decode() + "\n"
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Report:
-        return parse_json(_ADAPTER, text, "report")
 
     def to_markdown(self) -> str:
         """The table and the totals for a README or an issue."""
@@ -180,7 +171,7 @@ def compare(
     images = None if data is None else Images(data, input_shapes(example_inputs), same=False)
     near = None
     if images is not None:
-        check_model_runs(copy.deepcopy(before, detached_copies(before)).eval(), images)
+        check_model_runs(evaluation_copy(before), images)
         near = measure_fidelity(before, after, (inputs for _, inputs in images), list(cuts))
     reasons = {skip.name: skip.reason for skip in (*(plan.skips if plan else ()), *(s for s in dense.layers if isinstance(s, Skip)))}
     rows: list[Row] = []
@@ -210,6 +201,3 @@ def _cost_under(name: str, costs: dict[str, Cost]) -> Cost:
     """A layer's cost, or that of the links that took its place."""
     links: Sequence[Cost] = [cost for other, cost in costs.items() if other == name or other.startswith(f"{name}." if name else "")]
     return sum(links, Cost(0, 0))
-
-
-_ADAPTER = TypeAdapter(Report)

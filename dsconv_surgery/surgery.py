@@ -19,7 +19,7 @@ from dsconv_surgery.network.graph_rewrite import collapse_calls, expand_calls
 from dsconv_surgery.network.layers import check_finite, check_unwrapped, irreplaceable_layers, is_layer, named_layers
 from dsconv_surgery.plan import Cut, Plan
 from dsconv_surgery.schemes import Factors, build, factorize, get_scheme, is_channels_last, kernel_of, links_of, make_layer
-from dsconv_surgery.support.copies import detached_copies
+from dsconv_surgery.support.copies import deepcopy_memo, evaluation_copy
 from dsconv_surgery.support.formatting import did_you_mean
 
 
@@ -81,7 +81,7 @@ def cut_calibrated(
     _check_fit(model, plan)
     for cut in plan.cuts:
         _check_weight(cut, model.get_submodule(cut.name).get_parameter("weight"))
-    dense = copy.deepcopy(model, detached_copies(model)).eval()
+    dense = evaluation_copy(model)
     fitted = reconstruct(dense, plan.cuts, images, starts, progress, steps)
     result = build_cut_model(model, plan, "factorize", {name: found.factors for name, found in fitted.items()}, progress=False)
     for name, found in fitted.items():
@@ -226,7 +226,7 @@ def _found(model: nn.Module, name: str) -> str:
 
 def _copy_with(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     """A deep copy in which some submodules are others, wherever and however the model refers to them."""
-    memo: dict[int, Any] = detached_copies(model) | {id(model.get_submodule(name)): module for name, module in replacements.items()}
+    memo: dict[int, Any] = deepcopy_memo(model) | {id(model.get_submodule(name)): module for name, module in replacements.items()}
     if id(model) in memo:
         return memo[id(model)]
     result = copy.deepcopy(model, memo)

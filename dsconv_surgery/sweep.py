@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import TypeAdapter
 from torch import nn
 
 from dsconv_surgery.budget import Budget
@@ -21,7 +20,7 @@ from dsconv_surgery.planning.tables import Rule
 from dsconv_surgery.support.fidelity import checked_score, measure_fidelity
 from dsconv_surgery.support.formatting import text_table
 from dsconv_surgery.support.latency import measure_latency as milliseconds
-from dsconv_surgery.support.records import parse_json
+from dsconv_surgery.support.records import JsonRecord
 
 FRACTIONS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 COLUMNS = ("keep", "params", "MACs", "ms", "score", "same top class", "divergence", "output error")
@@ -43,20 +42,13 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(JsonRecord):
     """The dense network and networks cut to smaller and smaller budgets of one measure."""
 
     measure: str
     points: tuple[Point, ...]
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
-    def to_json(self) -> str:
-        return _ADAPTER.dump_json(self, indent=1).decode() + "\n"
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Sweep:
-        return parse_json(_ADAPTER, text, "sweep")
 
     def to_markdown(self) -> str:
         lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
@@ -180,6 +172,3 @@ def _point(
         near.error if near else None,
         plan,
     )
-
-
-_ADAPTER = TypeAdapter(Sweep)

@@ -35,12 +35,11 @@ WRITERS = {
     "checkpoint",
     "cli.commands",
     "cli.inputs",
-    "finetuning.history",
     "finetuning.loop",
     "report",
     "support.atomic_files",
     "support.cache",
-    "sweep",
+    "support.plotting",
 }
 WRITING_METHODS = {
     "chmod", "dump", "mkdir", "mkstemp", "rename", "replace", "rmdir", "save", "save_file", "save_model", "savefig", "touch", "unlink",

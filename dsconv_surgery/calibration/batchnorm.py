@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from dsconv_surgery.calibration.images import ENOUGH, Images, held_out
 from dsconv_surgery.support import distributed
-from dsconv_surgery.support.copies import on_model_device
+from dsconv_surgery.support.copies import model_device, run_model, to_device
+from dsconv_surgery.support.fidelity import OutputComparison
 
 
 def reestimate_batchnorm(dense: nn.Module, cut: nn.Module, images: Images, always: bool = False) -> bool:
@@ -40,7 +40,7 @@ def reestimate_batchnorm(dense: nn.Module, cut: nn.Module, images: Images, alway
         for first, inputs in images:
             fit = ~held_out(first, inputs[0].shape[0])
             if int(fit.sum()) > 1:
-                trial(*on_model_device(_some(inputs, fit), dense))
+                trial(*to_device(_some(inputs, fit), model_device(dense)))
     counted: Any
     for counted in norms.values():  # of this process's part of the images, weighted by batches
         share = distributed.all_reduce_sum(counted.num_batches_tracked.double())
@@ -128,14 +128,15 @@ def _some(inputs: tuple[Any, ...], mask: Tensor) -> tuple[Any, ...]:
 
 def _held_out_errors(dense: nn.Module, cuts: Sequence[nn.Module], images: Images) -> list[float]:
     """The squared error of each cut network's outputs on held-out images."""
-    off = [0.0 for _ in cuts]
+    comparisons = [OutputComparison() for _ in cuts]
     with torch.no_grad():
         for first, inputs in images:
             held = held_out(first, inputs[0].shape[0])
             if bool(held.any()):
-                given = on_model_device(_some(inputs, held), dense)
-                wanted = pytree.tree_leaves(dense(*copy.deepcopy(given)))
-                for at, cut in enumerate(cuts):
-                    pairs = zip(wanted, pytree.tree_leaves(cut(*copy.deepcopy(given))), strict=True)
-                    off[at] += sum(float((a.double() - b.double()).square().sum()) for a, b in pairs if isinstance(a, Tensor))
-    return distributed.all_reduce_sum(torch.tensor(off, dtype=torch.float64)).tolist()
+                selected = _some(inputs, held)
+                target = run_model(dense, selected)
+                for cut, comparison in zip(cuts, comparisons, strict=True):
+                    comparison.add(target, run_model(cut, selected), int(held.sum()))
+    for comparison in comparisons:
+        comparison.all_reduce()
+    return [comparison.squared_error for comparison in comparisons]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_surgery.calibration.images import Images
-from dsconv_surgery.support.copies import on_model_device
+from dsconv_surgery.support.copies import model_device, run_model, to_device
 
 TOGETHER = 8  # layers handled in one pass
 
@@ -96,7 +96,7 @@ class HookedPair:
     def outputs(self) -> Iterator[tuple[int, Any, Any]]:
         with torch.no_grad():
             for first, inputs in self.images:
-                inputs = on_model_device(inputs, self._dense)
+                inputs = to_device(inputs, model_device(self._dense))
                 yield first, self._dense(*copy.deepcopy(inputs)), self._cut(*inputs)
 
     def close(self) -> None: ...
@@ -111,4 +111,4 @@ def observe_layers(model: nn.Module, names: Sequence[str], saw: Callable[[str, T
 
             handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
-        model(*copy.deepcopy(on_model_device(inputs, model)))
+        run_model(model, inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +13,11 @@ from torch.utils import _pytree as pytree
 
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.cache import digest
-from dsconv_surgery.support.copies import on_model_device
+from dsconv_surgery.support.copies import run_model
 
 HELD = 4  # every fourth image is held out to choose by,
 ENOUGH = 4 * HELD  # given so many
+PROBE_IMAGES, PROBE_NUMBERS = 256, 2**23  # limits on images, and on the numbers in them, for measurements that repeat
 NUMBERS_AT_ONCE = 2**21  # input numbers sent through the networks at a time
 
 
@@ -95,6 +95,14 @@ class Images:
                 yield first + at, pytree.tree_map_only(Tensor, partial(_part, part), inputs)
             first += lead.shape[0]
 
+    def probe_batches(self) -> Iterator[tuple[Any, ...]]:
+        """The first images only: few enough to run a network on them many times."""
+        for first, inputs in self:
+            limit = max(1, min(PROBE_IMAGES, PROBE_NUMBERS // inputs[0][0].numel())) - first
+            if limit <= 0:
+                return
+            yield pytree.tree_map_only(Tensor, partial(_part, slice(limit)), inputs)
+
     def _checked(self) -> Iterator[tuple[Any, ...]]:
         number = -1
         for number, batch in enumerate(self.settings.batches):
@@ -147,7 +155,7 @@ def check_model_runs(model: nn.Module, images: Images) -> Any:
     _, inputs = next(iter(images))
     try:
         with torch.no_grad():
-            return model(*copy.deepcopy(on_model_device(inputs, model)))
+            return run_model(model, inputs)
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
         raise ValueError(

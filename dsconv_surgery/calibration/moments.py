@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from dsconv_surgery.network.discovery import ConvSite
 from dsconv_surgery.network.geometry import ConvSpec, Size
 from dsconv_surgery.schemes import Objective, kernel_tensor
 from dsconv_surgery.support import distributed
-from dsconv_surgery.support.copies import detached_copies
+from dsconv_surgery.support.copies import evaluation_copy
 
 CHUNK = 2**24  # patch entries worked on at a time (64 MiB in float32)
 DOUBLE_SIDE = 640  # up to this length of a patch the solves run in float64
@@ -219,7 +218,7 @@ def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -
     gathered: dict[str, tuple[Moments, bool]] = {}
 
     def gather() -> None:
-        dense = copy.deepcopy(model, detached_copies(model)).eval()
+        dense = evaluation_copy(model)
         source = network_pair(dense, images, [site.name for site in sites])
         source.close()
         for site in sites:

@@ -11,9 +11,7 @@ from torch.utils import _pytree as pytree
 
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.support import distributed
-from dsconv_surgery.support.copies import on_model_device
-
-PROBED, PROBED_NUMBERS = 256, 2**23  # images, and numbers in them, to measure by how much a layer's output moves the network's
+from dsconv_surgery.support.copies import model_device, to_device
 
 
 def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> dict[str, Tensor]:
@@ -37,10 +35,10 @@ def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> di
         layer = probe.get_submodule(name)
         layer.register_forward_hook(lambda _module, _args, output, name=name, layer=layer: watch(name, layer, output))
     with torch.enable_grad():
-        for first, inputs in images:
-            if first >= min(PROBED, PROBED_NUMBERS // inputs[0][0].numel()):
-                break
-            outputs = [t for t in pytree.tree_leaves(probe(*on_model_device(inputs, probe))) if isinstance(t, Tensor) and t.requires_grad]
+        for inputs in images.probe_batches():
+            outputs = [
+                t for t in pytree.tree_leaves(probe(*to_device(inputs, model_device(probe)))) if isinstance(t, Tensor) and t.requires_grad
+            ]
             if not outputs:
                 return {}
             probes = [torch.randn(t.shape, generator=draws).to(t) for t in outputs]

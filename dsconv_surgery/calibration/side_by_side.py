@@ -17,7 +17,7 @@ from dsconv_surgery.calibration.hooks import Following, HookedPair, LayerCall, N
 from dsconv_surgery.calibration.images import Images, check_model_runs
 from dsconv_surgery.network.graph_rewrite import trace
 from dsconv_surgery.network.layers import is_layer, named_layers
-from dsconv_surgery.support.copies import on_model_device
+from dsconv_surgery.support.copies import model_device, to_device
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _ADDITIONS: frozenset[Any] = frozenset((operator.add, operator.iadd, torch.add, "add", "add_"))
@@ -39,7 +39,7 @@ def _checked_trace(model: nn.Module, images: Images) -> fx.GraphModule | None:
     try:
         with torch.no_grad():
             graph = trace(model)
-            found = pytree.tree_leaves(graph(*on_model_device(inputs, model)))
+            found = pytree.tree_leaves(graph(*to_device(inputs, model_device(model))))
     except Exception:  # whatever stands against tracing, or a graph that took another turn than these images would
         return None
     same = (torch.allclose(a, b, equal_nan=True) if isinstance(a, Tensor) else a == b for a, b in zip(expected, found, strict=False))
@@ -119,7 +119,7 @@ class SideBySide:
             if self._at == 0:  # up to the first cut the two are one
                 for first, inputs in self.images:
                     dense: Values = {}
-                    self._dense.args_iter = iter(on_model_device(inputs, self.graph))
+                    self._dense.args_iter = iter(to_device(inputs, model_device(self.graph)))
                     self._run(dense, None, 0, stop)
                     store.keep(first, dense, _copied(dense))
             else:

@@ -20,7 +20,7 @@ from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.planning.rules import RULES
 from dsconv_surgery.recipe import Recipe
 from dsconv_surgery.report import compare
-from dsconv_surgery.support.copies import to_channels_last
+from dsconv_surgery.support.copies import channels_last_copy
 from dsconv_surgery.support.formatting import text_table
 from dsconv_surgery.sweep import FRACTIONS, pareto
 
@@ -250,7 +250,7 @@ def _check_folder(out: Path) -> None:
 def _given(model: str, weights: str, shape: str, channels_last: bool) -> tuple[nn.Module, Tensor]:
     dense, example = named_model(model, weights), example_input(shape)
     if channels_last:
-        dense, (example,) = to_channels_last(dense, (example,))
+        dense, (example,) = channels_last_copy(dense, (example,))
     return dense, example
 
 

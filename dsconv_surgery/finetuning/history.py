@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from dsconv_surgery.support.formatting import text_table
-from dsconv_surgery.support.records import parse_json
+from dsconv_surgery.support.plotting import Panel, save_panels
+from dsconv_surgery.support.records import JsonRecord
 
 COLUMNS = ("epoch", "steps", "loss", "labels", "teacher", "features", "score", "seconds")
 
@@ -32,7 +33,7 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class History:
+class History(JsonRecord):
     """A run's epochs, its settings, and the versions of what it ran on; the epoch of the best score, where there were scores."""
 
     epochs: tuple[Epoch, ...]
@@ -46,14 +47,6 @@ class History:
     def best(self) -> Epoch | None:
         scored = [epoch for epoch in self.epochs if epoch.score is not None]
         return max(scored, key=lambda epoch: epoch.score or 0.0) if scored else None
-
-    def to_json(self) -> str:
-        return _ADAPTER.dump_json(self, indent=1).decode() + "\n"
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> History:
-        """Read what `to_json` wrote; ValueError says what is wrong and where."""
-        return parse_json(_ADAPTER, text, "history")
 
     def __str__(self) -> str:
         rows = [
@@ -69,20 +62,8 @@ class History:
 
     def plot(self, path: str | Path) -> None:
         """Loss and, where there is one, score by epoch (needs matplotlib)."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ValueError("a plot needs matplotlib: pip install 'dsconv_surgery[plot]'.") from error
-        shown: dict[str, list[float]] = {"loss": [e.loss for e in self.epochs]}
+        epochs = [e.epoch for e in self.epochs]
+        panels = [Panel("epoch", "loss", epochs, [e.loss for e in self.epochs])]
         if self.best:
-            shown["score"] = [math.nan if e.score is None else e.score for e in self.epochs]
-        figure = Figure(figsize=(4 * len(shown), 3.2), layout="constrained")
-        for axes, (name, values) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
-            axes.plot([e.epoch for e in self.epochs], values, marker="o")
-            axes.set_xlabel("epoch")
-            axes.set_ylabel(name)
-            axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=120)
-
-
-_ADAPTER = TypeAdapter(History)
+            panels.append(Panel("epoch", "score", epochs, [math.nan if e.score is None else e.score for e in self.epochs]))
+        save_panels(path, panels)

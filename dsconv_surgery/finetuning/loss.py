@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dsconv_surgery.support.fidelity import log_softmax
+from dsconv_surgery.support.fidelity import class_divergence
 
 Loss = Callable[..., Tensor]  # (outputs, *targets) -> a mean over the batch
 
@@ -114,8 +114,8 @@ class DistillationLoss:
                 "that was cut, as teacher. Outputs that a network has in training only (aux_logits) are to be switched off."
             )
         if len(given) == len(its) == 1 and given[0].ndim == 2 and given[0].shape[1] > 1:
-            y, z = (log_softmax(t.float() / self._temperature) for t in (given[0], its[0]))
-            return F.kl_div(y, z, log_target=True, reduction="batchmean") * self._temperature**2
+            divergence = class_divergence(its[0].float(), given[0].float(), self._temperature)
+            return divergence / len(its[0]) * self._temperature**2
         return _relative_error(outputs, wanted)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import warnings
@@ -19,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsconv_surgery.network.geometry import ConvSpec, Cost, Size
 from dsconv_surgery.network.graph_rewrite import trace
 from dsconv_surgery.network.layers import check_unwrapped, irreplaceable_layers, is_layer, named_layers
-from dsconv_surgery.support.copies import detached_copies, fake_copy
+from dsconv_surgery.support.copies import copy_model, fake_copy
 
 
 def count_params(model: nn.Module) -> int:
@@ -205,7 +204,7 @@ def _record_calls(model: nn.Module, inputs: Sequence[Any]) -> tuple[_Record, int
 def _run(model: nn.Module, inputs: Sequence[Any], how: str) -> tuple[_Record, int, str]:
     with torch.no_grad(), torch.random.fork_rng(enabled=how == "real"):
         if how == "real":
-            clone, given = copy.deepcopy(model, detached_copies(model)), tuple(inputs)
+            clone, given = copy_model(model), tuple(inputs)
             record = _Record(clone)
             with record:
                 macs = count_macs(lambda: clone(*given))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,20 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.calibration.moments import layer_moments
 from dsconv_surgery.network.discovery import ConvSite
 from dsconv_surgery.network.graph_rewrite import trace
 from dsconv_surgery.schemes import Objective
-from dsconv_surgery.support import distributed
 from dsconv_surgery.support.cache import Cache, digest
-from dsconv_surgery.support.copies import detached_copies, loose_tensors, on_model_device
-from dsconv_surgery.support.fidelity import comparable_values, log_softmax
+from dsconv_surgery.support.copies import evaluation_copy, run_model, unregistered_tensors
+from dsconv_surgery.support.fidelity import OutputComparison, output_tensors
 
 PULL = 0.1  # ridge towards the weights, in units of the inputs' mean square, when options are judged on data
-PROBED, PROBED_NUMBERS = 256, 2**23  # images at most, and numbers in them, on which an error's effect is measured
 
 
 class DamageEstimator:
@@ -58,9 +54,9 @@ class DamageEstimator:
         parts: list[Tensor | str] = [str(self._model)]
         for name, value in self._model.state_dict().items():
             parts += [name, value if isinstance(value, Tensor) else repr(value)]
-        parts += loose_tensors(self._model)  # those of them that no state_dict holds
+        parts += unregistered_tensors(self._model)  # those of them that no state_dict holds
         try:
-            parts.append(trace(copy.deepcopy(self._model, detached_copies(self._model)).eval()).code)
+            parts.append(trace(evaluation_copy(self._model)).code)
         except Exception:  # whatever stands against tracing
             parts.append("not traced")
             for outputs in self._wanted if self.images is not None else []:  # what it computes shows, as far as it can be known
@@ -89,7 +85,7 @@ class DamageEstimator:
 
         handle = layer.register_forward_hook(instead)
         try:
-            found = _distance(wanted, self._outputs())
+            found = _divergence(wanted, self._outputs())
         finally:
             handle.remove()
         if not math.isfinite(found):
@@ -98,7 +94,7 @@ class DamageEstimator:
 
     @cached_property
     def _dense(self) -> nn.Module:
-        return copy.deepcopy(self._model, detached_copies(self._model)).eval()
+        return evaluation_copy(self._model)
 
     @cached_property
     def _wanted(self) -> list[list[Tensor]]:
@@ -111,29 +107,19 @@ class DamageEstimator:
         found: list[list[Tensor]] = []
         images: Any = self.images
         with torch.no_grad():
-            for first, inputs in images:
-                limit = max(1, min(PROBED, PROBED_NUMBERS // inputs[0][0].numel())) - first
-                if limit <= 0:
-                    break
-                few = tuple(t[:limit].clone() for t in inputs)
-                outputs = pytree.tree_leaves(self._dense(*on_model_device(few, self._dense)))
-                found.append([t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()])
+            for inputs in images.probe_batches():
+                found.append(output_tensors(run_model(self._dense, inputs)))
         return found
 
 
-def _distance(wanted: list[list[Tensor]], given: list[list[Tensor]]) -> float:
-    off, total = 0.0, 0.0
-    for outputs, its in zip(wanted, given, strict=True):
-        if len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1:
-            p, q = (log_softmax(side[0].double()) for side in (outputs, its))
-            off, total = off + float((p.exp() * (p - q)).sum()), total + len(p)
-        else:
-            pairs = [comparable_values(a, b) for a, b in zip(outputs, its, strict=True)]
-            off += float(sum((a - b).square().sum() for a, b in pairs))
-            total += float(sum(a.square().sum() for a, _ in pairs))
-    off, total = distributed.all_reduce_sum(torch.tensor([off, total], dtype=torch.float64)).tolist()
-    found = off / total if total else 0.0
-    return found if math.isnan(found) else max(0.0, found)
+def _divergence(targets: list[list[Tensor]], outputs: list[list[Tensor]]) -> float:
+    """Of classifiers the divergence of the outputs, of other networks their squared relative error, over all processes."""
+    comparison = OutputComparison()
+    for target, output in zip(targets, outputs, strict=True):
+        comparison.add(target, output, len(target[0]) if target else 0)
+    comparison.all_reduce()
+    divergence = comparison.divergence
+    return comparison.error if divergence is None else divergence
 
 
 WIDTH = 0.3  # in log error, over which effects are averaged: single ones scatter by half

@@ -16,7 +16,7 @@ from dsconv_surgery.budget import Budget, BudgetError
 from dsconv_surgery.calibration.images import Calibration, Images, input_shapes
 from dsconv_surgery.network.discovery import ConvSite, Skip, Survey, survey_model
 from dsconv_surgery.network.geometry import Rank
-from dsconv_surgery.plan import Cut, Plan, Timing
+from dsconv_surgery.plan import Cut, Plan
 from dsconv_surgery.planning import rules
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.layer_latency import LayerTimer
@@ -28,12 +28,13 @@ from dsconv_surgery.schemes import Factors
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.cache import Cache
 from dsconv_surgery.support.formatting import did_you_mean
-from dsconv_surgery.support.latency import measure_latency, timing_conditions
+from dsconv_surgery.support.latency import Latency, measure_latency, timing_conditions
 from dsconv_surgery.support.random_state import preserve_random_state
 from dsconv_surgery.surgery import build_cut_model
 
 LOOKS = 1  # at what was chosen, before the last choice
 SETTLING, SLACK = 4, 1.02  # tries to meet a limit of time, and by how much it may be missed
+ROUNDS = 31  # forward passes to time a whole network
 Made = dict[str, Factors]  # layer -> factors found while deciding, so that cutting need not find them again
 
 
@@ -187,9 +188,9 @@ class Planner:
             )
             with preserve_random_state():
                 stand_in = _stand_in(self.model, plan)
-            dense, after = map(distributed.all_reduce_mean, measure_latency([self.model, stand_in], self.inputs, rounds=31))
+            dense, after = map(distributed.all_reduce_mean, measure_latency([self.model, stand_in], self.inputs, rounds=ROUNDS))
             after *= self.total.latency / dense  # the machine may be busier than when the budget was set
-            timing = Timing(timing_conditions(self.inputs), self.total.latency, after, tables_say)
+            timing = Latency(self.total.latency, after, timing_conditions(self.inputs), ROUNDS, tables_say)
             off = abs(after - target) + (target if after > SLACK * target else 0.0)
             tried.append((off, (replace(plan, timing=timing), made)))
             if target * (2 - SLACK) <= after <= SLACK * target or not plan.cuts:

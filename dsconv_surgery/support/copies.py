@@ -1,4 +1,4 @@
-"""What a network costs, counted and timed: parameters, MACs, latency. Imports nothing of ours."""
+"""Copies of networks and inputs: on their device, in evaluation mode, on fake tensors, in channels_last."""
 
 from __future__ import annotations
 
@@ -13,40 +13,61 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 
-def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Buffers, and tensors that modules hold as plain attributes, as old-style weight norm does with the weights that it computes."""
+def unregistered_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Buffers, and tensors that modules hold as plain attributes (old-style weight norm keeps its computed weight there)."""
     yield from model.buffers()
     for module in model.modules():
         yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
-def detached_copies(model: nn.Module) -> dict[int, Any]:
-    """A memo for copy.deepcopy, which refuses tensors that autograd computed: copies of those that the model holds."""
-    return {id(t): t.detach().clone() for t in loose_tensors(model) if not t.is_leaf}
+def deepcopy_memo(model: nn.Module) -> dict[int, Any]:
+    """A memo for copy.deepcopy with detached copies of the tensors that autograd computed, which deepcopy refuses."""
+    return {id(t): t.detach().clone() for t in unregistered_tensors(model) if not t.is_leaf}
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy of a network."""
+    return copy.deepcopy(model, deepcopy_memo(model))
+
+
+def evaluation_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a network in evaluation mode."""
+    return copy_model(model).eval()
 
 
 def fake_copy(model: nn.Module, inputs: Sequence[Any]) -> tuple[FakeTensorMode, nn.Module, tuple[Any, ...]]:
-    """The model and its inputs with fake tensors for data: shapes run through it, no memory is taken and nothing is computed."""
+    """A network and its inputs with fake tensors for data: shapes run through it, nothing is computed and no memory is taken."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tensors: dict[int, Any] = {
-        id(t): mode.from_tensor(t if t.is_leaf else t.detach()) for t in chain(model.parameters(), loose_tensors(model))
+        id(t): mode.from_tensor(t if t.is_leaf else t.detach()) for t in chain(model.parameters(), unregistered_tensors(model))
     }
     fake_inputs = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(inputs))
     return mode, copy.deepcopy(model, tensors), fake_inputs
 
 
-def to_channels_last(model: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A copy of the model, and the inputs, with 4-D tensors in torch.channels_last."""
-
-    def turned(t: Tensor) -> Tensor:
-        return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
-
-    copied, last = copy.deepcopy(model, detached_copies(model)), pytree.tree_map_only(Tensor, turned, tuple(inputs))
-    for tensor in chain(copied.parameters(), copied.buffers()):
-        tensor.data = turned(tensor.data)
-    return copied, last
+def channels_last_copy(model: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A copy of a network, and its inputs, with 4-D tensors in torch.channels_last."""
+    result = copy_model(model)
+    for tensor in chain(result.parameters(), result.buffers()):
+        tensor.data = as_channels_last(tensor.data)
+    return result, pytree.tree_map_only(Tensor, as_channels_last, tuple(inputs))
 
 
-def on_model_device(inputs: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs)
+def as_channels_last(tensor: Tensor) -> Tensor:
+    """A 4-D tensor in torch.channels_last; any other tensor as it is."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the first parameter; the CPU for a network without parameters."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Nested data with every tensor moved to a device."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), value)
+
+
+def run_model(model: nn.Module, inputs: Sequence[Any]) -> Any:
+    """The output for copies of the inputs on the network's device (a network may change its inputs in place)."""
+    return model(*copy.deepcopy(to_device(tuple(inputs), model_device(model))))

@@ -1,8 +1,7 @@
-"""What a network costs, counted and timed: parameters, MACs, latency. Imports nothing of ours."""
+"""How close one network's outputs are to another's: the only place that knows which outputs can be compared, and how."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,29 +10,93 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dsconv_surgery.support.copies import detached_copies
+from dsconv_surgery.support import distributed
+from dsconv_surgery.support.copies import evaluation_copy, run_model
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    """Of each row; finite also where a logit is minus infinity, so that `p (log p - log q)` is 0 for classes that are masked out."""
-    return logits.log_softmax(1).clamp(min=-1e30)
+def output_tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors of a network's output, in order."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def comparable_values(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers of both but for those that are the same infinity, such as what is masked out."""
-    where = ~(wanted.isinf() & (wanted == given))
-    return wanted[where].double(), given[where].double()
+def is_classification(tensors: Sequence[Tensor]) -> bool:
+    """Whether an output is one tensor of logits, (images, classes)."""
+    return len(tensors) == 1 and tensors[0].ndim == 2 and tensors[0].shape[1] > 1
+
+
+def class_divergence(target: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """`sum_n KL(softmax(target_n / T) | softmax(logits_n / T))` over images n, in nats; differentiable.
+
+    Classes that both networks mask with minus infinity add nothing.
+    """
+    q, p = ((side / temperature).log_softmax(1).clamp(min=-1e30) for side in (logits, target))
+    return F.kl_div(q, p, log_target=True, reduction="sum")
+
+
+def squared_error(target: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """`sum (target - output)^2` and `sum target^2` in float64, without entries that are the same infinity in both."""
+    mask = ~(target.isinf() & (target == output))
+    a, b = target[mask].double(), output[mask].double()
+    return (a - b).square().sum(), a.square().sum()
+
+
+class OutputComparison:
+    """Compares outputs of two networks batch by batch; error, agreement and divergence follow from its sums."""
+
+    def __init__(self) -> None:
+        self.classification = True
+        self._images = 0
+        self._sums = torch.zeros(4, dtype=torch.float64)  # squared error, squared norm, images with the same top class, divergence
+
+    def add(self, target: Any, output: Any, images: int) -> None:
+        """One batch: the dense network's output and the other network's."""
+        targets, outputs = output_tensors(target), output_tensors(output)
+        pairs = [squared_error(a, b) for a, b in zip(targets, outputs, strict=True)]
+        sums = [sum(float(missed) for missed, _ in pairs), sum(float(norm) for _, norm in pairs), 0.0, 0.0]
+        self.classification = self.classification and is_classification(targets)
+        if self.classification:
+            sums[2] = float((targets[0].argmax(1) == outputs[0].argmax(1)).sum())
+            sums[3] = float(class_divergence(targets[0].double(), outputs[0].double()))
+        self._images += images
+        self._sums += torch.tensor(sums, dtype=torch.float64)
+
+    def all_reduce(self) -> None:
+        """Sum over all processes."""
+        *sums, images = distributed.all_reduce_sum(torch.cat([self._sums, self._sums.new_tensor([self._images])]))
+        self._sums, self._images = torch.stack(sums), int(images)
+
+    @property
+    def error(self) -> float:
+        """The squared relative error of all outputs."""
+        missed, norm = self._sums[:2].tolist()
+        return missed / norm if norm else float(missed > 0)
+
+    @property
+    def squared_error(self) -> float:
+        """The squared error of all outputs, summed."""
+        return float(self._sums[0])
+
+    @property
+    def agreement(self) -> float | None:
+        """For classifiers, the share of images with the same top class."""
+        return float(self._sums[2]) / self._images if self.classification and self._images else None
+
+    @property
+    def divergence(self) -> float | None:
+        """For classifiers, the mean Kullback-Leibler divergence from the dense network's softmax, in nats."""
+        return max(float(self._sums[3]), 0.0) / self._images if self.classification and self._images else None
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a network's outputs are to another's on some images.
+    """How close a network's outputs are to those of the dense network on some images.
 
-    `error` is the squared relative error of all outputs; for classifiers - one output, (images, classes) - `agreement` is the
-    share of images with the same top class, `divergence` the mean Kullback-Leibler divergence from the first's softmax, in nats.
+    `error` is the squared relative error of all outputs. For classifiers, `agreement` is the share of images with the same top class
+    and `divergence` the mean Kullback-Leibler divergence from the dense network's softmax, in nats.
     """
 
     images: int
@@ -46,12 +109,16 @@ class Fidelity:
 
 
 def measure_fidelity(before: nn.Module, after: nn.Module, batches: Iterable[tuple[Any, ...]], layers: Sequence[str] = ()) -> Fidelity:
-    """Send the same images through both, in evaluation mode, and compare outputs; of `layers` (in both networks) as well."""
-    off = total = divergence = 0.0
-    images = agreeing = 0
-    classifier = True
+    """Send the same images through both networks, in evaluation mode, and compare the outputs of the networks and of some layers.
+
+    Args:
+        before, after: the dense network and the one made from it.
+        batches: inputs of the networks.
+        layers: names of layers that both networks have.
+    """
+    images, comparison = 0, OutputComparison()
     sums: dict[str, Tensor] = {}
-    clones = [copy.deepcopy(model, detached_copies(model)).eval() for model in (before, after)]
+    clones = [evaluation_copy(model) for model in (before, after)]
     outputs: dict[tuple[int, str], list[Tensor]] = {}
     for side, clone in enumerate(clones):
         for name in layers:
@@ -61,47 +128,31 @@ def measure_fidelity(before: nn.Module, after: nn.Module, batches: Iterable[tupl
     with torch.no_grad():
         for inputs in batches:
             outputs.clear()
-            given = pytree.tree_map_only(Tensor, lambda t: t.to(next(before.parameters()).device), inputs)
-            dense, cut = (
-                [t for t in pytree.tree_leaves(clone(*copy.deepcopy(given))) if isinstance(t, Tensor) and t.is_floating_point()]
-                for clone in clones
-            )
+            dense, cut = (run_model(clone, inputs) for clone in clones)
             images += inputs[0].shape[0]
-            pairs = [comparable_values(a, b) for a, b in zip(dense, cut, strict=True)]
-            off += sum(float((a - b).square().sum()) for a, b in pairs)
-            total += sum(float(a.square().sum()) for a, _ in pairs)
-            classifier = classifier and len(dense) == 1 and dense[0].ndim == 2 and dense[0].shape[1] > 1
-            if classifier:
-                p, q = (log_softmax(side[0].double()) for side in (dense, cut))
-                agreeing += int((p.argmax(1) == q.argmax(1)).sum())
-                divergence += float((p.exp() * (p - q)).sum())
+            comparison.add(dense, cut, inputs[0].shape[0])
             for name in layers:
                 for a, b in zip(outputs[0, name], outputs[1, name], strict=True):
                     sums[name] = sums.get(name, torch.zeros(())) + _channel_sums(a, b, clones[0].get_submodule(name))
-    return Fidelity(
-        images,
-        off / total if total else float(off > 0),
-        agreeing / images if classifier and images else None,
-        divergence / images if classifier and images else None,
-        {name: _centred_error(found) for name, found in sums.items()},
-    )
+    layer_errors = {name: _centred_error(total) for name, total in sums.items()}
+    return Fidelity(images, comparison.error, comparison.agreement, comparison.divergence, layer_errors)
 
 
-def _channel_sums(wanted: Tensor, given: Tensor, layer: nn.Module) -> Tensor:
-    """By channel: count, sums and sums of squares of what is wanted and of what it is missed by, (5, channels)."""
-    rows = [(t if isinstance(layer, nn.Linear) or t.ndim < 3 else t.movedim(-3, -1)).flatten(0, -2).double() for t in (wanted, given)]
+def _channel_sums(target: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
+    """Per channel: count, sum and sum of squares of the target, sum and sum of squares of the difference: (5, channels)."""
+    rows = [(t if isinstance(layer, nn.Linear) or t.ndim < 3 else t.movedim(-3, -1)).flatten(0, -2).double() for t in (target, output)]
     a, d = rows[0], rows[0] - rows[1]
     return torch.stack([torch.full_like(a[0], len(a)), a.sum(0), a.square().sum(0), d.sum(0), d.square().sum(0)])
 
 
 def _centred_error(sums: Tensor) -> float:
-    count, wanted, wanted_squares, missed, missed_squares = sums
-    variance = float((wanted_squares - wanted.square() / count).sum())
-    return float((missed_squares - missed.square() / count).sum()) / variance if variance > 0 else 0.0
+    count, target, target_squares, difference, difference_squares = sums
+    variance = float((target_squares - target.square() / count).sum())
+    return float((difference_squares - difference.square() / count).sum()) / variance if variance > 0 else 0.0
 
 
 def checked_score(evaluate: Callable[[nn.Module], float], model: nn.Module, name: str = "evaluate") -> float:
-    """A network's score by a function, given under this name; ValueError unless it is a number, or a tensor of one."""
+    """The score that a user's function gives a network; ValueError unless it is a number or a tensor with one number."""
     score: Any = evaluate(model)
     if isinstance(score, Tensor | np.generic | np.ndarray) and math.prod(score.shape) == 1:
         score = score.item()

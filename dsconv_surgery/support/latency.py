@@ -1,4 +1,4 @@
-"""What a network costs, counted and timed: parameters, MACs, latency. Imports nothing of ours."""
+"""Latency of whole networks: measured in turn, with the conditions that a time holds for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.benchmark import Timer
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Latency:
-    """Median milliseconds of whole forward passes, taken in turn, the conditions that they hold for, and what a plan foresaw."""
+    """Median milliseconds of the dense and the cut network, timed in turn, and the time that was predicted for the cut one."""
 
     before: float
     after: float
@@ -56,9 +55,25 @@ def timing_conditions(inputs: Sequence[Any]) -> Conditions:
     )
 
 
+def measure_latency(models: Sequence[nn.Module], inputs: Sequence[Any], rounds: int = 15) -> list[float]:
+    """Median milliseconds of networks timed side by side, end to end in evaluation mode, on torch's current thread count."""
+    from torch.utils.benchmark import Timer
+
+    threads = torch.get_num_threads()
+    times: list[list[float]] = [[] for _ in models]
+    timers = [Timer("model(*inputs)", globals={"model": model, "inputs": tuple(inputs)}, num_threads=threads) for model in models]
+    with _evaluation_mode(*models), torch.inference_mode():
+        for timer in timers:
+            timer.timeit(2)  # warm-up; Timer synchronises CUDA itself
+        for _ in range(rounds):  # in turn, so that a busy moment of the machine affects all networks
+            for timer, samples in zip(timers, times, strict=True):
+                samples.append(1e3 * timer.timeit(1).median)
+    return [statistics.median(samples) for samples in times]
+
+
 @contextmanager
 def _evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module has the training flag that it had."""
+    """Evaluation mode inside the block; afterwards every module has its earlier training flag."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -67,17 +82,3 @@ def _evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-
-
-def measure_latency(models: Sequence[nn.Module], inputs: Sequence[Any], rounds: int = 15) -> list[float]:
-    """Median milliseconds of networks timed side by side, end to end in evaluation mode, on torch's current thread count."""
-    threads = torch.get_num_threads()
-    times: list[list[float]] = [[] for _ in models]
-    timers = [Timer("model(*inputs)", globals={"model": model, "inputs": tuple(inputs)}, num_threads=threads) for model in models]
-    with _evaluation_mode(*models), torch.inference_mode():
-        for timer in timers:  # warm-up; Timer synchronises CUDA itself
-            timer.timeit(2)
-        for _ in range(rounds):  # in turn, so that a busy moment of the machine hits all
-            for timer, found in zip(timers, times, strict=True):
-                found.append(1e3 * timer.timeit(1).median)
-    return [statistics.median(found) for found in times]

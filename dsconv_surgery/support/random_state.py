@@ -1,4 +1,4 @@
-"""What a network costs, counted and timed: parameters, MACs, latency. Imports nothing of ours."""
+"""Random states of torch, NumPy and Python, preserved."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
-    """Random states are at the end what they were: torch's on every device, Python's and NumPy's."""
-    drawn, drawn_too = random.getstate(), np.random.get_state()
+    """Restore the random states of torch (every device), NumPy and Python at the end of the block."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        random.setstate(drawn)
-        np.random.set_state(drawn_too)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,38 +1,112 @@
-"""Plain data to text and back: tables, checked JSON, and the nearest known word."""
+"""Frozen records that pydantic checks, their JSON, and error messages that name the field, the value and the next move."""
 
 from __future__ import annotations
 
+import functools
 import json
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, Self, TypeVar, dataclass_transform
 
-from pydantic import TypeAdapter, ValidationError
+import pydantic
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from dsconv_surgery.support.formatting import did_you_mean
 
 T = TypeVar("T")
+_adapter: Any = functools.cache(TypeAdapter)  # built when first needed, once for each record
+QUOTED = 200  # characters of a user's input in a message, at most
 
 
-def parse_json(adapter: TypeAdapter[T], text: str | bytes, what: str) -> T:
-    """Validate JSON into plain data, or raise a ValueError that names the place, what was found, and the nearest known key."""
+@dataclass_transform(frozen_default=True)
+def checked_record(example: str) -> Callable[[type[T]], type[T]]:
+    """A class decorator: a frozen dataclass whose fields pydantic checks on construction.
+
+    A wrong field is a ValueError of one line: the field, the value, what was expected (the field's description), and an example call.
+
+    Args:
+        example: a correct call, shown where a keyword is unknown.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+        checked: Any = pydantic.dataclasses.dataclass(frozen=True, config=config)(cls)
+        construct = checked.__init__
+
+        @functools.wraps(construct)
+        def init(self: Any, *args: Any, **keywords: Any) -> None:
+            try:
+                construct(self, *args, **keywords)
+            except ValidationError as error:
+                raise ValueError(explain(error, checked, example)) from None
+
+        checked.__init__ = init
+        return checked
+
+    return decorate
+
+
+def explain(error: ValidationError, cls: Any, example: str) -> str:
+    """The first problem of a failed construction, in one line."""
+    problem = error.errors(include_url=False)[0]
+    known = {field.name: field for field in cls.__dataclass_fields__.values()}
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "unexpected_keyword_argument":
+        settings = f"Known: {', '.join(known)}, as in {example}."
+        return f"{name}={quoted(problem['input'])}: there is no such setting.{did_you_mean(name, known)} {settings}"
+    if problem["type"] == "unexpected_positional_argument":
+        return f"found {quoted(problem['input'])} without a name. Write settings by name, as in {example}."
+    if problem["type"] == "value_error":
+        return str(problem["msg"]).removeprefix("Value error, ")
+    description = getattr(cls.__pydantic_fields__.get(name), "description", None)
+    expected = f"expected {description}" if description else str(problem["msg"])
+    return f"{name}={quoted(problem['input'])}: {expected}. Write it as in {example}."
+
+
+class JsonRecord:
+    """Gives a dataclass JSON both ways."""
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads."""
+        return _adapter(type(self)).dump_json(self, indent=1).decode() + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read what `to_json` wrote; ValueError names the place and the problem."""
+        return parse_json(cls, text, cls.__name__.lower())
+
+
+def parse_json(cls: type[T], text: str | bytes, what: str) -> T:
+    """A record from JSON; ValueError names the place, what was found and, for an unknown key, the most similar known one."""
     try:
-        return adapter.validate_json(text, strict=True)
+        return _adapter(cls).validate_json(text, strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in problem["loc"]) or "the whole file"
-        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            known = sorted(json_keys(adapter.json_schema()))
-            key = str(problem["loc"][-1])
-            raise ValueError(f"{what}: unknown key {key!r} at {place}.{did_you_mean(key, known)} Remove or correct it.") from None
-        message = str(problem["msg"]).removeprefix("Value error, ")
-        said = problem["type"] in ("value_error", "json_invalid")
-        found = "" if said else f", found {json.dumps(problem['input'], default=str)[:80]}"
-        raise ValueError(f"{what}: at {place}: {message}{found}.") from None
+    place = ".".join(str(part) for part in problem["loc"]) or "the whole file"
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        key = str(problem["loc"][-1])
+        hint = did_you_mean(key, sorted(_json_keys(json_schema(cls))))
+        raise ValueError(f"{what}: unknown key {key!r} at {place}.{hint} Remove or correct it.")
+    message = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
+    explained = problem["type"] in ("value_error", "json_invalid")
+    found = "" if explained else f", found {json.dumps(problem['input'], default=str)[:QUOTED]}"
+    raise ValueError(f"{what}: at {place}: {message}{found}.")
 
 
-def json_keys(schema: Any) -> set[str]:
+def json_schema(cls: type[Any]) -> dict[str, Any]:
+    """The JSON schema of a record."""
+    return _adapter(cls).json_schema()
+
+
+def quoted(value: object) -> str:
+    """A value as a message shows it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
+
+
+def _json_keys(schema: Any) -> set[str]:
     """Every property name in a JSON schema."""
     if isinstance(schema, list):
-        return set().union(*map(json_keys, schema)) if schema else set()
+        return set().union(*map(_json_keys, schema)) if schema else set()
     if not isinstance(schema, dict):
         return set()
-    return set(schema.get("properties", {})).union(*(json_keys(value) for value in schema.values()))
+    return set(schema.get("properties", {})).union(*(_json_keys(value) for value in schema.values()))

@@ -49,7 +49,7 @@ from dsconv_surgery.planning.rules import equal_error, least_damage
 from dsconv_surgery.planning.settings import PlanSettings
 from dsconv_surgery.planning.tables import Choice, Table
 from dsconv_surgery.support.cache import Cache
-from dsconv_surgery.support.copies import to_channels_last
+from dsconv_surgery.support.copies import channels_last_copy
 from dsconv_surgery.support.latency import measure_latency
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -234,7 +234,7 @@ def both_formats(model: nn.Module) -> list[nn.Module]:
 def for_channels_last(model: nn.Module, example: Tensor, fraction: float) -> tuple[nn.Module, Tensor, float]:
     """Network and input in channels_last, and what of its time is a fraction of the dense network's in the format that suits it better."""
     contiguous, last = measure_latency(both_formats(model), [example], rounds=31)
-    model, (example,) = to_channels_last(model, (example,))
+    model, (example,) = channels_last_copy(model, (example,))
     return model, example, fraction * min(contiguous, last) / last
 
 
@@ -259,7 +259,7 @@ def timed(dense: nn.Module, cut: nn.Module, example: Tensor, timing: Any) -> dic
         "predicted_over_before": round(timing.after / timing.before, 4),
         "predicted_ms": round(timing.after, 3),
         "measured_over_predicted": round(after / timing.after, 3),
-        "sum_of_layers_ms": round(timing.tables, 3),
+        "sum_of_layers_ms": round(timing.predicted, 3),
     }
 
 
