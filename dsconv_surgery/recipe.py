@@ -1,16 +1,15 @@
-"""A recipe: everything that a compression needs but the network and the images, as a TOML file."""
+"""Recipe: everything that a compression needs except the network and the images, as a TOML file."""
 
 from __future__ import annotations
 
 import math
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-import tomli_w
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 from torch import Tensor, nn
 
 from dsconv_surgery.budget import Budget
@@ -19,20 +18,20 @@ from dsconv_surgery.compression import Compressed, check_max_drop, compress
 from dsconv_surgery.finetuning.fine_tune import fine_tune
 from dsconv_surgery.finetuning.history import History
 from dsconv_surgery.finetuning.settings import FineTune
-from dsconv_surgery.network.geometry import Rank
-from dsconv_surgery.planning.settings import PlanSettings, as_tuple
+from dsconv_surgery.planning.settings import PlanSettings, as_tuple, plan_keywords
 from dsconv_surgery.report import compare
+from dsconv_surgery.support.batch import batch_items
 from dsconv_surgery.support.copies import channels_last_copy
 from dsconv_surgery.support.formatting import did_you_mean
-from dsconv_surgery.support.records import json_schema, parse_json
+from dsconv_surgery.support.records import checked_record, json_schema, parse_json
 from dsconv_surgery.surgery import fold_back
 
-HOMES = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a clone
+FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a clone
 
 
 @dataclass(frozen=True)
-class Images:
-    """How calibration images are used: how many of those given, and `Calibration`'s settings."""
+class CalibrationSettings:
+    """How many calibration images a recipe uses, and the settings of `Calibration` for them."""
 
     images: int = 512
     patches: int = 2**17
@@ -41,61 +40,45 @@ class Images:
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What to cut, how, and by how much: `compress`'s keywords, kept in a file.
+@checked_record("Recipe(budget=Budget(macs=0.5), schemes=['cp', 'bottleneck'])")
+class Recipe(PlanSettings):
+    """Settings of `compress` and `fine_tune`, kept in a TOML file.
 
     Args:
-        description: a sentence for people.
+        budget, schemes, rule, energy, rank, include, exclude, multiple: as in `PlanSettings`.
+        description: a sentence for readers.
         model: torchvision:NAME, timm:NAME or package.module:callable, for the command line.
         input: shape of the example input, batch first, for the command line.
-        budget, schemes, rule, energy, rank, include, exclude, multiple, max_drop: as for `compress`.
-        channels_last: take a copy of model and inputs in this memory format, in which networks once cut are often faster on CPUs.
-        calibration: how to use calibration images, which then have to be given; none to go by the weights.
-        fine_tune: settings of a fine-tuning after the cut, for which training batches then have to be given.
-        stages: reach the budget in so many cuts, in even proportions, with a fine-tuning after each: between them the factors are
-            multiplied out (`fold_back`), and the network as it then is is cut anew.
-        seed: of whatever is drawn.
+        max_drop: as for `compress`.
+        channels_last: convert a copy of the model, and the inputs, to this memory format; cut networks are often faster in it on CPUs.
+        calibration: how calibration images are used; images must then be passed to `run`. None: factorise for the weights alone.
+        fine_tune: settings of a fine-tuning after the cut; training batches must then be passed to `run`.
+        stages: reach the budget in this many cuts, by equal factors, with a fine-tuning after each. Between two cuts the factors are
+            multiplied out (`fold_back`) and the resulting dense network is cut again.
+        seed: seed of all random draws.
 
     Raises:
-        ValueError: settings that do not fit each other.
+        ValueError: settings that are unknown, out of range or contradict each other.
 
     Example:
-        >>> small = Recipe.load("resnet18-half-latency").run(model, torch.rand(1, 3, 224, 224), calibration=batches)
+        >>> small = Recipe.load("resnet18-half-latency").run(model, torch.rand(1, 3, 224, 224))
     """
 
     description: str = ""
     model: str = ""
-    input: tuple[int, ...] = (1, 3, 224, 224)
-    budget: Budget | None = None
-    schemes: tuple[str, ...] | None = None
-    rule: str = "budget"
-    energy: float | None = None
-    rank: Rank | None = None
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    multiple: int | None = None
+    input: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] = (1, 3, 224, 224)
     max_drop: float | None = None
     channels_last: bool = False
-    calibration: Images | None = field(default=None)
+    calibration: CalibrationSettings | None = None
     fine_tune: FineTune | None = None
-    stages: int = 1
+    stages: Annotated[int, Field(ge=1, description="a whole number of cuts, 1 or more")] = 1
     seed: int = 0
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
     def __post_init__(self) -> None:
-        for name in ("schemes", "include", "exclude"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, as_tuple(getattr(self, name)))
+        super().__post_init__()
         check_max_drop(self.max_drop)
-        PlanSettings(self.budget, self.schemes, self.rule, self.energy, self.rank, self.include, self.exclude, self.multiple)
-        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 1:
-            raise ValueError(f"stages={self.stages!r}: expected a whole number of cuts, 1 or more.")
         if self.stages > 1 and (self.fine_tune is None or self.budget is None or self.max_drop is not None):
-            raise ValueError(
-                f"stages={self.stages} needs fine_tune and a budget, and no max_drop: each stage is cut to a part of the budget."
-            )
+            raise ValueError(f"stages={self.stages} needs fine_tune and a budget, and no max_drop: each stage cuts to part of the budget.")
 
     def run(
         self,
@@ -108,85 +91,83 @@ class Recipe:
         cache: bool | str | Path = True,
         progress: bool = False,
     ) -> Compressed:
-        """`compress` with this recipe's settings and then, if it says so, `fine_tune` with the dense network as the teacher.
+        """`compress` with these settings and then, if the recipe asks for it, `fine_tune` with the dense network as the teacher.
 
         Args:
             model, example_inputs, cache, progress: as for `compress`.
-            calibration: batches of unlabelled images, where the recipe asks for some; no more than it says are used. Of a `Calibration`
-                its batches: the settings are the recipe's.
-            evaluate: a network's score, where the recipe has a `max_drop`.
-            train, validate: batches, with labels or without, and a score by epoch, where the recipe has `fine_tune`; see there.
+            calibration: batches of unlabelled images, if the recipe asks for some; only as many as it says are used. Of a `Calibration`
+                only the batches count: the settings are the recipe's.
+            evaluate: a function that gives a network's score, if the recipe has a `max_drop`.
+            train, validate: training batches and a score, if the recipe has `fine_tune`; as for `fine_tune`.
 
         Raises:
-            ValueError: images, batches or a score that the recipe asks for are not given, or given where it asks for none.
+            ValueError: images, batches or a score that the recipe asks for are missing, or are passed though it asks for none.
 
         Example:
             >>> small = Recipe(budget=Budget(macs=0.5)).run(model, torch.rand(1, 3, 224, 224))
         """
-        if (self.calibration is None) != (calibration is None):
-            asks = "no calibration images" if self.calibration is None else f"{self.calibration.images} calibration images"
-            raise ValueError(f"recipe: it asks for {asks}; found calibration={'none' if calibration is None else 'some'}.")
-        if isinstance(calibration, Calibration):
-            calibration = calibration.batches
-        images: Calibration | None = None
-        if self.calibration is not None and calibration is not None:
-            few = calibration if iter(calibration) is calibration else _First(calibration, self.calibration.images)
-            images = Calibration(few, self.calibration.patches, self.calibration.memory, self.seed)
+        images = self._calibration(calibration)
         if (self.fine_tune is None) != (train is None):
-            asks = "no training batches" if self.fine_tune is None else "training batches (train=)"
-            raise ValueError(f"recipe: it asks for {asks}; found {'none' if train is None else 'some'}.")
+            expected = "no training batches" if self.fine_tune is None else "training batches (train=)"
+            raise ValueError(f"recipe: it asks for {expected}; found {'none' if train is None else 'some'}.")
         if self.channels_last:
             model, example_inputs = channels_last_copy(model, example_inputs)
-        stages: list[History] = []
+        settings = {name: getattr(self, name) for name in plan_keywords()}
+        histories: list[History] = []
         dense = model
         for stage in range(1, self.stages + 1):
-            part = None if self.budget is None else Budget(**{m: keep ** (stage / self.stages) for m, keep in self.budget.limits().items()})
+            if self.budget is not None:
+                limits = self.budget.limits()
+                settings["budget"] = Budget(**{measure: keep ** (stage / self.stages) for measure, keep in limits.items()})
             small = compress(
                 dense,
                 *example_inputs,
-                budget=part,
-                schemes=self.schemes,
-                rule=self.rule,
-                energy=self.energy,
-                rank=self.rank,
-                include=self.include,
-                exclude=self.exclude,
                 calibration=images,
-                multiple=self.multiple,
                 max_drop=self.max_drop,
                 evaluate=evaluate,
                 cache=cache,
                 progress=progress,
+                **settings,
             )
             if self.fine_tune is not None and train is not None:
-                settings = replace(self.fine_tune, seed=self.seed + stage - 1)
-                found = fine_tune(
-                    small.model, train, teacher=model, validate=validate, plan=small.plan, settings=settings, progress=progress
-                )
-                stages.append(found)
+                tuning = replace(self.fine_tune, seed=self.seed + stage - 1)
+                histories.append(fine_tune(small.model, train, teacher=model, validate=validate, settings=tuning, progress=progress))
             if stage < self.stages:
                 dense = fold_back(small.model, small.plan)
-        if not stages:
+        if not histories:
             return small
         report = replace(compare(model, small.model, *example_inputs, plan=small.plan), tries=small.report.tries)
-        return Compressed(small.model, small.plan, report, tuple(stages))
+        return Compressed(small.model, small.plan, report, tuple(histories))
+
+    def _calibration(self, calibration: Calibration | Iterable[Any] | None) -> Calibration | None:
+        """The first images of the user's batches, as many as the recipe asks for."""
+        if (self.calibration is None) != (calibration is None):
+            expected = "no calibration images" if self.calibration is None else f"{self.calibration.images} calibration images"
+            raise ValueError(f"recipe: it asks for {expected}; found calibration={'none' if calibration is None else 'some'}.")
+        if self.calibration is None or calibration is None:
+            return None
+        batches = calibration.batches if isinstance(calibration, Calibration) else calibration
+        first = batches if iter(batches) is batches else _FirstImages(batches, self.calibration.images)
+        return Calibration(first, self.calibration.patches, self.calibration.memory, self.seed)
 
     def to_toml(self) -> str:
-        """As `load` reads it; what is as it would be anyway is left out."""
-        plain = asdict(Recipe())
-        changed = {key: value for key, value in asdict(self).items() if value != plain[key]}
-        if self.fine_tune is not None and self.fine_tune.clip is None:  # TOML knows no None, and to leave it out means the default
+        """TOML text that `load` reads; settings with their default value are left out."""
+        if callable(self.rule):
+            raise ValueError(f"recipe: rule={self.rule!r} is a function, which a file cannot hold. Name a rule.")
+        defaults = asdict(Recipe())
+        changed = {name: value for name, value in asdict(self).items() if value != defaults[name]}
+        if self.fine_tune is not None and self.fine_tune.clip is None:  # TOML has no None, and a missing key means the default
             changed["fine_tune"]["clip"] = math.inf
-        return tomli_w.dumps(_without_none(changed))
+        return _toml(changed)
 
     @classmethod
     def from_toml(cls, text: str, what: str = "recipe") -> Recipe:
-        """Read TOML; ValueError says what is wrong, where, and the nearest known key."""
+        """Read TOML; ValueError names the place, the problem and, for an unknown key, the most similar known one."""
         try:
-            found = tomllib.loads(text)
+            data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{what}: not TOML: {error}.") from None
-        return parse_json(cls, _ADAPTER_ANY.dump_json(found), what)
+        return parse_json(cls, _json(data), what)
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Recipe:
@@ -201,8 +182,8 @@ class Recipe:
 
     @staticmethod
     def known() -> dict[str, Path]:
-        """The recipes that come with the library: names, and files."""
-        return {path.stem: path for home in HOMES for path in sorted(home.glob("*.toml"))}
+        """The names and files of the recipes that come with the library."""
+        return {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.toml"))}
 
     @staticmethod
     def schema() -> dict[str, Any]:
@@ -210,26 +191,33 @@ class Recipe:
         return json_schema(Recipe)
 
 
-class _First:
-    """The first so many images of batches that can be gone through again."""
+class _FirstImages:
+    """The first images of batches, up to a number; it can be iterated again."""
 
     def __init__(self, batches: Iterable[Any], count: int) -> None:
         self._batches, self._count = batches, count
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        left = self._count
+        remaining = self._count
         for batch in self._batches:
-            inputs = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            if left <= 0:
+            if remaining <= 0:
                 return
-            yield tuple(t[:left] if isinstance(t, Tensor) else t for t in inputs)
-            left -= len(inputs[0]) if inputs and isinstance(inputs[0], Tensor) else 0
+            items = batch_items(batch)
+            yield tuple(item[:remaining] if isinstance(item, Tensor) else item for item in items)
+            remaining -= len(items[0]) if items and isinstance(items[0], Tensor) else 0
 
 
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
+def _toml(data: dict[str, Any]) -> str:
+    import tomli_w
+
+    def without_none(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+        return [without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    return tomli_w.dumps(without_none(data))
 
 
-_ADAPTER_ANY = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))  # not as null, which would be None
+def _json(data: dict[str, Any]) -> bytes:
+    """JSON in which infinity stays infinity (by default pydantic writes null)."""
+    return TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants")).dump_json(data)

@@ -1,4 +1,4 @@
-"""What each budget would cost: one network cut to several, as a table and a plot."""
+"""pareto: one network cut to several budgets, as a table and a plot."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from torch import nn
 
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.calibration.images import Calibration, Images, input_shapes
-from dsconv_surgery.compression import compress_to_budget
+from dsconv_surgery.compression import cut_to_budget
 from dsconv_surgery.network.geometry import Cost
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.planning.planner import Planner
-from dsconv_surgery.planning.settings import PlanSettings
-from dsconv_surgery.planning.tables import Rule
+from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
 from dsconv_surgery.support.fidelity import checked_score, measure_fidelity
-from dsconv_surgery.support.formatting import text_table
-from dsconv_surgery.support.latency import measure_latency as milliseconds
+from dsconv_surgery.support.formatting import markdown_table, text_table
+from dsconv_surgery.support.latency import measure_latency
+from dsconv_surgery.support.plotting import Panel, save_panels
 from dsconv_surgery.support.records import JsonRecord
 
 FRACTIONS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 COLUMNS = ("keep", "params", "MACs", "ms", "score", "same top class", "divergence", "output error")
+QUALITIES = {"score": "score", "agreement": "same top class", "error": "output error"}  # a plot shows the first that was measured
 
 
 @dataclass(frozen=True)
 class Point:
-    """A network at one budget: what it costs, its score, and how near its outputs are to the dense network's."""
+    """The network at one budget: its cost, its score, and how close its outputs are to the dense network's."""
 
     fraction: float
-    cost: Cost  # latency is measured where asked for, else zero
+    cost: Cost  # the latency is 0 unless it was measured
     score: float | None = None
     agreement: float | None = None
     divergence: float | None = None
@@ -43,7 +44,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep(JsonRecord):
-    """The dense network and networks cut to smaller and smaller budgets of one measure."""
+    """The dense network, then the network at smaller and smaller budgets of one measure."""
 
     measure: str
     points: tuple[Point, ...]
@@ -51,13 +52,13 @@ class Sweep(JsonRecord):
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def to_markdown(self) -> str:
-        lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-        return "\n".join(lines + [f"| {' | '.join(cells)} |" for cells in self._cells()]) + "\n"
+        """The table in Markdown."""
+        return markdown_table(COLUMNS, self._rows())
 
     def __str__(self) -> str:
-        return text_table(f"budgets on {self.measure}", COLUMNS, self._cells())
+        return text_table(f"budgets on {self.measure}", COLUMNS, self._rows())
 
-    def _cells(self) -> list[tuple[str, ...]]:
+    def _rows(self) -> list[tuple[str, ...]]:
         return [
             (
                 f"{point.fraction:g}",
@@ -70,31 +71,20 @@ class Sweep(JsonRecord):
         ]
 
     def plot(self, path: str | Path) -> None:
-        """Score, or else how near outputs are to the dense network's, against MACs, parameters and milliseconds (needs matplotlib)."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ValueError("a plot needs matplotlib: pip install 'dsconv_surgery[plot]'.") from error
-        dense = self.points[0]
-        label, quality = "output error", "error"
-        if dense.agreement is not None:
-            label, quality = "same top class", "agreement"
-        if dense.score is not None:
-            label, quality = "score", "score"
-        if getattr(dense, quality) is None:
+        """Draw the score, or how close outputs are to the dense network's, over MACs, parameters and milliseconds (needs matplotlib)."""
+        quality = next((name for name in QUALITIES if getattr(self.points[0], name) is not None), None)
+        if quality is None:
             raise ValueError("nothing to plot: quality was not measured. Give pareto evaluate= or data= (--data or --calibration).")
-        costs = [("MACs", "macs"), ("parameters", "params")]
-        if all(point.cost.latency for point in self.points):
-            costs.append(("milliseconds", "latency"))
-        figure = Figure(figsize=(4 * len(costs), 3.2), layout="constrained")
-        for axes, (name, attribute) in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
-            axes.plot([getattr(p.cost, attribute) for p in self.points], [getattr(p, quality) for p in self.points], marker="o")
-            axes.set_xlabel(name)
-            axes.set_ylabel(label)
-            axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=120)
+        costs = {"macs": "MACs", "params": "parameters", "latency": "milliseconds"}
+        if not all(point.cost.latency for point in self.points):
+            del costs["latency"]
+        values = [getattr(point, quality) for point in self.points]
+        save_panels(
+            path, [Panel(label, QUALITIES[quality], [getattr(p.cost, m) for p in self.points], values) for m, label in costs.items()]
+        )
 
 
+@takes_plan_settings
 def pareto(
     model: nn.Module,
     *example_inputs: Any,
@@ -103,22 +93,18 @@ def pareto(
     evaluate: Callable[[nn.Module], float] | None = None,
     data: Calibration | Iterable[Any] | None = None,
     latency: bool = False,
-    schemes: Sequence[str] | str | None = None,
-    rule: str | Rule = "budget",
-    include: str | Sequence[str] = "*",
-    exclude: str | Sequence[str] = (),
     calibration: Calibration | Iterable[Any] | None = None,
-    multiple: int | None = None,
     cache: bool | str | Path = True,
     progress: bool = False,
+    **settings: Any,
 ) -> Sweep:
-    """Cut a network to one budget after the other, from the same option tables, and measure what is left.
+    """Cut a network to several budgets, from the same option tables, and measure each result.
 
     Args:
-        model, example_inputs, schemes, rule, include, exclude, calibration, multiple, cache, progress: as for `compress`.
-        fractions: of the measure to keep, one network each.
+        model, example_inputs, calibration, cache, progress, settings: as for `compress`; the budgets come from `fractions`.
+        fractions: the fractions of the measure to keep, one network each.
         measure: "macs", "params" or "latency".
-        evaluate: a network's score, higher for better.
+        evaluate: a function that gives a network's score, higher for better.
         data: images on which outputs are compared with the dense network's; the calibration images if not given.
         latency: time every network.
 
@@ -126,7 +112,7 @@ def pareto(
         A `Sweep`: print it, or see `to_markdown()`, `to_json()` and `plot(path)`.
 
     Raises:
-        ValueError, TypeError: as `compress`; no fractions, or an unknown measure.
+        ValueError, TypeError: as `compress`; no fractions, an unknown measure, or a rule that takes no budget.
 
     Example:
         >>> print(pareto(model, torch.rand(1, 3, 32, 32), fractions=(0.5, 0.3), calibration=batches))
@@ -135,40 +121,30 @@ def pareto(
         raise ValueError(f"measure={measure!r}: expected 'macs', 'params' or 'latency'.")
     if not fractions:
         raise ValueError("fractions: none given. Pass some in (0, 1], as in fractions=(0.5, 0.3).")
+    if settings.get("budget") is not None:
+        raise ValueError("budget=: pareto makes its budgets from fractions= and measure=, as in fractions=(0.5, 0.3), measure='macs'.")
     budgets = [Budget(**{measure: fraction}) for fraction in sorted(fractions, reverse=True)]
-    settings = PlanSettings(budgets[-1], schemes, rule, None, None, include, exclude, multiple, cache)
+    checked = PlanSettings(**{**settings, "budget": budgets[-1]})
     images = None if calibration is None else Images(calibration, input_shapes(example_inputs))
-    seen = images if data is None else Images(data, input_shapes(example_inputs), same=False)
-    decision = Planner(model, example_inputs, settings, images, progress)
+    compared = images if data is None else Images(data, input_shapes(example_inputs), same=False)
+    planner = Planner(model, example_inputs, checked, images, cache, progress)
     for budget in reversed(budgets):  # the hardest to reach first: nothing is computed for a sweep that cannot be finished
-        decision.check(budget)
-    total = decision.total
-    points = [_point(1.0, model, model, total, example_inputs, None, evaluate, seen, latency)]
-    for budget in budgets:
-        small = compress_to_budget(decision, budget)
-        (fraction,) = budget.limits().values()
-        points.append(_point(fraction, model, small.model, small.report.after, example_inputs, small.plan, evaluate, seen, latency))
+        planner.check(budget)
+
+    def point(fraction: float, network: nn.Module, cost: Cost, plan: Plan | None) -> Point:
+        fidelity = None if compared is None else measure_fidelity(model, network, (batch for _, batch in compared))
+        return Point(
+            fraction,
+            Cost(cost.params, cost.macs, measure_latency([network], example_inputs)[0] if latency else 0.0),
+            None if evaluate is None else checked_score(evaluate, network),
+            fidelity.agreement if fidelity else None,
+            fidelity.divergence if fidelity else None,
+            fidelity.error if fidelity else None,
+            plan,
+        )
+
+    points = [point(1.0, model, planner.total, None)]
+    for fraction, budget in zip(sorted(fractions, reverse=True), budgets, strict=True):
+        cut, plan = cut_to_budget(planner, budget)
+        points.append(point(fraction, cut, plan.total_after, plan))
     return Sweep(measure, tuple(points))
-
-
-def _point(
-    fraction: float,
-    dense: nn.Module,
-    model: nn.Module,
-    cost: Cost,
-    inputs: Sequence[Any],
-    plan: Plan | None,
-    evaluate: Callable[[nn.Module], float] | None,
-    images: Images | None,
-    latency: bool,
-) -> Point:
-    near = None if images is None else measure_fidelity(dense, model, (batch for _, batch in images))
-    return Point(
-        fraction,
-        Cost(cost.params, cost.macs, milliseconds([model], inputs)[0] if latency else 0.0),
-        None if evaluate is None else checked_score(evaluate, model),
-        near.agreement if near else None,
-        near.divergence if near else None,
-        near.error if near else None,
-        plan,
-    )

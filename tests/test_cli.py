@@ -177,11 +177,11 @@ def test_json_and_markdown(home: str, tmp_path: Path) -> None:
     markdown = run("report", f"{home}:small", tmp_path / "out", *INPUT, "--markdown")
     assert markdown.startswith("| layer | scheme |")
     assert f"{report.after.macs:,}" in markdown
-    latency = Report.from_json(run("report", f"{home}:small", tmp_path / "out", *INPUT, "--latency", "--json")).latency
+    latency = Report.from_json(run("report", f"{home}:small", tmp_path / "out", *INPUT, "--measure-latency", "--json")).latency
     assert latency is not None
     assert latency.conditions.batch == 1
     assert latency.conditions.memory_format == "contiguous"
-    words = ("report", f"{home}:small", tmp_path / "out", *INPUT, "--latency", "--channels-last", "--json")
+    words = ("report", f"{home}:small", tmp_path / "out", *INPUT, "--measure-latency", "--channels-last", "--json")
     last = Report.from_json(run(*words))
     assert last.latency is not None
     assert last.latency.conditions.memory_format == "channels_last"
@@ -228,12 +228,13 @@ def test_settings_that_are_wrong(fails: Fails, home: str, tmp_path: Path) -> Non
     start = ["compress", f"{home}:small", *INPUT, "--out", tmp_path / "out"]
     for words, message in (
         (["--scheme", "chanel"], "unknown scheme 'chanel'. Did you mean 'channel'?"),
-        (["--macs", 1.5], "budget: macs=1.5 is not a fraction to keep"),
-        (["--params", 0], "budget: params=0.0 is not a fraction to keep"),
+        (["--macs", 1.5], "macs=1.5: expected the fraction to keep, in (0, 1]"),
+        (["--params", 0], "params=0.0: expected the fraction to keep, in (0, 1]"),
         (["--macs", 0.001], "is out of reach: with every layer at its cheapest"),
-        (["--rule", "best"], "unknown rule 'best'. Known: budget, uniform, equal_error"),
+        (["--rule", "best"], "unknown rule 'best'. Did you mean 'budget'? Known: budget, uniform, equal_error"),
         (["--rule", "fixed"], "rank= goes with rule='fixed'"),
-        (["--rule", "fixed", "--rank", 0], "rank=0 is not a rank"),
+        (["--rule", "fixed", "--rank", 0], "rank=0: expected a rank of 1 or more"),
+        (["--rule", "fixed", "--rank", "8;8"], "--rank '8;8': expected a whole number, or two with a comma"),
         (["--energy", 0.9], "energy= goes with rule='energy'"),
         (["--include", "layer9*"], "include: no layer matches 'layer9*'"),
         (["--exclude", "x"], "exclude: no layer matches 'x'"),
@@ -373,7 +374,7 @@ def test_a_recipe_runs_from_the_shell(home: str, tmp_path: Path, fails: Fails) -
     assert list(first) == list(second)
     assert any(not torch.equal(first[name], second[name]) for name in first)
     recipe.write_text("channels_last = true\n" + recipe.read_text())
-    again = run("run", recipe, "--out", tmp_path / "last", "--latency")
+    again = run("run", recipe, "--out", tmp_path / "last", "--measure-latency")
     assert "channels_last" in again
     last = load(named_model(f"{home}:small", "none"), tmp_path / "last")
     convolutions = [m.weight for m in last.modules() if isinstance(m, torch.nn.Conv2d)]

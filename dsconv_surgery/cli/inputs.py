@@ -1,4 +1,4 @@
-"""What the command line works on: models by name, weights and images from files."""
+"""Inputs of the command line: models by name, weights and images from files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH = 64
 
 
 def example_input(shape: str) -> torch.Tensor:
-    """Zeros of a shape given as text."""
+    """Zeros of the shape that a text such as 1,3,224,224 names."""
     try:
         sizes = [int(part) for part in shape.split(",")]
         return torch.zeros(sizes)
@@ -29,12 +29,12 @@ def example_input(shape: str) -> torch.Tensor:
 
 
 def image_batches(path: Path, example: torch.Tensor, count: int, mean: str, std: str) -> list[torch.Tensor]:
-    """Images as the model takes them, from a folder of pictures (resized, cropped, normalised) or a tensor (taken as it is)."""
+    """Batches of images from a folder of pictures (resized, cropped and normalised) or from a file with one tensor (used as it is)."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES)
         if not files:
             raise ValueError(f"{path}: no pictures in this folder ({', '.join(PICTURES)}).")
-        chosen = [files[at * len(files) // count] for at in range(count)] if count < len(files) else files
+        chosen = [files[index * len(files) // count] for index in range(count)] if count < len(files) else files
         scale = [torch.tensor(_numbers(text, example.shape[1])).view(-1, 1, 1) for text in (mean, std)]
         pictures = torch.stack([(_picture(file, example) - scale[0]) / scale[1] for file in chosen])
         return list(pictures.split(BATCH))
@@ -47,7 +47,7 @@ def image_batches(path: Path, example: torch.Tensor, count: int, mean: str, std:
             (tensor,) = load_file(path).values()
         else:
             tensor = torch.load(path, weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file makes its reader stumble over
+    except Exception as error:  # readers raise many kinds of errors on damaged files
         raise ValueError(f"{path}: expected a .pt, .safetensors or .npy file with one tensor: {error}") from error
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         raise ValueError(f"{path}: found {getattr(tensor, 'dtype', type(tensor).__name__)}, expected a tensor of normalised images.")
@@ -56,7 +56,7 @@ def image_batches(path: Path, example: torch.Tensor, count: int, mean: str, std:
 
 
 def shuffled(batches: list[torch.Tensor]) -> DataLoader[Any]:
-    """The same images in another order each time: files are often sorted by what they show."""
+    """The same images in a new order each epoch, as files are often sorted by class."""
     return DataLoader(TensorDataset(torch.cat(batches)), BATCH, shuffle=True)
 
 
@@ -71,7 +71,7 @@ def _numbers(text: str, channels: int) -> list[float]:
 
 
 def _picture(file: Path, example: torch.Tensor) -> torch.Tensor:
-    """A picture resized so as to cover the input, cropped about the middle, in [0, 1]."""
+    """A picture resized to cover the input, cropped to its middle, with values in [0, 1]."""
     image: Any = _import("PIL.Image", "pillow")
     channels, height, width = example.shape[1:]
     with image.open(file) as opened:
@@ -86,7 +86,7 @@ def _picture(file: Path, example: torch.Tensor) -> torch.Tensor:
 
 
 def named_model(name: str, weights: str) -> nn.Module:
-    """The model in evaluation mode."""
+    """The model that a name stands for, with its weights, in evaluation mode."""
     source, _, rest = name.partition(":")
     if not rest:
         raise ValueError(f"model {name!r}: expected torchvision:NAME, timm:NAME or package.module:callable.")
@@ -96,26 +96,26 @@ def named_model(name: str, weights: str) -> nn.Module:
     elif source == "timm":
         try:
             model = _import("timm", "timm").create_model(rest, pretrained=pretrained)
-        except RuntimeError as error:  # timm's word for a name that it does not know
+        except RuntimeError as error:  # timm raises this for an unknown name
             raise ValueError(f"model {name!r}: {error}. See timm.list_models().") from error
     else:
         if pretrained:
-            raise ValueError("--weights DEFAULT is for torchvision and timm; let your callable load its own, or give a file.")
+            raise ValueError("--weights DEFAULT is for torchvision and timm; let your callable load its weights, or name a file.")
         sys.path.insert(0, "")
-        home = _import(source, source)
-        if not callable(getattr(home, rest, None)):
-            raise ValueError(f"model {name!r}: {source} has no callable {rest!r}.{did_you_mean(rest, vars(home))}")
-        model = getattr(home, rest)()
+        module = _import(source, source)
+        if not callable(getattr(module, rest, None)):
+            raise ValueError(f"model {name!r}: {source} has no callable {rest!r}.{did_you_mean(rest, vars(module))}")
+        model = getattr(module, rest)()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model {name!r}: expected an nn.Module, found {type(model).__name__}.")
     if weights not in ("none", "DEFAULT"):
         path = Path(weights)
         if not path.exists():
-            raise FileNotFoundError(f"--weights {weights}: expected none, DEFAULT or a file; there is none of this name.")
+            raise FileNotFoundError(f"--weights {weights}: expected none, DEFAULT or a file, and there is no file of this name.")
         try:
             state: dict[str, Any] = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
             model.load_state_dict(state)
-        except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
+        except Exception as error:  # torch.load raises many kinds of errors on damaged files
             raise ValueError(f"--weights {weights}: not a state_dict of {name}: {error}") from error
     return model.eval()
 
@@ -123,5 +123,5 @@ def named_model(name: str, weights: str) -> nn.Module:
 def _import(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:  # torchvision beside a torch that it was not built for raises a RuntimeError
+    except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError beside a torch it was not built for
         raise ValueError(f"{module} cannot be imported ({error}). Install {package}, or check the name.") from error

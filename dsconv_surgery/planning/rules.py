@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +15,6 @@ from dsconv_surgery.budget import BudgetError
 from dsconv_surgery.network.geometry import Cost, Rank
 from dsconv_surgery.planning.knapsack import choose
 from dsconv_surgery.planning.tables import Choice, Option, Table
-
-RULES = ("budget", "uniform", "equal_error", "energy", "fixed", "evbmf")
-WITHOUT_BUDGET = ("energy", "fixed", "evbmf")  # they choose ranks by themselves, whatever that saves
 
 Damage = Callable[[Table, Sequence[float]], Sequence[float]]  # a table and errors of its layer -> what the network suffers from each
 
@@ -205,3 +204,22 @@ def fixed(tables: Mapping[str, Table], rank: Rank) -> Choice:
         found = [table.option(scheme, offer) for scheme, offers in table.offers.items() for offer in offers if offer[0] == rank]
         choice[name] = min(found, key=_error) if found else None
     return choice
+
+
+@dataclass(frozen=True)
+class NamedRule:
+    """A rule: `choose(tables, allowed, setting)`, the plan setting that it needs, and whether it takes a budget."""
+
+    choose: Callable[[Mapping[str, Table], Mapping[str, float], Any], Choice]
+    setting: str | None = None
+    takes_budget: bool = False
+
+
+RULES = {
+    "budget": NamedRule(lambda tables, allowed, _: least_damage(tables, allowed), takes_budget=True),
+    "uniform": NamedRule(lambda tables, allowed, _: uniform(tables, allowed), takes_budget=True),
+    "equal_error": NamedRule(lambda tables, allowed, _: equal_error(tables, allowed), takes_budget=True),
+    "energy": NamedRule(lambda tables, _, keep: energy(tables, keep), "energy"),
+    "fixed": NamedRule(lambda tables, _, rank: fixed(tables, rank), "rank"),
+    "evbmf": NamedRule(lambda tables, _, __: evbmf(tables)),
+}

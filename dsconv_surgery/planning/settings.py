@@ -1,74 +1,145 @@
-"""Decide: which layers to cut, with which scheme, at which rank."""
+"""PlanSettings: how a plan is made, written once for `make_plan`, `compress`, `pareto`, `Recipe` and the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic.json_schema import SkipJsonSchema
 
 from dsconv_surgery.budget import Budget
-from dsconv_surgery.network.geometry import Rank
-from dsconv_surgery.planning.rules import RULES, WITHOUT_BUDGET
-from dsconv_surgery.planning.tables import Rule
-from dsconv_surgery.schemes import get_scheme, scheme_names
+from dsconv_surgery.planning.rules import RULES
+from dsconv_surgery.support.formatting import did_you_mean
+from dsconv_surgery.support.records import checked_record, quoted
 
-TIMED_MULTIPLE = 8  # channels, where latency is limited: what lies between is no faster
+F = TypeVar("F", bound=Callable[..., Any])
+
+LATENCY_MULTIPLE = 8  # channels; under a latency budget, ranks in between are no faster
 
 
+def _budget(value: Any, info: ValidationInfo) -> Any:
+    if value is None or isinstance(value, Budget) or info.mode == "json":
+        return value
+    raise ValueError(f"budget={quoted(value)}: expected a Budget. Write budget=Budget(macs=0.5), or params= or latency=.")
+
+
+def as_tuple(value: Any) -> Any:
+    """One name, or several in a list, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple, json_schema_input_type=str | list[str])]
+Positive = Annotated[int, Field(ge=1)]
+
+
+@checked_record("compress(model, x, budget=Budget(macs=0.5), schemes=['cp', 'bottleneck'])")
 class PlanSettings:
-    """`make_plan`'s keywords, checked and brought into one form."""
+    """How to choose, for every layer, whether to cut it, with which scheme and at which rank.
 
-    def __init__(
-        self,
-        budget: Budget | None = None,
-        schemes: Sequence[str] | str | None = None,
-        rule: str | Rule = "budget",
-        energy: float | None = None,
-        rank: Rank | None = None,
-        include: str | Sequence[str] = "*",
-        exclude: str | Sequence[str] = (),
-        multiple: int | None = None,
-        cache: bool | str | Path = True,
-    ) -> None:
-        self.names = scheme_names() if schemes is None else as_tuple(schemes)
-        if not self.names:
-            raise ValueError("schemes: none given. Pass None for all, or names.")
-        for name in self.names:
+    Args:
+        budget: fractions of the whole network to keep; Budget(macs=0.5) if not given. Latency is measured on the device of the example
+            inputs with torch's current thread count.
+        schemes: names of the schemes to choose from; None for all.
+        rule: "budget" (least damage to the network's outputs within the budget), "uniform" (one cost fraction for all layers),
+            "equal_error" (one error for all layers), "energy" (the cheapest option of each layer that keeps `energy`), "fixed" (`rank`
+            everywhere), "evbmf" (Tucker at the ranks of variational Bayes), or a function of option tables (see `dsconv_surgery.planning`).
+        energy: with rule "energy", the share of each layer's squared weight norm to keep, in (0, 1).
+        rank: with rule "fixed", the rank of every layer; a pair for tucker.
+        include: patterns of layer names, as for a shell; only matching layers are cut.
+        exclude: patterns of layer names; matching layers stay dense.
+        multiple: offer only ranks at which links have a multiple of so many channels; 8 under a latency budget, otherwise 1.
+
+    Raises:
+        ValueError: an unknown setting, a value of the wrong type or range, or settings that contradict each other.
+
+    Example:
+        >>> PlanSettings(budget=Budget(params=0.4), schemes=["cp"], exclude="conv1")
+    """
+
+    budget: Annotated[Budget | None, BeforeValidator(_budget)] = None
+    schemes: Annotated[Names | None, Field(min_length=1, description="a scheme to choose from (all if not given)")] = None
+    rule: Annotated[
+        str | SkipJsonSchema[Callable[..., Any]], Field(description=f"one of {', '.join(RULES)}, or in Python a function of option tables")
+    ] = "budget"
+    energy: Annotated[
+        float | None, Field(gt=0, lt=1, description="a share of the squared weight norm to keep in (0, 1), for rule energy")
+    ] = None
+    rank: Annotated[
+        Positive | tuple[Positive, Positive] | None,
+        BeforeValidator(as_tuple),
+        Field(description="a rank of 1 or more for rule fixed, or a pair of ranks for tucker"),
+    ] = None
+    include: Annotated[Names, Field(description="pattern of layer names; only matching layers are cut")] = ("*",)
+    exclude: Annotated[Names, Field(description="pattern of layer names; matching layers stay dense")] = ()
+    multiple: Annotated[int | None, Field(ge=1, description="a number of channels, 1 or more, that links must have a multiple of")] = None
+
+    def __post_init__(self) -> None:
+        from dsconv_surgery.schemes import get_scheme  # here, as it imports torch
+
+        for name in self.schemes or ():
             get_scheme(name)
-        check_settings(rule, budget, energy, rank)
-        self.rule, self.energy, self.rank = rule, energy, tuple(rank) if isinstance(rank, list) else rank
-        self.budget = None if rule in WITHOUT_BUDGET else budget or Budget(macs=0.5)
-        self.include, self.exclude = as_tuple(include), as_tuple(exclude)
-        self.measures = tuple(self.budget.limits()) if self.budget else ("macs",)
-        if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
-            raise ValueError(f"multiple={multiple!r}: expected a whole number of channels, 1 or more.")
-        self.multiple = multiple or (TIMED_MULTIPLE if "latency" in self.measures else 1)
-        self.cache = cache
-        if rule == "evbmf" and "tucker" not in self.names:
-            raise ValueError(f"rule 'evbmf' finds ranks for tucker, which is not among schemes ({', '.join(self.names)}). Add it.")
+        if isinstance(self.rule, str) and self.rule not in RULES:
+            known = f"Known: {', '.join(RULES)}, or a function of option tables."
+            raise ValueError(f"unknown rule {quoted(self.rule)}.{did_you_mean(self.rule, RULES)} {known}")
+        for name, owner in {rule.setting: name for name, rule in RULES.items() if rule.setting}.items():
+            value = getattr(self, name)
+            if (value is not None) != (self.rule == owner):
+                raise ValueError(f"{name}= goes with rule={owner!r} and only with it; found rule={self.rule!r}, {name}={value!r}.")
+        if self.budget is not None and not self._takes_budget:
+            raise ValueError(f"rule {self.rule!r} takes no budget. Use rule='budget', or leave out budget=.")
+        if self.rule == "evbmf" and "tucker" not in self.scheme_names:
+            raise ValueError(f"rule 'evbmf' chooses ranks for tucker, but schemes are {', '.join(self.scheme_names)}. Add 'tucker'.")
+
+    @property
+    def _takes_budget(self) -> bool:
+        return callable(self.rule) or RULES[self.rule].takes_budget
+
+    @property
+    def scheme_names(self) -> tuple[str, ...]:
+        """The schemes to choose from."""
+        from dsconv_surgery.schemes import scheme_names
+
+        return scheme_names() if self.schemes is None else self.schemes
+
+    @property
+    def effective_budget(self) -> Budget | None:
+        """The budget, half of the MACs if none is set; None for rules that take no budget."""
+        return self.budget or Budget(macs=0.5) if self._takes_budget else None
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The measures that the budget limits; MACs where there is no budget."""
+        return tuple(self.effective_budget.limits()) if self.effective_budget else ("macs",)
+
+    @property
+    def channel_multiple(self) -> int:
+        """`multiple`, or its default."""
+        return self.multiple or (LATENCY_MULTIPLE if "latency" in self.measures else 1)
 
     @property
     def rule_text(self) -> str:
+        """The rule and its setting, as a plan records them."""
         if callable(self.rule):
             return f"callable {getattr(self.rule, '__name__', type(self.rule).__name__)}"
-        return {"energy": f"energy={self.energy}", "fixed": f"fixed rank={self.rank}"}.get(self.rule, self.rule)
+        setting = RULES[self.rule].setting
+        if setting is None:
+            return self.rule
+        text = f"{setting}={getattr(self, setting)}"
+        return text if setting == self.rule else f"{self.rule} {text}"
 
 
-def as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
-    """One name, or several."""
-    return (names,) if isinstance(names, str) else tuple(names)
+def plan_keywords() -> dict[str, Any]:
+    """The name and the default of every plan setting."""
+    return {field.name: field.default for field in dataclasses.fields(PlanSettings)}
 
 
-def check_settings(rule: str | Rule, budget: Budget | None, energy: float | None, rank: Rank | None) -> None:
-    """Raise ValueError unless a rule is known and has the settings that go with it, and no others."""
-    if not callable(rule) and rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}. Known: {', '.join(RULES)}, or a callable on option tables.")
-    for key, value, owner in (("energy", energy, "energy"), ("rank", rank, "fixed")):
-        if (value is not None) != (rule == owner):
-            raise ValueError(f"{key}= goes with rule={owner!r}, and only with it (found rule={rule!r}, {key}={value!r}).")
-    if energy is not None and (isinstance(energy, bool) or not isinstance(energy, int | float) or not 0 < energy < 1):
-        raise ValueError(f"energy={energy!r} is not a share of the squared norm to keep, in (0, 1).")
-    sides = rank if isinstance(rank, tuple | list) and len(rank) == 2 else (rank,)
-    if rank is not None and any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
-        raise ValueError(f"rank={rank!r} is not a rank: expected 1 or more, or a pair of them for tucker, as in rank=(8, 8).")
-    if rule in WITHOUT_BUDGET and budget is not None:
-        raise ValueError(f"rule {rule!r} takes no budget. Use rule='budget', or leave out budget=.")
+def takes_plan_settings(function: F) -> F:
+    """A decorator that shows the plan settings in the signature of a function with `**settings`, for help() and notebooks."""
+    signature = inspect.signature(function)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    settings = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in plan_keywords().items()]
+    function.__signature__ = signature.replace(parameters=[*own, *settings])  # type: ignore[attr-defined]
+    return function

@@ -1,0 +1,106 @@
+"""Options that several commands share; those of plan settings are made from `PlanSettings`, so a new setting is written once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from dsconv_surgery.budget import Budget
+from dsconv_surgery.planning.settings import PlanSettings
+from dsconv_surgery.support.records import json_schema
+
+Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or package.module:callable (called without arguments)")]
+Input = Annotated[str, typer.Option("--input", help="shape of the example input, batch first")]
+Weights = Annotated[str, typer.Option(help="none, DEFAULT (pretrained, downloaded) or a .safetensors or .pt state_dict")]
+MeasureLatency = Annotated[bool, typer.Option("--measure-latency", help="time both networks")]
+CalibrationImages = Annotated[
+    Path | None, typer.Option("--calibration", help="unlabelled images to factorise for: a folder, or a .pt, .safetensors or .npy tensor")
+]
+Data = Annotated[Path | None, typer.Option("--data", help="images to compare outputs on: a folder, or a .pt, .safetensors or .npy tensor")]
+Count = Annotated[int, typer.Option("--images", min=1, help="use at most this many images, spread over all of them")]
+Mean = Annotated[str, typer.Option(help="channel means to normalise images of a folder with, for values in [0, 1]")]
+Std = Annotated[str, typer.Option(help="channel standard deviations to normalise images of a folder with")]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="convert model and input to torch.channels_last")]
+UseCache = Annotated[bool, typer.Option("--cache/--no-cache", help="keep measurements of options on disk for the next plan")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+OPTION_NAMES = {"schemes": "--scheme"}  # an option that is repeated has a singular name
+TYPES = {"number": float, "integer": int, "string": str}
+
+
+def takes_plan_options(without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that replaces a command's `settings` parameter by one option for every plan setting.
+
+    The command gets a dict of the settings that were given. A budget is three options: --macs, --params and --latency.
+
+    Args:
+        without: settings that the command makes itself.
+    """
+    options = {name: option for name, option in _plan_options().items() if name not in without}
+    fractions = {} if "budget" in without else _budget_options()
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            limits = {name: values.pop(name) for name in fractions}
+            settings = {name: value for name in options if (value := values.pop(name)) not in (None, [])}
+            if "rank" in settings:
+                settings["rank"] = _rank(settings["rank"])
+            if any(fraction is not None for fraction in limits.values()):
+                settings["budget"] = Budget(**limits)
+            command(settings=settings, **values)
+
+        hints = get_type_hints(command, include_extras=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.name == "settings":
+                parameters += [
+                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
+                    for name, option in {**fractions, **options}.items()
+                ]
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name]))
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _budget_options() -> dict[str, Any]:
+    names = {"macs": "MACs", "params": "parameters", "latency": "latency, measured here,"}
+    return {
+        field.name: Annotated[float | None, typer.Option(help=f"fraction of the {names[field.name]} to keep, in (0, 1]")]
+        for field in dataclasses.fields(Budget)
+    }
+
+
+def _plan_options() -> dict[str, Any]:
+    """An option for every plan setting but the budget, with its type and help from the settings' JSON schema."""
+    options: dict[str, Any] = {}
+    for name, schema in json_schema(PlanSettings)["properties"].items():
+        if name == "budget":
+            continue
+        alternatives = [choice for part in schema.get("anyOf", [schema]) for choice in part.get("anyOf", [part])]
+        kinds = {choice["type"] for choice in alternatives if "type" in choice}
+        repeated = "array" in kinds and "string" in kinds
+        value_type: Any = list[str] if repeated else str if "array" in kinds else TYPES[(kinds & TYPES.keys()).pop()]
+        text = schema["description"] + ("; may be repeated" if repeated else "")
+        option = typer.Option(OPTION_NAMES.get(name, f"--{name}"), help=text)
+        options[name] = Annotated[value_type | None, option]
+    return options
+
+
+def _rank(text: str) -> int | tuple[int, ...]:
+    """A rank, or a pair of them with a comma."""
+    try:
+        ranks = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--rank {text!r}: expected a whole number, or two with a comma for tucker, as in --rank 8,8.") from None
+    return ranks[0] if len(ranks) == 1 else ranks
