@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 from torch import Tensor, nn
@@ -23,21 +23,19 @@ from dsconv_surgery.report import compare
 from dsconv_surgery.support.batch import batch_items
 from dsconv_surgery.support.copies import channels_last_copy
 from dsconv_surgery.support.formatting import did_you_mean
-from dsconv_surgery.support.records import checked_record, json_schema, parse_json
+from dsconv_surgery.support.records import checked_record, json_schema, parse_json, record
 from dsconv_surgery.surgery import fold_back
 
 FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a clone
 
 
-@dataclass(frozen=True)
+@record
 class CalibrationSettings:
     """How many calibration images a recipe uses, and the settings of `Calibration` for them."""
 
     images: int = 512
     patches: int = 2**17
     memory: int = 2**31
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
 
 @checked_record("Recipe(budget=Budget(macs=0.5), schemes=['cp', 'bottleneck'])")

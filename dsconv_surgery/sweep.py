@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -20,14 +19,14 @@ from dsconv_surgery.support.fidelity import checked_score, measure_fidelity
 from dsconv_surgery.support.formatting import markdown_table, text_table
 from dsconv_surgery.support.latency import measure_latency
 from dsconv_surgery.support.plotting import Panel, save_panels
-from dsconv_surgery.support.records import JsonRecord
+from dsconv_surgery.support.records import JsonRecord, record
 
 FRACTIONS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 COLUMNS = ("keep", "params", "MACs", "ms", "score", "same top class", "divergence", "output error")
 QUALITIES = {"score": "score", "agreement": "same top class", "error": "output error"}  # a plot shows the first that was measured
 
 
-@dataclass(frozen=True)
+@record
 class Point:
     """The network at one budget: its cost, its score, and how close its outputs are to the dense network's."""
 
@@ -39,17 +38,13 @@ class Point:
     error: float | None = None
     plan: Plan | None = None  # None for the dense network
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-
-@dataclass(frozen=True)
+@record
 class Sweep(JsonRecord):
     """The dense network, then the network at smaller and smaller budgets of one measure."""
 
     measure: str
     points: tuple[Point, ...]
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def to_markdown(self) -> str:
         """The table in Markdown."""

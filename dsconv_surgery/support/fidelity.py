@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import evaluation_copy, run_model
+from dsconv_surgery.support.records import record
 
 
 def output_tensors(output: Any) -> list[Tensor]:
@@ -91,7 +91,7 @@ class OutputComparison:
         return max(float(self._sums[3]), 0.0) / self._images if self.classification and self._images else None
 
 
-@dataclass(frozen=True)
+@record
 class Fidelity:
     """How close a network's outputs are to those of the dense network on some images.
 
@@ -104,8 +104,6 @@ class Fidelity:
     agreement: float | None
     divergence: float | None
     layer_errors: dict[str, float]  # squared relative error of layers' outputs, each channel about its mean
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
 
 def measure_fidelity(before: nn.Module, after: nn.Module, batches: Iterable[tuple[Any, ...]], layers: Sequence[str] = ()) -> Fidelity:

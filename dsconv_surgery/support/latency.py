@@ -5,15 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dsconv_surgery.support.records import record
 
-@dataclass(frozen=True)
+
+@record
 class Conditions:
     """What a time holds for."""
 
@@ -23,13 +24,11 @@ class Conditions:
     device: str
     memory_format: str
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
     def __str__(self) -> str:
         return f"batch {self.batch}, {self.threads} threads, {self.dtype}, {self.memory_format}, {self.device}"
 
 
-@dataclass(frozen=True)
+@record
 class Latency:
     """Median milliseconds of the dense and the cut network, timed in turn, and the time that was predicted for the cut one."""
 
@@ -38,8 +37,6 @@ class Latency:
     conditions: Conditions
     rounds: int
     predicted: float | None = None
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
 
 def timing_conditions(inputs: Sequence[Any]) -> Conditions:

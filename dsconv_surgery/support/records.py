@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar, dataclass_transform
 
 import pydantic
@@ -15,6 +16,13 @@ from dsconv_surgery.support.formatting import did_you_mean
 T = TypeVar("T")
 _adapter: Any = functools.cache(TypeAdapter)  # built when first needed, once for each record
 QUOTED = 200  # characters of a user's input in a message, at most
+
+
+@dataclass_transform(frozen_default=True)
+def record(cls: type[T]) -> type[T]:
+    """A class decorator: a frozen dataclass that refuses unknown keys when it is read from JSON."""
+    cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    return dataclass(frozen=True)(cls)
 
 
 @dataclass_transform(frozen_default=True)
