@@ -1,4 +1,4 @@
-"""Schemes: the ways of writing one convolution as a chain of smaller ones, and what follows for all of them alike."""
+"""Schemes: ways to write one convolution as a chain of smaller ones, and the operations that work alike for all of them."""
 
 from dsconv_surgery.schemes.base import Factors, Scheme
 from dsconv_surgery.schemes.chain import (
