@@ -348,20 +348,18 @@ def test_degeneracy_is_the_energy_of_terms_that_cancel() -> None:
     assert schemes.degeneracy(schemes.get_scheme("channel"), spec, {}) is None
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_layers_with_one_output_channel_per_group_are_fitted(name: str) -> None:
-    """Data lowers the error, also where a depthwise last link has one group."""
-    conv = nn.Conv2d(8, 2, 1 if name == "bottleneck" else 3, groups=2)
-    scheme, spec = schemes.get_scheme(name), ConvSpec.of(conv)
+def test_pointwise_depthwise_is_fitted_to_layers_with_one_output_channel_per_group() -> None:
+    """The last link is depthwise with one group, so all of its outputs share their features."""
+    conv = nn.Conv2d(8, 2, 3, groups=2)
+    scheme, spec = schemes.get_scheme("pointwise_depthwise"), ConvSpec.of(conv)
     weight = schemes.kernel_tensor(spec, conv.weight).flatten(2)
     patches = torch.randn(2, 200, weight.shape[2], dtype=torch.float64).cumsum(2)
     targets = patches @ weight.mT
     objective = Objective(weight, targets.mT @ patches, patches.mT @ patches, targets.mT @ targets)
-    rank: Rank = (2, 1) if name == "tucker" else 1
-    start = next(schemes.factorize(scheme, spec, conv.weight, [rank]))
-    fitted = schemes.fit(scheme, spec, conv.weight, rank, objective, start=start)
+    start = next(schemes.factorize(scheme, spec, conv.weight, [1]))
+    fitted = schemes.fit(scheme, spec, conv.weight, 1, objective, start=start)
     errors = [objective.value(schemes.kernel_of(scheme, spec, factors).unflatten(0, (2, -1))) for factors in (fitted, start)]
-    assert errors[0] < 0.9 * errors[1] or errors[0] < 1e-8
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_compressing_does_not_import_tensorly() -> None:
