@@ -1,7 +1,10 @@
-"""Every registered scheme, against the layer it replaces: one table of geometries drives them all."""
+"""Each registered scheme against the layer that it replaces."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,17 +16,17 @@ from dsconv_surgery.network.discovery import ConvSite
 from dsconv_surgery.network.geometry import ConvSpec, Rank, chain_cost
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.option_errors import OptionErrors
-from dsconv_surgery.schemes import als
+from dsconv_surgery.schemes import Factors, Objective, Scheme, als, registry
 from dsconv_surgery.support.cache import Cache
 
-EVERY = schemes.scheme_names()
+ALL = schemes.scheme_names()
 CLOSED_FORM = ("depthwise", "pointwise_depthwise", "spatial", "channel", "bottleneck")
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> nn.Conv2d:
-    """A float64 convolution over the whole range of geometries that torch takes."""
+    """A float64 convolution of any geometry that torch supports."""
     kernel = draw(st.sampled_from([(1, 1), (3, 3), (5, 5), (7, 7), (3, 1), (1, 5), (2, 3)]))
     groups = draw(st.sampled_from(["one", "two", "depthwise"]))
     channels = draw(st.sampled_from([2, 4, 6]))
@@ -55,20 +58,20 @@ def full_rank(scheme_name: str, spec: ConvSpec) -> Rank:
     return schemes.get_scheme(scheme_name).full_rank(spec.one_group())
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).detach().norm() / expected.detach().norm())
+def relative(output: Tensor, expected: Tensor) -> float:
+    return float((output - expected).detach().norm() / expected.detach().norm())
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ALL)
 @settings(max_examples=120, deadline=None)
 @given(conv=convolutions(), seed=st.integers(0, 9))
 def test_full_rank_reproduces_the_layer(name: str, conv: nn.Conv2d, seed: int) -> None:
-    """Same outputs to 1e-10, same output size, and the cost that the chain's geometry says - or a refusal in a sentence."""
+    """Same outputs to 1e-10, same output size, as many parameters as the chain's geometry says; or a refusal, which is a sentence."""
     spec = ConvSpec.of(conv)
-    why = schemes.refusal(schemes.get_scheme(name), spec)
-    if why is not None:
-        assert why.endswith(".")
-        assert len(why) > 20
+    reason = schemes.refusal(schemes.get_scheme(name), spec)
+    if reason is not None:
+        assert reason.endswith(".")
+        assert len(reason) > 20
         return
     x = torch.randn(2, spec.in_channels, 23, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     chain = cut(name, conv)
@@ -80,9 +83,9 @@ def test_full_rank_reproduces_the_layer(name: str, conv: nn.Conv2d, seed: int) -
     assert spec.out_size((2, 23, 21)) == (2, *expected.shape[2:])
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_exact_from_full_rank_on_and_for_linear_layers(name: str) -> None:
-    """Only bottleneck takes linear layers and 1x1 kernels; the stride of the latter sits on its first link."""
+@pytest.mark.parametrize("name", ALL)
+def test_only_bottleneck_takes_layers_without_taps(name: str) -> None:
+    """Bottleneck is exact for linear layers and strided 1x1 kernels; the refusals of the others name it."""
     linear, pointwise = nn.Linear(12, 7, dtype=torch.float64), nn.Conv2d(12, 7, 1, stride=2, padding=1, dtype=torch.float64)
     for layer, x in ((linear, torch.randn(5, 3, 12, dtype=torch.float64)), (pointwise, torch.randn(2, 12, 9, 8, dtype=torch.float64))):
         if name == "bottleneck":
@@ -102,44 +105,44 @@ GEOMETRIES = [
 ]
 
 
-def _workings(conv: nn.Conv2d) -> OptionErrors:
-    """A layer by itself, judged by its weights."""
+def _option_errors(conv: nn.Conv2d) -> OptionErrors:
+    """The errors of one layer's options, from its weights."""
     site = ConvSite("layer", (), ConvSpec.of(conv), ((1, 16, 16),))
-    return OptionErrors(site, conv, EVERY, DamageEstimator(conv, [site], None, Cache(False)))
+    return OptionErrors(site, conv, ALL, DamageEstimator(conv, [site], None, Cache(False)))
 
 
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("at", range(len(GEOMETRIES)))
-def test_errors_reported_are_errors_measured_at_every_rank(name: str, at: int) -> None:
-    """What a table says about a rank is what the factors of that rank do, to 1e-8 either way; bounds are never too low."""
-    conv = GEOMETRIES[at].double()
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("index", range(len(GEOMETRIES)))
+def test_reported_errors_are_measured_errors_at_every_rank(name: str, index: int) -> None:
+    """The error in the planner's table is that of the factors, to 1e-8; bounds are never too low, and exact for closed forms."""
+    conv = GEOMETRIES[index].double()
     spec, scheme = ConvSpec.of(conv), schemes.get_scheme(name)
     if schemes.refusal(scheme, spec):
         pytest.skip(f"refused: {schemes.refusal(scheme, spec)}")
-    workings = _workings(conv)
+    option_errors = _option_errors(conv)
     ranks = list(scheme.ranks(spec.one_group()))
-    bounds = workings.bounds(name, ranks)
-    for number, rank in enumerate(ranks):
+    bounds = option_errors.bounds(name, ranks)
+    for position, rank in enumerate(ranks):
         chain = cut(name, conv, rank)
         kernel = schemes.kernel_of(scheme, spec, {k: grouped(spec, link.get_parameter("weight")) for k, link in chain.named_children()})
         weight = conv.weight.detach()
         measured = float((weight - kernel).square().sum() / weight.square().sum())
-        assert abs(workings.measure(name, rank) - measured) <= 1e-8
+        assert abs(option_errors.measure(name, rank) - measured) <= 1e-8
         if bounds is not None:
-            assert bounds[number] >= measured - 1e-8
+            assert bounds[position] >= measured - 1e-8
             if name in CLOSED_FORM:
-                assert abs(bounds[number] - measured) <= 1e-8
+                assert abs(bounds[position] - measured) <= 1e-8
 
 
 def grouped(spec: ConvSpec, weight: Tensor) -> Tensor:
     return weight.detach().reshape(spec.groups, -1, *weight.shape[1:])
 
 
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("at", range(len(GEOMETRIES)))
-def test_error_never_increases_with_rank(name: str, at: int) -> None:
-    """Along one call's curve; for Tucker against every smaller pair."""
-    conv = GEOMETRIES[at].double()
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("index", range(len(GEOMETRIES)))
+def test_error_never_increases_with_rank(name: str, index: int) -> None:
+    """Along the ranks of one call; for pairs, against each pair that is smaller in both."""
+    conv = GEOMETRIES[index].double()
     spec, scheme = ConvSpec.of(conv), schemes.get_scheme(name)
     if schemes.refusal(scheme, spec):
         pytest.skip(f"refused: {schemes.refusal(scheme, spec)}")
@@ -152,16 +155,16 @@ def test_error_never_increases_with_rank(name: str, at: int) -> None:
     for rank, error in zip(ranks, errors, strict=True):
         for smaller, worse in zip(ranks, errors, strict=True):
             if isinstance(rank, int) and isinstance(smaller, int):
-                above = smaller <= rank
+                comparable = smaller <= rank
             else:
-                above = not isinstance(rank, int) and not isinstance(smaller, int) and smaller[0] <= rank[0] and smaller[1] <= rank[1]
-            if above:
+                comparable = not isinstance(rank, int) and not isinstance(smaller, int) and smaller[0] <= rank[0] and smaller[1] <= rank[1]
+            if comparable:
                 assert error <= worse + 1e-12
 
 
 @pytest.mark.parametrize("name", CLOSED_FORM)
 def test_closed_forms_are_optimal(name: str) -> None:
-    """The error equals that of numpy's full SVD of the unfolding that MATHS names, at every rank."""
+    """The error at every rank equals that of numpy's full SVD of the unfolding."""
     conv = nn.Conv2d(6, 8, 1 if name == "bottleneck" else 3).double()
     w = conv.weight.detach().numpy()
     unfoldings = {
@@ -171,12 +174,10 @@ def test_closed_forms_are_optimal(name: str) -> None:
         "channel": [w.reshape(8, -1)],
         "bottleneck": [w.reshape(8, -1)],
     }[name]
-    import numpy as np
-
     squares = [np.linalg.svd(m, compute_uv=False) ** 2 for m in unfoldings]
     full = full_rank(name, ConvSpec.of(conv))
     assert isinstance(full, int)
-    bounds = _workings(conv).bounds(name, range(1, full + 1))
+    bounds = _option_errors(conv).bounds(name, range(1, full + 1))
     assert bounds is not None
     for rank, error in enumerate(bounds, 1):
         optimum = sum(s[rank:].sum() for s in squares) / (w**2).sum()
@@ -184,8 +185,8 @@ def test_closed_forms_are_optimal(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "rank"), [("cp", 6), ("cp_split", 6), ("tucker", (3, 4))])
-def test_iterative_schemes_find_a_planted_structure(name: str, rank: Rank) -> None:
-    """A kernel that has the scheme's form at a rank is recovered exactly in most of eight draws, and nearly in the others; groups too."""
+def test_iterative_schemes_recover_a_planted_structure(name: str, rank: Rank) -> None:
+    """A grouped kernel of the scheme's form is recovered exactly in at least six of eight draws, and nearly in the others."""
     scheme = schemes.get_scheme(name)
     spec = ConvSpec(16, 20, (3, 3), groups=2)
     errors: list[float] = []
@@ -194,8 +195,8 @@ def test_iterative_schemes_find_a_planted_structure(name: str, rank: Rank) -> No
         chain = schemes.chain_of(scheme, spec, rank)
         planted = {link: grouped(spec, torch.randn(s.weight_shape, dtype=torch.float64)) for link, s in chain.items()}
         weight = schemes.kernel_of(scheme, spec, planted)
-        found = next(schemes.factorize(scheme, spec, weight, [rank]))
-        errors.append(schemes.relative_error(weight, schemes.kernel_of(scheme, spec, found)))
+        factors = next(schemes.factorize(scheme, spec, weight, [rank]))
+        errors.append(schemes.relative_error(weight, schemes.kernel_of(scheme, spec, factors)))
     assert sum(error <= 1e-12 for error in errors) >= 6
     assert max(errors) <= 0.1
 
@@ -203,29 +204,27 @@ def test_iterative_schemes_find_a_planted_structure(name: str, rank: Rank) -> No
 def test_cp_is_no_worse_than_depthwise_of_the_same_rank() -> None:
     """CP contains depthwise with m kernels at R = m I, and its search starts there."""
     conv = nn.Conv2d(8, 12, 3).double()
-    workings = _workings(conv)
+    option_errors = _option_errors(conv)
     for m in (1, 2, 4):
-        assert workings.measure("cp", 8 * m) <= workings.measure("depthwise", m)
+        assert option_errors.measure("cp", 8 * m) <= option_errors.measure("depthwise", m)
 
 
-def test_cp_minds_what_the_channels_have_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The response to an input that is the same in all channels is off by less than a least-squares fit of the weights leaves it."""
-    # no import
-
+def test_cp_preserves_the_mean_of_the_input_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs that are the same in all channels have at most half the error of a plain least-squares fit of the weights."""
     scheme, spec = schemes.get_scheme("cp"), ConvSpec(24, 24, (3, 3))
     weight = torch.randn(spec.weight_shape, dtype=torch.float64)
 
-    def off() -> float:
-        found = schemes.kernel_of(scheme, spec, next(schemes.factorize(scheme, spec, weight, [20])))
-        return float((weight - found).sum(1).square().sum() / weight.sum(1).square().sum())
+    def error() -> float:
+        kernel = schemes.kernel_of(scheme, spec, next(schemes.factorize(scheme, spec, weight, [20])))
+        return float((weight - kernel).sum(1).square().sum() / weight.sum(1).square().sum())
 
-    minded = off()
+    weighted = error()
     monkeypatch.setattr(als, "COMMON", 0.0)
-    assert minded < 0.5 * off()
+    assert weighted < 0.5 * error()
 
 
 def test_depthwise_weights_fit_the_building_block() -> None:
-    """The state_dict of a cut fits DepthwiseSeparableConv2d, and both compute the same."""
+    """The state_dict of a chain loads into DepthwiseSeparableConv2d, and both have the same outputs."""
     from dsconv_surgery import DepthwiseSeparableConv2d
 
     conv = nn.Conv2d(6, 8, 3, stride=2, padding=1)
@@ -240,7 +239,7 @@ def test_depthwise_weights_fit_the_building_block() -> None:
 @settings(max_examples=60, deadline=None)
 @given(conv=convolutions(), m=st.integers(1, 3))
 def test_costs_are_those_of_the_layers(conv: nn.Conv2d, m: int) -> None:
-    """Predicted MACs against torch's flop counter, as integers, for the layer and for chains cut from it."""
+    """Predicted MACs equal those of torch's flop counter, for the layer and for chains."""
     from torch.utils.flop_counter import FlopCounterMode
 
     spec = ConvSpec.of(conv)
@@ -260,7 +259,7 @@ def test_costs_are_those_of_the_layers(conv: nn.Conv2d, m: int) -> None:
 
 
 def test_a_new_scheme_is_one_class_and_one_registration() -> None:
-    """Registered, it is found by name, planned with and cut with; its name cannot be taken twice."""
+    """A registered scheme is found by name, planned with and cut with; its name cannot be taken twice."""
     from dsconv_surgery import Budget, compress
 
     class Narrow(type(schemes.get_scheme("channel"))):  # type: ignore[misc]
@@ -274,11 +273,97 @@ def test_a_new_scheme_is_one_class_and_one_registration() -> None:
         assert small.plan.cuts[0].scheme == "narrow"
         assert small.report.macs_saved >= 0.5
     finally:
-        schemes._SCHEMES.pop("narrow", None)
+        registry._SCHEMES.pop("narrow", None)
 
 
-def test_tensorly_is_left_as_found() -> None:
-    """Its backend is global state; factorising does not even import it."""
+class Duck:
+    """The methods of a scheme, without its base class."""
+
+    name = "duck"
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("_") or name == "term_energy":
+            raise AttributeError(name)
+        return getattr(schemes.get_scheme("channel"), name)
+
+
+def test_any_object_with_the_methods_of_a_scheme_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that lacks a method is refused with the method's name."""
+    monkeypatch.setattr(registry, "_SCHEMES", dict(registry._SCHEMES))
+    with pytest.raises(TypeError, match=r"has no term_energy. Derive it from dsconv_surgery.schemes.Scheme"):
+        register_scheme(Duck())  # type: ignore[arg-type]
+    monkeypatch.setattr(Duck, "term_energy", lambda self, factors: None, raising=False)
+    register_scheme(Duck())  # type: ignore[arg-type]
+    conv = nn.Conv2d(6, 8, 3).double()
+    x = torch.randn(2, 6, 9, 9, dtype=torch.float64)
+    assert relative(cut("duck", conv)(x), conv(x)) <= 1e-10
+
+
+class Dense(Scheme):
+    """A 1x1 that copies the input, then the layer itself: only what the base class has no default for."""
+
+    name = "dense"
+
+    def full_rank(self, spec: ConvSpec) -> Rank:
+        return 2, 3
+
+    def chain(self, spec: ConvSpec, rank: Rank) -> dict[str, ConvSpec]:
+        return {"copy": ConvSpec(spec.in_channels, spec.in_channels), "layer": spec}
+
+    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
+        eye = torch.eye(spec.in_channels, dtype=weight.dtype)[None, ..., None, None].expand(len(weight), *(-1,) * 4)
+        yield from ({"copy": eye, "layer": weight} for _ in ranks)
+
+    def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
+        return torch.einsum("gorhw,gri->goihw", factors["layer"], factors["copy"].flatten(2))
+
+
+def test_defaults_of_the_base_class() -> None:
+    """Layers without taps are refused; all ranks up to the full one are offered; no spectrum, no closed form, no terms."""
+    scheme, spec = Dense(), ConvSpec(4, 6, (3, 3), groups=2, bias=True)
+    assert "bottleneck" in str(schemes.refusal(scheme, ConvSpec(4, 6)))
+    assert schemes.refusal(scheme, spec) is None
+    assert list(scheme.ranks(spec)) == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]
+    assert list(schemes.get_scheme("cp").ranks(ConvSpec(2, 3, (3, 3)))) == [1, 2, 3, 4, 5, 6]
+    conv = nn.Conv2d(4, 6, 3, groups=2)
+    factors = next(schemes.factorize(scheme, spec, conv.weight, [(2, 3)]))
+    assert torch.equal(schemes.kernel_of(scheme, spec, factors).float(), conv.weight)
+    assert schemes.spectrum(scheme, spec, conv.weight) is None
+    assert schemes.degeneracy(scheme, spec, factors) is None
+    with pytest.raises(TypeError, match="abstract"):
+        Scheme()  # type: ignore[abstract]
+
+
+def test_degeneracy_is_the_energy_of_terms_that_cancel() -> None:
+    """One for a single term; two terms that sum to half of one of them have ten times the energy of their sum."""
+    spec = ConvSpec(2, 2, (3, 3))
+    for name, taps in (("cp", {"depthwise": torch.rand(1, 1, 1, 3, 3)}), ("cp_split", None)):
+        scheme = schemes.get_scheme(name)
+        taps = taps or {"vertical": torch.rand(1, 1, 1, 3, 1), "horizontal": torch.rand(1, 1, 1, 1, 3)}
+        single = {"reduce": torch.rand(1, 1, 2, 1, 1), **taps, "expand": torch.rand(1, 2, 1, 1, 1)}
+        assert schemes.degeneracy(scheme, spec, single) == pytest.approx(1.0)
+        pair = {link: factor.repeat_interleave(2, 2 if link == "expand" else 1) for link, factor in single.items()}
+        pair["expand"][:, :, 1] *= -0.5
+        assert schemes.degeneracy(scheme, spec, pair) == pytest.approx((1 + 0.25) / 0.25)
+    assert schemes.degeneracy(schemes.get_scheme("channel"), spec, {}) is None
+
+
+def test_pointwise_depthwise_is_fitted_to_layers_with_one_output_channel_per_group() -> None:
+    """The last link is depthwise with one group, so all of its outputs share their features."""
+    conv = nn.Conv2d(8, 2, 3, groups=2)
+    scheme, spec = schemes.get_scheme("pointwise_depthwise"), ConvSpec.of(conv)
+    weight = schemes.kernel_tensor(spec, conv.weight).flatten(2)
+    patches = torch.randn(2, 200, weight.shape[2], dtype=torch.float64).cumsum(2)
+    targets = patches @ weight.mT
+    objective = Objective(weight, targets.mT @ patches, patches.mT @ patches, targets.mT @ targets)
+    start = next(schemes.factorize(scheme, spec, conv.weight, [1]))
+    fitted = schemes.fit(scheme, spec, conv.weight, 1, objective, start=start)
+    errors = [objective.value(schemes.kernel_of(scheme, spec, factors).unflatten(0, (2, -1))) for factors in (fitted, start)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_compressing_does_not_import_tensorly() -> None:
+    """It takes a second to import, and its backend is global."""
     import subprocess
     import sys
 
@@ -290,8 +375,8 @@ assert "tensorly" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_full_rank_is_finite_and_assumed_ranks_are_checked() -> None:
-    """The largest rank of each scheme is what MATHS says, and one more is refused with the layer named."""
+def test_ranks_above_the_full_rank_are_refused() -> None:
+    """Full ranks are as the schemes define them; one more is refused with the layer's name."""
     spec = ConvSpec(4, 6, (3, 3))
     expected = {"depthwise": 6, "pointwise_depthwise": 4, "cp": 24, "cp_split": 36, "tucker": (4, 6), "spatial": 12, "channel": 6}
     for name, full in expected.items():

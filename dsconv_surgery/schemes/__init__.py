@@ -1,6 +1,6 @@
-"""Schemes: the ways of writing one convolution as a chain of smaller ones, and what follows for all of them alike."""
+"""Schemes: ways to write one convolution as a chain of smaller ones, and the operations that work alike for all of them."""
 
-from dsconv_surgery.schemes.base import Factors, Scheme
+from dsconv_surgery.schemes.base import Factors, Scheme, rank_pair, single_rank, split_taps
 from dsconv_surgery.schemes.chain import (
     build,
     chain_of,
@@ -36,9 +36,12 @@ __all__ = [
     "kernel_tensor",
     "links_of",
     "make_layer",
+    "rank_pair",
     "refusal",
     "register_scheme",
     "relative_error",
     "scheme_names",
+    "single_rank",
     "spectrum",
+    "split_taps",
 ]

@@ -1,203 +1,196 @@
-"""Alternating least squares for the CP schemes: batched over groups, warm-started along ascending ranks.
+"""Alternating least squares (ALS) for the CP schemes, for all groups of a layer at once and warm-started along ascending ranks.
 
-Written here and not with tensorly's `parafac`, which takes several times as long to the same error (tests/benchmarks/factorize.py):
-we start at an SVD of the depthwise slices, which is close already; one large product serves the updates of two factors; steps
-are extrapolated (Ang & Gillis 2019); and all groups of a layer go at once."""
+tensorly's `parafac` takes several times as long to the same error (tests/benchmarks/factorize.py). Here the start is an SVD of the
+depthwise slices, which is already close; one large product serves the updates of two factors; and steps are extrapolated (Ang &
+Gillis 2019)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-SWEEPS = 200  # at most,
-ROUGH_SWEEPS = 10  # to start a search for data with, which ends lower from here than from where more sweeps lead
-WIDE_SWEEPS = 40  # or this many in wide layers, in float32, where a sweep takes long:
-WIDE = 2 * 10**7  # multiply-accumulates of one of its two large products
+SWEEPS = 200  # limit of sweeps
+ROUGH_SWEEPS = 10  # limit for the start of a search on data, which ends lower from here than after more sweeps
+WIDE_SWEEPS = 40  # limit in wide layers, which run in float32
+WIDE = 2 * 10**7  # a layer is wide if one of the two large products of a sweep needs more multiply-accumulates
 STALL = 3e-4  # stop when the last ten sweeps lowered the squared error by less than this share of it per sweep
-COMMON = 0.1  # part of the inputs' second moment that all channels share
-RIDGE = 1e-9  # of the mean diagonal; pulls towards the previous iterate, so that a solve never makes matters worse
+COMMON = 0.1  # share of the inputs' second moment that all channels have in common
+RIDGE = 1e-9  # share of the mean diagonal; it pulls towards the previous iterate, so that no solve raises the error
 SINGLE_RIDGE = 1e-5  # the same in float32
 MOMENTUM_START, MOMENTUM_GROWTH, MOMENTUM_CAP = 0.5, 1.05, 2.0
 
+# `V[g,o,i,k] = sum_r outputs[g,o,r] inputs[g,i,r] taps[g,k,r]` as (outputs, inputs, taps), or as (outputs, inputs, height, width)
+# where taps[g,(y,x),r] = height[g,y,r] width[g,x,r].
+Terms = tuple[Tensor, ...]
 
-@dataclass(frozen=True)
-class Terms:
-    """`V[g,o,i,k] = sum_r outputs[g,o,r] inputs[g,i,r] taps[g,k,r]`; taps as one factor, or as two whose outer product they are."""
 
-    outputs: Tensor
-    inputs: Tensor
-    taps: tuple[Tensor, ...]
-
-    @property
-    def all_taps(self) -> Tensor:
-        return self.taps[0] if len(self.taps) == 1 else torch.einsum("gyr,gxr->gyxr", *self.taps).flatten(1, 2)
-
-    @property
-    def factors(self) -> tuple[Tensor, ...]:
-        return (self.outputs, self.inputs, *self.taps)
-
-    def kernel(self) -> Tensor:
-        return (self.outputs @ torch.einsum("gir,gkr->grik", self.inputs, self.all_taps).flatten(2)).unflatten(
-            2, (self.inputs.shape[1], -1)
-        )
-
-    def balanced(self) -> Terms:
-        """The same sum, each term's norm shared evenly by its factors."""
-        norms = [torch.linalg.vector_norm(factor, dim=1, keepdim=True).clamp(min=1e-30) for factor in self.factors]
-        share = torch.stack(norms).log().mean(0).exp()
-        return _terms(factor * (share / norm) for factor, norm in zip(self.factors, norms, strict=True))
+def sum_of_terms(inputs: Tensor, taps: Tensor, outputs: Tensor) -> Tensor:
+    """The kernel (g, o, i, k) of inputs (g, r, i), taps (g, r, k) and outputs (g, o, r)."""
+    return (outputs @ torch.einsum("gri,grk->grik", inputs, taps).flatten(2)).unflatten(2, (inputs.shape[2], taps.shape[2]))
 
 
 def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full_rank: int, rough: bool = False) -> Iterator[Terms]:
-    """CP terms of (g, o, i, k) for each of the ascending ranks, never worse than those of the rank before.
+    """Yield the CP terms of a kernel for each of the ascending ranks; the error never grows with the rank.
 
-    The squared error is taken under `E[x_i x_j] = (1 - c) [i = j] + c` (c = COMMON), not under the identity: after a ReLU all
-    channels are positive and so have a mean in common, which a replacement had better get right. This costs three percent of
-    plain weight error and keeps up to four points of accuracy (tests/benchmarks/data_free.py).
+    The squared error is weighted with the second moment `E[x_i x_j] = (1 - c) [i = j] + c` of the input channels, c = COMMON: after
+    a ReLU all channels are positive, so they share a mean. This raises the plain error of the weights by three percent and saves up
+    to four points of accuracy (tests/benchmarks/data_free.py).
 
     Args:
-        tensor: float64 kernels, taps merged into one dimension.
+        tensor: float64 kernels, (g, o, i, k).
         tap_shape: (k,) for one factor of taps, (height, width) for two.
         ranks: terms per group.
-        full_rank: from here on the exact, unfactored form is written down.
+        full_rank: from this rank on, the exact form is returned without iterations.
         rough: stop after a few sweeps.
     """
-    found: Terms | None = None
+    result: Terms | None = None
     strength = (1 + tensor.shape[2] * COMMON / (1 - COMMON)) ** 0.5
-    emphasised = _scale_mean(tensor, 2, strength)
+    weighted = _scale_mean(tensor, 2, strength)
     for rank in ranks:
         if rank >= full_rank:
             yield _exact(tensor, tap_shape, full_rank)
             continue
-        if found is not None and rank == found.inputs.shape[-1]:
-            yield found
+        if result is not None and rank == result[1].shape[-1]:
+            yield result
             continue
-        if found is None:
+        if result is None:
             start = _slice_terms(tensor, tap_shape, rank)
-        else:  # what is there already, and the strongest of what it leaves
-            further = _slice_terms(tensor - found.kernel(), tap_shape, rank - found.inputs.shape[-1])
-            start = _terms(torch.cat(both, -1) for both in zip(found.factors, further.factors, strict=True))
-        better = _common_mean(_sweep_until_stalled(emphasised, _common_mean(start, strength).balanced(), rough), 1 / strength).balanced()
-        if found is not None and _error(tensor, better) > _error(tensor, found):
-            better = _sweep_until_stalled(tensor, start.balanced(), rough)  # plain error, which is what is reported, must never grow
-        found = better
-        yield found
+        else:  # add the strongest terms of the residual
+            further = _slice_terms(tensor - _kernel(result), tap_shape, rank - result[1].shape[-1])
+            start = tuple(torch.cat(pair, -1) for pair in zip(result, further, strict=True))
+        swept = _sweep_until_stalled(weighted, _balanced(_scale_input_mean(start, strength)), rough)
+        candidate = _balanced(_scale_input_mean(swept, 1 / strength))
+        if result is not None and _error(tensor, candidate) > _error(tensor, result):
+            candidate = _sweep_until_stalled(tensor, _balanced(start), rough)  # the plain error, which reports show, must not grow
+        result = candidate
+        yield result
 
 
-def _scale_mean(tensor: Tensor, dim: int, by: float) -> Tensor:
-    """Multiply the mean along a dimension, leaving what deviates from it: the root of `(1 - c) identity + c`, up to a factor."""
-    return tensor + (by - 1) * tensor.mean(dim, keepdim=True)
+def _scale_mean(tensor: Tensor, dim: int, scale: float) -> Tensor:
+    """Scale the mean along a dimension, but not the deviations: a factor times the square root of `(1 - c) identity + c`."""
+    return tensor + (scale - 1) * tensor.mean(dim, keepdim=True)
 
 
-def _common_mean(terms: Terms, by: float) -> Terms:
-    return Terms(terms.outputs, _scale_mean(terms.inputs, 1, by), terms.taps)
+def _scale_input_mean(terms: Terms, scale: float) -> Terms:
+    outputs, inputs, *taps = terms
+    return (outputs, _scale_mean(inputs, 1, scale), *taps)
+
+
+def _all_taps(taps: Sequence[Tensor]) -> Tensor:
+    """The tap factor (g, k, r): the only one, or the Khatri-Rao product of two."""
+    return taps[0] if len(taps) == 1 else torch.einsum("gyr,gxr->gyxr", *taps).flatten(1, 2)
+
+
+def _kernel(terms: Terms) -> Tensor:
+    outputs, inputs, *taps = terms
+    return sum_of_terms(inputs.mT, _all_taps(taps).mT, outputs)
 
 
 def _error(tensor: Tensor, terms: Terms) -> float:
-    return float((tensor - terms.kernel()).square().sum())
+    return float((tensor - _kernel(terms)).square().sum())
 
 
-def _terms(factors: Iterator[Tensor]) -> Terms:
-    outputs, inputs, *taps = factors
-    return Terms(outputs, inputs, tuple(taps))
+def _balanced(terms: Terms) -> Terms:
+    """The same sum, with each term's norm shared evenly by its factors."""
+    norms = [torch.linalg.vector_norm(factor, dim=1, keepdim=True).clamp(min=1e-30) for factor in terms]
+    target = torch.stack(norms).log().mean(0).exp()
+    return tuple(factor * (target / norm) for factor, norm in zip(terms, norms, strict=True))
 
 
 def _slice_terms(tensor: Tensor, tap_shape: tuple[int, ...], count: int) -> Terms:
-    """The `count` strongest singular components among all depthwise slices: by input channel or by output channel, the better."""
+    """The `count` strongest singular components of all depthwise slices, by input or by output channel: the set of more energy."""
     by_input = _strongest(tensor.transpose(1, 2), tap_shape, count)
     by_output = _strongest(tensor, tap_shape, count)
     if by_input[0] >= by_output[0]:
         _, inputs, outputs, taps = by_input
     else:
         _, outputs, inputs, taps = by_output
-    return Terms(outputs, inputs, taps)
+    return (outputs, inputs, *taps)
 
 
-def _strongest(slices: Tensor, tap_shape: tuple[int, ...], count: int) -> tuple[float, Tensor, Tensor, tuple[Tensor, ...]]:
-    """Of slices (g, s, c, k): energy explained, one-hot (g, s, r), scaled left vectors (g, c, r), taps."""
+def _strongest(slices: Tensor, tap_shape: tuple[int, ...], count: int) -> tuple[float, Tensor, Tensor, list[Tensor]]:
+    """The strongest components of slices (g, s, c, k): their energy, one-hot (g, s, r), scaled left vectors (g, c, r), taps."""
     left, values, right = torch.linalg.svd(slices, full_matrices=False)  # g s c j, g s j, g s j k
     slice_count = values.shape[1]
     scaled = (left * values.unsqueeze(-2)).mT  # g s j c
-    taps: tuple[Tensor, ...] = (right,)
-    if len(tap_shape) == 2:  # each tap vector as a sum of outer products, a term each
+    taps = [right]
+    if len(tap_shape) == 2:  # split each tap vector into outer products; each of them is a term
         u, s, v = torch.linalg.svd(right.unflatten(-1, tap_shape), full_matrices=False)  # g s j y t, g s j t, g s j t x
         scaled = scaled.unsqueeze(3).expand(*s.shape, -1).flatten(2, 3)
-        taps = ((u * s.unsqueeze(-2)).mT.flatten(2, 3), v.flatten(2, 3))
+        taps = [(u * s.unsqueeze(-2)).mT.flatten(2, 3), v.flatten(2, 3)]
         values = (values.unsqueeze(-1) * s).flatten(2)
-    chosen = values.flatten(1).topk(count).indices  # g r, counting through s and j
+    chosen = values.flatten(1).topk(count).indices  # g r, an index into the flattened (s, j)
     energy = float(values.flatten(1).gather(1, chosen).square().sum())
-    one_hot = torch.nn.functional.one_hot(chosen // values.shape[2], slice_count).to(slices.dtype)
-    return energy, one_hot.mT, _pick(scaled.flatten(1, 2), chosen), tuple(_pick(tap.flatten(1, 2), chosen) for tap in taps)
+    slice_of_term = one_hot(chosen // values.shape[2], slice_count).to(slices.dtype)
+    return energy, slice_of_term.mT, _pick(scaled.flatten(1, 2), chosen), [_pick(tap.flatten(1, 2), chosen) for tap in taps]
 
 
 def _pick(rows: Tensor, chosen: Tensor) -> Tensor:
-    """(g, n, c) rows at (g, r) -> columns (g, c, r)."""
+    """The rows (g, n, c) with the indices (g, r), as columns (g, c, r)."""
     return rows.gather(1, chosen.unsqueeze(-1).expand(-1, -1, rows.shape[2])).mT
 
 
 def _sweep_until_stalled(tensor: Tensor, start: Terms, rough: bool) -> Terms:
-    """Extrapolated alternating least squares; what is returned explains the tensor at least as well as the start."""
+    """Extrapolated alternating least squares; the error of the result is not above that of the start."""
     norm = float(tensor.square().sum())
     if norm == 0:
         return start
-    work = tensor.numel() * start.inputs.shape[-1]
-    wide = work > WIDE
+    wide = tensor.numel() * start[1].shape[-1] > WIDE
     tensor = tensor.float() if wide and 1e-12 < norm < 1e12 else tensor
     by_output, by_input = tensor.permute(0, 3, 1, 2).contiguous(), tensor.permute(0, 3, 2, 1).contiguous()  # g k o i, g k i o
-    best = _terms(factor.to(tensor.dtype) for factor in start.factors)
+    best: Terms = tuple(factor.to(tensor.dtype) for factor in start)
     best_error = _error(tensor, best) / norm
     point, momentum, history = best, MOMENTUM_START, [best_error]
     for _ in range(ROUGH_SWEEPS if rough else WIDE_SWEEPS if wide else SWEEPS):
-        found, explained = _sweep(by_output, by_input, point, 1 if wide else 2)
+        terms, explained = _sweep(by_output, by_input, point, 1 if wide else 2)
         error = 1 - explained / norm
         if error < best_error:
-            found = found.balanced()
-            point = _terms(new + momentum * (new - old) for new, old in zip(found.factors, best.factors, strict=True))
-            best, best_error = found, error
+            terms = _balanced(terms)
+            point = tuple(new + momentum * (new - old) for new, old in zip(terms, best, strict=True))
+            best, best_error = terms, error
             momentum = min(momentum * MOMENTUM_GROWTH, MOMENTUM_CAP)
         elif point is best:
-            break  # not even a plain sweep helps: rounding is all that is left
+            break  # a sweep without extrapolation does not help either: only rounding errors are left
         else:
             point, momentum = best, momentum / 2
         history.append(best_error)
         if len(history) > 10 and history[-11] - best_error < 10 * STALL * best_error:
             break
-    return _terms(factor.double() for factor in best.factors) if best_error < history[0] else start
+    return tuple(factor.double() for factor in best) if best_error < history[0] else start
 
 
 def _sweep(by_output: Tensor, by_input: Tensor, terms: Terms, repeats: int) -> tuple[Terms, float]:
-    """One round over all factors, and the part of the squared norm that the result explains.
+    """Update every factor once; return the terms and the squared norm that they explain.
 
-    `repeats`: how often taps and channels take turns on one large product; a second time costs little in narrow layers.
+    `repeats`: how often taps and channels are updated for each large product; twice costs little in narrow layers.
     """
-    outputs, inputs, taps = terms.outputs, terms.inputs, terms.taps
-    seen = inputs.mT.unsqueeze(1) @ by_input  # g k r o
+    outputs, inputs, *taps = terms
+    products = inputs.mT.unsqueeze(1) @ by_input  # g k r o
     for _ in range(repeats):
-        taps = _update_taps(taps, (seen * outputs.mT.unsqueeze(1)).sum(-1), _gram(outputs) * _gram(inputs))
-        every = Terms(outputs, inputs, taps).all_taps
-        outputs = _solve((seen * every.unsqueeze(-1)).sum(1).mT, _gram(every) * _gram(inputs), outputs)
-    seen = outputs.mT.unsqueeze(1) @ by_output  # g k r i
+        taps = _update_taps(taps, (products * outputs.mT.unsqueeze(1)).sum(-1), _gram(outputs) * _gram(inputs))
+        all_taps = _all_taps(taps)
+        outputs = _solve((products * all_taps.unsqueeze(-1)).sum(1).mT, _gram(all_taps) * _gram(inputs), outputs)
+    products = outputs.mT.unsqueeze(1) @ by_output  # g k r i
     for _ in range(repeats):
-        taps = _update_taps(taps, (seen * inputs.mT.unsqueeze(1)).sum(-1), _gram(outputs) * _gram(inputs))
-        every = Terms(outputs, inputs, taps).all_taps
-        matched = (seen * every.unsqueeze(-1)).sum(1).mT
-        inputs = _solve(matched, _gram(every) * _gram(outputs), inputs)
+        taps = _update_taps(taps, (products * inputs.mT.unsqueeze(1)).sum(-1), _gram(outputs) * _gram(inputs))
+        all_taps = _all_taps(taps)
+        matched = (products * all_taps.unsqueeze(-1)).sum(1).mT
+        inputs = _solve(matched, _gram(all_taps) * _gram(outputs), inputs)
     product = float((matched * inputs).sum(dtype=torch.float64))
-    square = float((_gram(outputs) * _gram(inputs) * _gram(every)).sum(dtype=torch.float64))
-    return Terms(outputs, inputs, taps), 2 * product - square
+    square = float((_gram(outputs) * _gram(inputs) * _gram(all_taps)).sum(dtype=torch.float64))
+    return (outputs, inputs, *taps), 2 * product - square
 
 
-def _update_taps(taps: tuple[Tensor, ...], matched: Tensor, gram: Tensor) -> tuple[Tensor, ...]:
+def _update_taps(taps: Sequence[Tensor], matched: Tensor, gram: Tensor) -> list[Tensor]:
     if len(taps) == 1:
-        return (_solve(matched, gram, taps[0]),)
-    along_height, along_width = taps
-    matched = matched.unflatten(1, (along_height.shape[1], along_width.shape[1]))
-    along_height = _solve(torch.einsum("gyxr,gxr->gyr", matched, along_width), gram * _gram(along_width), along_height)
-    along_width = _solve(torch.einsum("gyxr,gyr->gxr", matched, along_height), gram * _gram(along_height), along_width)
-    return along_height, along_width
+        return [_solve(matched, gram, taps[0])]
+    height, width = taps
+    matched = matched.unflatten(1, (height.shape[1], width.shape[1]))
+    height = _solve(torch.einsum("gyxr,gxr->gyr", matched, width), gram * _gram(width), height)
+    return [height, _solve(torch.einsum("gyxr,gyr->gxr", matched, height), gram * _gram(height), width)]
 
 
 def _gram(factor: Tensor) -> Tensor:
@@ -205,45 +198,32 @@ def _gram(factor: Tensor) -> Tensor:
 
 
 def _solve(matched: Tensor, gram: Tensor, previous: Tensor) -> Tensor:
-    """`X gram = matched`, with a ridge towards the previous X: (g, n, r)."""
+    """Solve `X gram = matched` for X (g, n, r), with a ridge towards the previous X."""
     share = RIDGE if gram.dtype == torch.float64 else SINGLE_RIDGE
     ridge = share * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
-    regular = gram + ridge * _identity(gram.shape[-1], gram)
+    regular = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return torch.cholesky_solve((matched + ridge * previous).mT, torch.linalg.cholesky(regular)).mT
 
 
-def _identity(side: int, like: Tensor) -> Tensor:
-    return torch.eye(side, dtype=like.dtype, device=like.device)
-
-
 def _exact(tensor: Tensor, tap_shape: tuple[int, ...], full_rank: int) -> Terms:
-    """The tensor itself, written as one-hot factors and its own entries along the dimension that makes fewest terms."""
+    """The exact terms: the longest of the dimensions (o, i, taps) holds the entries of the tensor, the others are one-hot."""
     g, o, i, k = tensor.shape
 
-    def one_hots(first: int, second: int) -> tuple[Tensor, Tensor]:
-        """Columns that count through (first, second), the second fastest."""
-        return (
-            _identity(first, tensor).repeat_interleave(second, 1).expand(g, -1, -1),
-            _identity(second, tensor).repeat(1, first).expand(g, -1, -1),
-        )
+    def one_hots(*sizes: int) -> list[Tensor]:
+        """For each of several indices, one-hot columns (g, size, product of sizes): they count through all, the last index fastest."""
+        indices = torch.cartesian_prod(*(torch.arange(size, device=tensor.device) for size in sizes))
+        return [one_hot(index, size).to(tensor.dtype).T.expand(g, -1, -1) for index, size in zip(indices.T, sizes, strict=True)]
 
     if full_rank in (k * i, k * o):
-        channels = i if full_rank == k * i else o
-        side, every = one_hots(channels, k)
-        taps: tuple[Tensor, ...] = (every,)
-        if len(tap_shape) == 2:
-            height, width = one_hots(*tap_shape)
-            taps = (height.repeat(1, 1, channels), width.repeat(1, 1, channels))
+        side, *taps = one_hots(i if full_rank == k * i else o, *tap_shape)
         if full_rank == k * i:
-            return Terms(tensor.flatten(2), side, taps)
-        return Terms(side, tensor.permute(0, 2, 1, 3).flatten(2), taps)
-    outputs, inputs = one_hots(o, i)
+            return (tensor.flatten(2), side, *taps)
+        return (side, tensor.permute(0, 2, 1, 3).flatten(2), *taps)
     if len(tap_shape) == 1:
-        return Terms(outputs, inputs, (tensor.flatten(1, 2).mT,))
-    upright = tap_shape[0] > tap_shape[1]
-    short = min(tap_shape)
+        return (*one_hots(o, i), tensor.flatten(1, 2).mT)
     grid = tensor.unflatten(3, tap_shape)
-    rows = (grid.transpose(3, 4) if upright else grid).flatten(1, 3).mT  # g, long side, (o i short)
-    hot = _identity(short, tensor).repeat(1, o * i).expand(g, -1, -1)
-    pair = (rows, hot) if upright else (hot, rows)
-    return Terms(outputs.repeat_interleave(short, 2), inputs.repeat_interleave(short, 2), pair)
+    if tap_shape[0] > tap_shape[1]:
+        *channels, width = one_hots(o, i, tap_shape[1])
+        return (*channels, grid.transpose(3, 4).flatten(1, 3).mT, width)
+    *channels, height = one_hots(o, i, tap_shape[0])
+    return (*channels, height, grid.flatten(1, 3).mT)

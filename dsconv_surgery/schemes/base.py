@@ -1,91 +1,98 @@
-"""What a scheme is, and the few things that several of them say alike."""
+"""The base class of schemes, and helpers that several schemes share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Literal, Protocol
+from itertools import product
+from typing import Literal
 
 from torch import Tensor
 
 from dsconv_surgery.network.geometry import ConvSpec, Pair, Rank
 from dsconv_surgery.schemes.objective import Objective
 
-Factors = dict[str, Tensor]  # link name -> its weight, (groups, out, in / link groups, height, width)
+Factors = dict[str, Tensor]  # link name -> weight, (groups, out, in / link groups, height, width)
 
 
-class Scheme(Protocol):
-    """A way of writing one convolution as a chain of smaller ones.
+class Scheme(ABC):
+    """A way to write one convolution as a chain of smaller convolutions.
 
-    A scheme only ever sees one group: `spec` has `groups=1` and no bias. A grouped layer's blocks come along the first
-    dimension of `weight`, (groups, out, in, height, width) in float64, and of every factor; a plain layer has one.
+    A scheme sees one group of a layer and no bias: `spec` has `groups=1` and `bias=False`. The groups of a grouped layer are
+    stacked along the first dimension of `weight`, (groups, out, in, height, width) in float64, and of every factor.
+
+    A subclass sets `name` and defines `full_rank`, `chain`, `factorize` and `kernel`; the other methods have defaults.
+    `examples/tensor_train.py` is a complete scheme in one file.
     """
 
     name: str
 
     def refuses(self, spec: ConvSpec) -> str | None:
-        """Why this geometry cannot be written so, or None."""
-        ...
+        """Why the scheme does not apply to this geometry, as a sentence; None if it applies."""
+        if spec.kind == "linear":
+            return "a linear layer has no taps to separate. Use bottleneck."
+        return "a 1x1 kernel has no taps to separate. Use bottleneck." if spec.taps == 1 else None
 
+    @abstractmethod
     def full_rank(self, spec: ConvSpec) -> Rank:
-        """The rank at which the kernel is exact; a pair bounds each of its entries."""
-        ...
+        """The smallest rank at which every kernel is exact; for pairs of ranks, the largest value of each."""
 
     def ranks(self, spec: ConvSpec) -> Iterable[Rank]:
-        """The ranks offered to a rule, smallest first; lazy where there are many."""
-        ...
+        """The ranks that the planner may choose, in ascending order."""
+        full = self.full_rank(spec)
+        if isinstance(full, int):
+            return range(1, full + 1)
+        return product(range(1, full[0] + 1), range(1, full[1] + 1))
 
+    @abstractmethod
     def chain(self, spec: ConvSpec, rank: Rank) -> dict[str, ConvSpec]:
-        """The links in running order; their names become the submodules'."""
-        ...
+        """The geometry of each link, in running order; the names become those of the submodules."""
 
+    @abstractmethod
     def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
-        """Factors for each rank in turn (ascending), from one decomposition or each starting at the one before.
+        """Yield the factors of a kernel for each of the ascending ranks.
 
-        `rough`: good enough to start a search for data with; a scheme that iterates may stop early.
+        With `rough`, an iterative scheme may stop early: the factors only start a search on calibration data.
         """
-        ...
+
+    @abstractmethod
+    def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
+        """The dense kernel of the factors, (groups, out, in, height, width): linear in each factor, and differentiable."""
 
     def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> Factors | None:
-        """The best factors for data, where there is a closed form; None leaves it to the search that all schemes share."""
-        ...
-
-    def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
-        """The dense kernel that the factors stand for, (groups, out, in, height, width); linear in each of them, and differentiable."""
-        ...
+        """The factors of least error on data, if there is a closed form; None leaves it to the search in `fitting`."""
+        return None
 
     def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor | None:
-        """The squared norm that each further rank explains, summed over groups: (full rank,), for a pair (first, second).
+        """The squared norm that each further rank explains, summed over groups: (full rank,), or (first, second) for pairs.
 
-        All errors from one decomposition: exact where it is optimal for every rank, bounds from above elsewhere; None where
-        there is nothing of the kind.
+        It gives the errors of all ranks from one decomposition: exact if that is optimal at every rank, upper bounds otherwise.
+        None if there is no such decomposition.
         """
-        ...
+        return None
+
+    def term_energy(self, factors: Factors) -> float | None:
+        """The sum of the squared norms of the terms whose sum is the kernel; None if terms cannot cancel each other."""
+        return None
 
 
-def whole(rank: Rank) -> int:
-    """The rank of a scheme that has a single one."""
+def single_rank(rank: Rank) -> int:
+    """The rank of a scheme that has one rank."""
     if not isinstance(rank, int):
         raise TypeError(f"expected one rank, found {rank}.")
     return rank
 
 
-def pair(rank: Rank) -> Pair:
-    """The rank of a scheme that has two."""
+def rank_pair(rank: Rank) -> Pair:
+    """The ranks of a scheme that has two."""
     if isinstance(rank, int):
         raise TypeError(f"expected a pair of ranks, found {rank}.")
     return rank
 
 
-def one_tap(spec: ConvSpec) -> str | None:
-    """The refusal of every scheme but bottleneck."""
-    if spec.kind == "linear":
-        return "a linear layer has no taps to separate: only bottleneck applies."
-    return "a 1x1 kernel has no taps to separate: only bottleneck applies." if spec.taps == 1 else None
-
-
 def split_taps(spec: ConvSpec) -> tuple[ConvSpec, ConvSpec]:
-    """The geometry along height alone and along width alone; channels are left as they are."""
+    """The geometry along the height and along the width, with the channels of `spec`."""
     along_height: Pair | Literal["same"] = "same" if spec.padding == "same" else (spec.padding[0], 0)
     along_width: Pair | Literal["same"] = "same" if spec.padding == "same" else (0, spec.padding[1])
     (kh, kw), (sh, sw), (dh, dw) = spec.kernel, spec.stride, spec.dilation

@@ -1,119 +1,70 @@
-"""CP: a 1x1 to R channels, a depthwise k x k on them, a 1x1 back; also with the taps split along height and width."""
+"""CP: a 1x1 to R channels, a depthwise k x k on them, a 1x1 back; also with the depthwise link split along height and width."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from dsconv_surgery.network.geometry import ConvSpec, Rank
 from dsconv_surgery.schemes import als
-from dsconv_surgery.schemes.base import Factors, one_tap, split_taps, whole
-from dsconv_surgery.schemes.objective import Objective
+from dsconv_surgery.schemes.base import Factors, Scheme, single_rank, split_taps
 
 
-class CP:
-    """`V[o,i,y,x] = sum_r E[o,r] R[r,i] D[r,y,x]` by alternating least squares (Lebedev et al. 2015, taps kept together)."""
+class CP(Scheme):
+    """`V[o,i,y,x] = sum_r E[o,r] R[r,i] D[r,y,x]` by alternating least squares (Lebedev et al. 2015, with the taps in one factor)."""
 
     name = "cp"
-
-    def refuses(self, spec: ConvSpec) -> str | None:
-        return one_tap(spec)
 
     def full_rank(self, spec: ConvSpec) -> int:
         i, o, k = spec.in_channels, spec.out_channels, spec.taps
         return min(k * i, k * o, i * o)
 
-    def ranks(self, spec: ConvSpec) -> Iterable[int]:
-        return range(1, self.full_rank(spec) + 1)
+    def tap_links(self, spec: ConvSpec) -> dict[str, ConvSpec]:
+        """The links for the taps, `spec` being the geometry of all of them together."""
+        return {"depthwise": spec}
 
     def chain(self, spec: ConvSpec, rank: Rank) -> dict[str, ConvSpec]:
-        r = whole(rank)
-        return {
-            "reduce": ConvSpec(spec.in_channels, r),
-            "depthwise": replace(spec, in_channels=r, out_channels=r, groups=r),
-            "expand": ConvSpec(r, spec.out_channels),
-        }
+        r = single_rank(rank)
+        taps = self.tap_links(replace(spec, in_channels=r, out_channels=r, groups=r))
+        return {"reduce": ConvSpec(spec.in_channels, r), **taps, "expand": ConvSpec(r, spec.out_channels)}
 
     def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
-        for terms in als.decompose(weight.flatten(3), (spec.taps,), [whole(rank) for rank in ranks], self.full_rank(spec), rough):
-            (taps,) = terms.taps
-            yield {
-                "reduce": terms.inputs.mT[..., None, None],
-                "depthwise": taps.mT.unflatten(2, (1, *spec.kernel)),
-                "expand": terms.outputs[..., None, None],
-            }
-
-    def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> None:
-        return None
+        links = self.tap_links(spec)
+        tap_shape = tuple(link.taps for link in links.values())
+        for terms in als.decompose(weight.flatten(3), tap_shape, [single_rank(rank) for rank in ranks], self.full_rank(spec), rough):
+            outputs, inputs, *taps = terms
+            named = zip(links.items(), taps, strict=True)
+            tap_factors = {name: factor.mT.unflatten(2, (1, *link.kernel)) for (name, link), factor in named}
+            yield {"reduce": inputs.mT[..., None, None], **tap_factors, "expand": outputs[..., None, None]}
 
     def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
-        reduce, taps, expand = factors["reduce"].flatten(2), factors["depthwise"].flatten(2), factors["expand"].flatten(2)
-        return _sum_of_terms(reduce, taps, expand).unflatten(3, spec.kernel)
+        first, *taps, last = factors.values()
+        kernel = als.sum_of_terms(first.flatten(2), reduce(torch.mul, taps).flatten(2), last.flatten(2))
+        return kernel.unflatten(3, spec.kernel)
 
-    def spectrum(self, spec: ConvSpec, weight: Tensor) -> None:
-        return None
+    def term_energy(self, factors: Factors) -> float:
+        first, *taps, last = (factor.flatten(2) for factor in factors.values())
+        squares = (first.square().sum(2), last.square().sum(1), *(factor.square().sum(2) for factor in taps))
+        return float(reduce(torch.mul, squares).sum())
 
 
-class SplitCP:
+class SplitCP(CP):
     """`V[o,i,y,x] = sum_r E[o,r] R[r,i] Y[r,y] X[r,x]` by alternating least squares (Lebedev et al. 2015)."""
 
     name = "cp_split"
 
     def refuses(self, spec: ConvSpec) -> str | None:
         if spec.taps > 1 and 1 in spec.kernel:
-            return f"the taps of a {spec.kernel[0]}x{spec.kernel[1]} kernel lie along one axis: cp is the same with a link less."
-        return one_tap(spec)
+            return f"the taps of a {spec.kernel[0]}x{spec.kernel[1]} kernel lie along one axis. Use cp, which needs one link less."
+        return super().refuses(spec)
 
     def full_rank(self, spec: ConvSpec) -> int:
         i, o, k = spec.in_channels, spec.out_channels, spec.taps
         return min(k * i, k * o, i * o * min(spec.kernel))
 
-    def ranks(self, spec: ConvSpec) -> Iterable[int]:
-        return range(1, self.full_rank(spec) + 1)
-
-    def chain(self, spec: ConvSpec, rank: Rank) -> dict[str, ConvSpec]:
-        r = whole(rank)
-        vertical, horizontal = split_taps(replace(spec, in_channels=r, out_channels=r, groups=r))
-        return {
-            "reduce": ConvSpec(spec.in_channels, r),
-            "vertical": vertical,
-            "horizontal": horizontal,
-            "expand": ConvSpec(r, spec.out_channels),
-        }
-
-    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
-        for terms in als.decompose(weight.flatten(3), spec.kernel, [whole(rank) for rank in ranks], self.full_rank(spec), rough):
-            along_height, along_width = terms.taps
-            yield {
-                "reduce": terms.inputs.mT[..., None, None],
-                "vertical": along_height.mT[:, :, None, :, None],
-                "horizontal": along_width.mT[:, :, None, None, :],
-                "expand": terms.outputs[..., None, None],
-            }
-
-    def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> None:
-        return None
-
-    def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
-        taps = (factors["vertical"] * factors["horizontal"]).flatten(2)
-        return _sum_of_terms(factors["reduce"].flatten(2), taps, factors["expand"].flatten(2)).unflatten(3, spec.kernel)
-
-    def spectrum(self, spec: ConvSpec, weight: Tensor) -> None:
-        return None
-
-
-def _sum_of_terms(reduce: Tensor, taps: Tensor, expand: Tensor) -> Tensor:
-    """(g, r, i), (g, r, k), (g, o, r) -> (g, o, i, k)."""
-    return (expand @ torch.einsum("gri,grk->grik", reduce, taps).flatten(2)).unflatten(2, (reduce.shape[2], taps.shape[2]))
-
-
-def term_energy(factors: Factors) -> float:
-    """The sum of the terms' squared norms."""
-    reduce, *taps, expand = (factor.flatten(2) for factor in factors.values())
-    energy = reduce.square().sum(2) * expand.square().sum(1)
-    for tap in taps:
-        energy = energy * tap.square().sum(2)
-    return float(energy.sum())
+    def tap_links(self, spec: ConvSpec) -> dict[str, ConvSpec]:
+        return dict(zip(("vertical", "horizontal"), split_taps(spec), strict=True))

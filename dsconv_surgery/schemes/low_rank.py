@@ -1,44 +1,70 @@
-"""The truncated singular value decomposition that the closed-form schemes share."""
+"""The truncated singular value decomposition (SVD), and the base class of the schemes that consist of one."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-SMALL = 128  # sides up to here are decomposed in float64 at once
-GRADED = 1e-3  # eigenvalues below this share of the largest are beyond what float32 separates
+from dsconv_surgery.network.geometry import ConvSpec, Rank
+from dsconv_surgery.schemes.base import Factors, Scheme, single_rank
+
+SMALL = 128  # matrices with a shorter side are decomposed in float64
+GRADED = 1e-3  # float32 does not resolve eigenvalues below this share of the largest
+
+
+class LowRank(Scheme):
+    """A scheme whose factors are the truncated SVD of an unfolding of the kernel, which is optimal at every rank."""
+
+    @abstractmethod
+    def unfold(self, weight: Tensor) -> Tensor:
+        """The kernel (groups, out, in, height, width) as matrices (groups, ..., rows, columns)."""
+
+    @abstractmethod
+    def links(self, spec: ConvSpec, left: Tensor, right: Tensor) -> Factors:
+        """The factors for the unfolding `left @ right`: (groups, ..., rows, rank) and (groups, ..., rank, columns)."""
+
+    def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
+        for left, right in truncated_svd(self.unfold(weight), [single_rank(rank) for rank in ranks]):
+            yield self.links(spec, left, right)
+
+    def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor:
+        squares = squared_singular_values(self.unfold(weight))
+        return squares.sum(tuple(range(squares.ndim - 1)))
 
 
 def squared_singular_values(matrix: Tensor) -> Tensor:
     """Squared singular values, largest first: (..., a, b) -> (..., min(a, b)).
 
-    From the smaller Gram matrix: cheaper by far than an SVD, and exact to rounding in float64 as only squares are wanted.
+    The eigenvalues of the smaller Gram matrix cost less than an SVD, and squares lose no accuracy by it in float64.
     """
     return torch.linalg.eigvalsh(_small_gram(matrix), UPLO="U").flip(-1).clamp(min=0)
 
 
 def truncated_svd(matrix: Tensor, ranks: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Best factors `left @ right` of each rank: (..., a, r) and (..., r, b), both sides sharing a component's norm evenly.
+    """Optimal factors `left @ right` at each rank: (..., a, r) and (..., r, b), each component's norm shared evenly.
 
-    One side is a basis of the leading singular vectors, the other the matrix projected on it. An inaccuracy e of the basis so
-    enters the error as e squared, which is why float32 eigenvectors do for wide layers: 1e-12 of error for half the time.
+    One factor is a basis of the leading singular vectors, the other the projected matrix. An error e of the basis adds e squared
+    to the error of the product. Float32 eigenvectors are therefore enough for wide layers: they add 1e-12 and take half the time.
     """
     basis = leading_vectors(matrix, max(ranks))
-    precise, matrix = matrix.dtype, matrix.to(basis.dtype)
+    dtype, matrix = matrix.dtype, matrix.to(basis.dtype)
     wide = matrix.shape[-2] <= matrix.shape[-1]
     left, right = (basis, basis.mT @ matrix) if wide else (matrix @ basis, basis.mT)
     norms = torch.linalg.vector_norm(left, dim=-2) * torch.linalg.vector_norm(right, dim=-1)
-    share = torch.where(norms > 0, norms, 1.0).sqrt()
+    scale = torch.where(norms > 0, norms, 1.0).sqrt()
     up, down = (left, right) if wide else (right.mT, left.mT)
-    up, down = up * share.unsqueeze(-2), down / share.unsqueeze(-1)
+    up, down = up * scale.unsqueeze(-2), down / scale.unsqueeze(-1)
     left, right = (up, down) if wide else (down.mT, up.mT)
-    left, right = left.to(precise), right.to(precise)
+    left, right = left.to(dtype), right.to(dtype)
     return [(left[..., :rank], right[..., :rank, :]) for rank in ranks]
 
 
 def leading_vectors(matrix: Tensor, count: int) -> Tensor:
-    """Leading singular vectors of the shorter side, as columns: (..., min(a, b), count), in float32 where that is enough."""
-    if min(matrix.shape[-2:]) > SMALL and 1e-12 < float(matrix.abs().amax()) < 1e12:  # squares neither vanish nor overflow
+    """The leading singular vectors of the shorter side: (..., min(a, b), count), in float32 where that is accurate enough."""
+    if min(matrix.shape[-2:]) > SMALL and 1e-12 < float(matrix.abs().amax()) < 1e12:  # float32 squares neither vanish nor overflow
         values, vectors = torch.linalg.eigh(_small_gram(matrix.float()), UPLO="U")
         if bool((values[..., -count] > GRADED * values[..., -1]).all()):
             return vectors[..., -count:].flip(-1)
@@ -46,7 +72,7 @@ def leading_vectors(matrix: Tensor, count: int) -> Tensor:
 
 
 def _small_gram(matrix: Tensor) -> Tensor:
-    """The Gram matrix of the shorter side; of a wide one only the upper blocks, all that eigh is told to read."""
+    """The Gram matrix of the shorter side. For large ones only the blocks of the upper triangle are computed: eigh reads no others."""
     rows = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
     side = rows.shape[-2]
     if side <= 4 * SMALL:

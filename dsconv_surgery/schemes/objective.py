@@ -1,4 +1,4 @@
-"""What a layer should give on data, as a quadratic in its kernel, and the closed form that two schemes have for it."""
+"""The output error of a layer on data as a quadratic function of its kernel, and its closed-form minimum for two schemes."""
 
 from __future__ import annotations
 
@@ -8,53 +8,54 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-RIDGE, SINGLE_RIDGE = 1e-9, 1e-6  # in float64 and float32: shares of what is solved for, so that nearly parallel parts do not cancel
+# Ridges in float64 and float32, as shares of the quantity that is solved for: nearly parallel terms do not cancel each other.
+RIDGE, SINGLE_RIDGE = 1e-9, 1e-6
 
 
 @dataclass(frozen=True)
 class Objective:
-    """How far a kernel V is from what a layer should give on data: `E |t - V p|^2 + ridge |V - W|^2`, a quadratic in V.
+    """The error of a kernel V against the target outputs of a layer: `E |t - V p|^2 + ridge |V - W|^2`, a quadratic in V.
 
-    With `S = E[p p^T] + ridge` and `B = E[t p^T] + ridge W` it is `tr(V S V^T) - 2 tr(V B^T) + tr(spread)`. Patches p run over
-    (in, height, width); groups come first everywhere. Where patches are fewer than a patch is long, S is held as the patches.
+    With `S = E[p p^T] + ridge` and `B = E[t p^T] + ridge W` it is `tr(V S V^T) - 2 tr(V B^T) + tr(spread)`. Patches p have
+    n = in x height x width entries; groups are the first dimension. If there are fewer patches than n, S is stored as the patches.
     """
 
     weight: Tensor  # W: (g, o, n)
     cross: Tensor  # B: (g, o, n)
-    gram: Tensor  # S: (g, n, n); or rows p / sqrt(count): (g, count, n), of which S is the product with themselves, plus `ridge`
+    gram: Tensor  # S: (g, n, n); with `rows`, R = p / sqrt(count): (g, count, n), where S = R^T R + ridge
     spread: Tensor  # E[t t^T] + ridge W W^T: (g, o, o)
     ridge: float = 0.0
     rows: bool = False
-    centred: bool = False  # p and t are about their means
+    centred: bool = False  # whether the means of p and t were subtracted
 
     @cached_property
     def energy(self) -> float:
+        """The mean squared norm of the targets."""
         return float(self.spread.diagonal(dim1=1, dim2=2).sum(dtype=torch.float64))
 
     @property
     def scale(self) -> float:
-        """The mean of the second moment's diagonal, in which ridges are given."""
+        """The mean of the diagonal of `E[p p^T]`; ridges are multiples of it."""
         diagonal = self.gram.square().sum(1) if self.rows else self.gram.diagonal(dim1=1, dim2=2)
         return float(diagonal.mean()) - (0.0 if self.rows else self.ridge)
 
     @cached_property
     def size(self) -> float:
-        """The error that a kernel of norm one makes on average over its directions."""
+        """The average error of kernels of norm one."""
         return self.scale + self.ridge
 
     def ridged(self, ridge: float) -> Objective:
-        """The same with a pull towards W, on top of what there is."""
-        gram = (
-            self.gram if self.rows else self.gram + ridge * torch.eye(self.gram.shape[-1], dtype=self.gram.dtype, device=self.gram.device)
-        )
+        """The same objective with a larger ridge, by `ridge`."""
+        gram = self.gram
+        if not self.rows:
+            gram = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         spread = self.spread + ridge * (self.weight @ self.weight.mT)
         return replace(self, gram=gram, cross=self.cross + ridge * self.weight, spread=spread, ridge=self.ridge + ridge)
 
     def weighted(self, metric: Tensor) -> Objective:
-        """The same for `|M (t - V p)|^2`, M being (g, o, o): a kernel V of this one is M^-1 V of the plain one."""
-        return replace(
-            self, weight=metric @ self.weight, cross=metric @ self.cross, spread=metric.double() @ self.spread @ metric.double().mT
-        )
+        """The objective for `|M (t - V p)|^2` with M (g, o, o), as a function of `M V`."""
+        spread = metric.double() @ self.spread @ metric.double().mT
+        return replace(self, weight=metric @ self.weight, cross=metric @ self.cross, spread=spread)
 
     def product(self, kernels: Tensor) -> Tensor:
         """`kernels @ S` for (g, any, n)."""
@@ -63,32 +64,32 @@ class Objective:
         return kernels @ self.gram
 
     def value(self, kernel: Tensor) -> float:
-        """The error relative to the energy, for a kernel (g, o, ...)."""
+        """The error of a kernel (g, o, ...), relative to the energy."""
         v = kernel.flatten(2).to(self.cross.dtype)
-        off = float((self.product(v) * v).sum(dtype=torch.float64) - 2 * (v * self.cross).sum(dtype=torch.float64)) + self.energy
-        return off / self.energy if self.energy > 0 else 0.0
+        error = float((self.product(v) * v).sum(dtype=torch.float64) - 2 * (v * self.cross).sum(dtype=torch.float64)) + self.energy
+        return error / self.energy if self.energy > 0 else 0.0
 
     def target(self) -> Tensor:
-        """`W + (B - W S) S^-1`, the kernel of least error: (g, o, n). Where t = W p it is W, however singular S may be."""
-        rest = self.cross - self.product(self.weight)
-        if float(rest.abs().max()) <= 1e-12 * float(self.cross.abs().max()):
+        """`W + (B - W S) S^-1`, the kernel of least error: (g, o, n). If t = W p, it is W, even where S is singular."""
+        residual = self.cross - self.product(self.weight)
+        if float(residual.abs().max()) <= 1e-12 * float(self.cross.abs().max()):
             return self.weight
         tiny = (RIDGE if self.gram.dtype == torch.float64 else SINGLE_RIDGE) * max(self.scale, 1e-30)
         if self.rows:  # (R^T R + a)^-1 = (1 - R^T (R R^T + a)^-1 R) / a
             ridge = self.ridge + tiny
             inner = self.gram @ self.gram.mT
             inner.diagonal(dim1=1, dim2=2).add_(ridge)
-            seen = torch.cholesky_solve(self.gram @ rest.mT, torch.linalg.cholesky(inner))
-            return self.weight + (rest - seen.mT @ self.gram) / ridge
+            solved = torch.cholesky_solve(self.gram @ residual.mT, torch.linalg.cholesky(inner))
+            return self.weight + (residual - solved.mT @ self.gram) / ridge
         gram = self.gram.clone()
         gram.diagonal(dim1=1, dim2=2).add_(tiny)
-        return self.weight + torch.cholesky_solve(rest.mT, torch.linalg.cholesky(gram)).mT
+        return self.weight + torch.cholesky_solve(residual.mT, torch.linalg.cholesky(gram)).mT
 
 
 def leading_outputs(objective: Objective, count: int) -> tuple[Tensor, Tensor]:
-    """The best kernel through few channels: `E R` with E (g, o, r) and R (g, r, n).
+    """The optimal kernel `E R` with few channels between E (g, o, r) and R (g, r, n).
 
-    `R = U^T T`, `E = U` for T the kernel of least error and U the leading eigenvectors of `T S T^T` (Zhang et al. 2015).
+    `E = U` and `R = U^T T`, with T the kernel of least error and U the leading eigenvectors of `T S T^T` (Zhang et al. 2015).
     """
     target = objective.target()
     leading = torch.linalg.eigh(objective.product(target) @ target.mT)[1][..., -count:].flip(-1)

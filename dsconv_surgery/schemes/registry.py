@@ -1,27 +1,26 @@
-"""The registry of schemes, and everything that follows for all of them alike from `chain` and `kernel`."""
+"""The registry of schemes: name -> scheme."""
 
 from __future__ import annotations
 
-import difflib
-
 from dsconv_surgery.schemes.base import Scheme
-from dsconv_surgery.schemes.bottleneck import Bottleneck
-from dsconv_surgery.schemes.channel import Channel
+from dsconv_surgery.schemes.channel import Bottleneck, Channel
 from dsconv_surgery.schemes.cp import CP, SplitCP
 from dsconv_surgery.schemes.depthwise import Depthwise, PointwiseDepthwise
 from dsconv_surgery.schemes.spatial import Spatial
 from dsconv_surgery.schemes.tucker import Tucker
+from dsconv_surgery.support.formatting import did_you_mean
 
 _SCHEMES: dict[str, Scheme] = {}
 
 
 def register_scheme(scheme: Scheme) -> None:
-    """Make a scheme known by its name to plans, the command line and every test that runs over the registry.
+    """Add a scheme, so that plans, the command line and the tests of all schemes find it by its name.
 
     Args:
-        scheme: a record of pure functions, see `Scheme`.
+        scheme: an instance of a subclass of `Scheme`, or any object with the same methods and a `name`.
 
     Raises:
+        TypeError: the object lacks a method of `Scheme`.
         ValueError: the name is taken.
 
     Example:
@@ -31,6 +30,9 @@ def register_scheme(scheme: Scheme) -> None:
         >>> get_scheme("narrow").full_rank(ConvSpec(8, 16, (3, 3)))
         16
     """
+    missing = [name for name in ("name", *vars(Scheme)) if not name.startswith("_") and not hasattr(scheme, name)]
+    if missing:
+        raise TypeError(f"{scheme!r} has no {', '.join(missing)}. Derive it from dsconv_surgery.schemes.Scheme, which has defaults.")
     if scheme.name in _SCHEMES:
         raise ValueError(f"a scheme named {scheme.name!r} is registered already. Choose another name.")
     _SCHEMES[scheme.name] = scheme
@@ -41,13 +43,13 @@ for _scheme in (Depthwise(), PointwiseDepthwise(), CP(), SplitCP(), Tucker(), Sp
 
 
 def get_scheme(name: str) -> Scheme:
-    """The scheme of this name; ValueError with the nearest known one otherwise."""
+    """The scheme of this name; ValueError with the most similar name if there is none."""
     if name not in _SCHEMES:
-        close = difflib.get_close_matches(str(name), _SCHEMES, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(str(name), _SCHEMES)
         raise ValueError(f"unknown scheme {name!r}.{hint} Known: {', '.join(_SCHEMES)}; add your own with register_scheme.")
     return _SCHEMES[name]
 
 
 def scheme_names() -> tuple[str, ...]:
+    """The names of all registered schemes."""
     return tuple(_SCHEMES)

@@ -1,12 +1,11 @@
-"""Our factorisation against the obvious rival, side by side in one run, on every 3x3 and larger convolution of torchvision's resnet18.
+"""Time and error of our factorisations against common alternatives, on the 3x3 and larger convolutions of torchvision's resnet18.
 
 python tests/benchmarks/factorize.py [--threads 2] [--weights FILE] [--json FILE]
 
-Each scheme is cut at half of every layer's MACs, without data. Rivals: for spatial, channel and depthwise a plain float32
-`torch.linalg.svd` of the same unfolding; for Tucker tensorly's `partial_tucker`, for CP tensorly's `parafac(init="svd",
-n_iter_max=50)` on three
-modes with the einsum back end and opt_einsum, its fastest (a hundred times slower without). For CP ours is timed until it
-reaches the rival's error, layer by layer. "ours, whole" is make_plan + apply_plan of the whole network through `compress`.
+Each scheme halves the MACs of every layer, without data. The alternatives ("rival"): for spatial, channel and depthwise a float32
+`torch.linalg.svd` of the same unfolding; for Tucker tensorly's `partial_tucker`; for CP tensorly's `parafac(init="svd",
+n_iter_max=50)` on three modes with its einsum back end and opt_einsum, which is its fastest (a hundred times slower without). Our
+CP is timed until it reaches the rival's error, layer by layer. "whole" is `compress` for the whole network.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def svd_kernel(scheme: str, factors: tuple[Tensor, ...], shape: torch.Size) -> T
 
 
 def tensorly_rival(scheme: str, w: Tensor, rank: Rank) -> tuple[Tensor, ...]:
-    """tensorly's factors, float32 on the pytorch back end; its backends are put back."""
+    """tensorly's factors, in float32 with its pytorch back end; its global back ends are restored."""
     with tensorly.backend_context("pytorch"):
         if scheme == "tucker":
             assert isinstance(rank, tuple)
@@ -73,12 +72,13 @@ def tensorly_rival(scheme: str, w: Tensor, rank: Rank) -> tuple[Tensor, ...]:
 
 
 def tensorly_kernel(scheme: str, factors: tuple[Tensor, ...], shape: torch.Size) -> Tensor:
+    """The kernel of `tensorly_rival`'s factors."""
     return torch.einsum("qpyx,oq,ip->oiyx" if scheme == "tucker" else "r,or,ir,kr->oik", *factors).reshape(shape)
 
 
 def ours_to_error(site: ConvSite, w: Tensor, rank: int, error: float) -> float:
-    """Seconds until our CP is at least as good as an error; from the start each time, the number of sweeps doubled."""
-    scheme, usual = schemes.get_scheme("cp"), (als.SWEEPS, als.WIDE_SWEEPS)
+    """Seconds that our CP takes to reach an error, with the fewest sweeps of a list that suffice."""
+    scheme, saved = schemes.get_scheme("cp"), (als.SWEEPS, als.WIDE_SWEEPS)
     try:
         for sweeps in (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 200):
             als.SWEEPS = als.WIDE_SWEEPS = sweeps
@@ -88,7 +88,7 @@ def ours_to_error(site: ConvSite, w: Tensor, rank: int, error: float) -> float:
             if schemes.relative_error(w, schemes.kernel_of(scheme, site.spec, factors)) <= error:
                 return seconds
     finally:
-        als.SWEEPS, als.WIDE_SWEEPS = usual
+        als.SWEEPS, als.WIDE_SWEEPS = saved
     return float("inf")
 
 
@@ -120,30 +120,28 @@ def main() -> None:
             w = model.get_submodule(cut.name).get_parameter("weight").detach()
             scheme = schemes.get_scheme(name)
             start = time.perf_counter()
-            plain = isinstance(cut.rank, int) and name != "cp"
-            other = svd_rival(name, w, cut.rank) if plain else tensorly_rival(name, w, cut.rank)
-            its = time.perf_counter() - start
-            its_error = schemes.relative_error(w, (svd_kernel if plain else tensorly_kernel)(name, other, w.shape))
+            is_svd = isinstance(cut.rank, int) and name != "cp"
+            rival_factors = svd_rival(name, w, cut.rank) if is_svd else tensorly_rival(name, w, cut.rank)
+            rival_time = time.perf_counter() - start
+            rival_error = schemes.relative_error(w, (svd_kernel if is_svd else tensorly_kernel)(name, rival_factors, w.shape))
             start = time.perf_counter()
             factors = next(schemes.factorize(scheme, cut.spec, w, [cut.rank]))
-            mine = time.perf_counter() - start
+            our_time = time.perf_counter() - start
             error = schemes.relative_error(w, schemes.kernel_of(scheme, cut.spec, factors))
             if name == "cp":
                 assert isinstance(cut.rank, int)
-                mine = ours_to_error(sites[cut.name], w, cut.rank, its_error)
-            rival, ours, worst = rival + its, ours + mine, max(worst, error / its_error - 1)
-            print(
-                f"{name:10} {cut.name:24} rank {cut.rank!s:12} ours {mine:7.3f} s {error:.6f}   rival {its:7.3f} s {its_error:.6f}",
-                flush=True,
-            )
-        kept = sum(chain_cost(cut.chain, cut.sizes).macs for cut in plan.cuts) / sum(sites[cut.name].cost.macs for cut in plan.cuts)
+                our_time = ours_to_error(sites[cut.name], w, cut.rank, rival_error)
+            rival, ours, worst = rival + rival_time, ours + our_time, max(worst, error / rival_error - 1)
+            times = f"ours {our_time:7.3f} s {error:.6f}   rival {rival_time:7.3f} s {rival_error:.6f}"
+            print(f"{name:10} {cut.name:24} rank {cut.rank!s:12} {times}", flush=True)
+        macs = sum(chain_cost(cut.chain, cut.sizes).macs for cut in plan.cuts)
         table[name] = {
             "ours_s": ours,
             "rival_s": rival,
             "ratio": rival / ours,
             "ours_whole_s": whole,
             "worst_error_excess": worst,
-            "macs_kept": kept,
+            "macs_kept": macs / sum(sites[cut.name].cost.macs for cut in plan.cuts),
         }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\n{'scheme':10} {'ours':>8} {'rival':>8} {'faster':>7} {'whole':>8} {'error, relative to rival, at worst':>36}")
