@@ -17,17 +17,12 @@ Chunk = tuple[int, Values, Values]  # number of the first image, values in the d
 
 
 class ActivationStore:
-    """The values that both networks still need, for one chunk of images after another.
-
-    Args:
-        memory: bytes to hold in memory; further chunks go to temporary files.
-        graph: whose nodes the values belong to.
-    """
+    """The values of a graph's nodes in both networks, for one chunk of images after another; `memory` is in bytes."""
 
     def __init__(self, memory: int, graph: fx.GraphModule) -> None:
         self._nodes = {node.name: node for node in graph.graph.nodes}
         self._free = memory
-        self._chunks: list[Chunk | tuple[int, Path]] = []
+        self._chunks: list[tuple[int, Any]] = []  # number of the first image, and values of both networks or the path to them
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def add(self, first_image: int, dense: Values, cut: Values) -> None:
@@ -36,7 +31,7 @@ class ActivationStore:
         size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         if size <= self._free or not all(isinstance(leaf, _STORABLE) for leaf in leaves):
             self._free -= size
-            self._chunks.append((first_image, dense, cut))
+            self._chunks.append((first_image, (dense, cut)))
             return
         self._folder = self._folder or tempfile.TemporaryDirectory(prefix="dsconv-surgery-", ignore_cleanup_errors=True)
         path = Path(self._folder.name) / f"{first_image}.pt"
@@ -45,19 +40,17 @@ class ActivationStore:
         self._chunks.append((first_image, path))
 
     def __iter__(self) -> Iterator[Chunk]:
-        return (self._load(chunk) for chunk in self._chunks)
+        return (self._load(*chunk) for chunk in self._chunks)
 
     def drain(self) -> Iterator[Chunk]:
         """All chunks once, each released when it is yielded."""
         while self._chunks:
-            yield self._load(self._chunks.pop(0))
+            yield self._load(*self._chunks.pop(0))
 
-    def _load(self, chunk: Chunk | tuple[int, Path]) -> Chunk:
-        if len(chunk) == 3:
-            return chunk
-        first_image, path = chunk
-        dense, cut = ({self._nodes[name]: value for name, value in side.items()} for side in torch.load(path, weights_only=True))
-        return first_image, dense, cut
+    def _load(self, first_image: int, sides: Any) -> Chunk:
+        if isinstance(sides, Path):
+            sides = [{self._nodes[name]: value for name, value in side.items()} for side in torch.load(sides, weights_only=True)]
+        return first_image, *sides
 
     def close(self) -> None:
         self._chunks = []

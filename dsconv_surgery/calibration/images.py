@@ -69,7 +69,16 @@ class Images:
         self.settings = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
         self.shapes = shapes
         self.example = max(1, shapes[0][0] if shapes and shapes[0] else 1)  # images in the plan's example input
-        _check_iterable(self.settings.batches)
+        batches: Any = self.settings.batches
+        if isinstance(batches, Tensor):
+            raise ValueError("calibration: found a tensor, expected an iterable of batches. Pass [images], or images.split(64).")
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"calibration: found {type(batches).__name__}, expected an iterable of batches.")
+        if iter(batches) is batches:
+            raise ValueError(
+                "calibration: found an iterator, which yields its batches only once; several passes are needed. "
+                "Pass a list (list(...)), a DataLoader, or any object that can be iterated again."
+            )
         self._fingerprints: list[str] = []  # of the first pass
         self._first_pass, self._same = True, same
         self.count = sum(inputs[0].shape[0] for inputs in self._checked_batches())
@@ -89,7 +98,7 @@ class Images:
             size = max(1, min(CHUNK_IMAGES, CHUNK_VALUES // max(inputs[0][0].numel(), 1)))
             begin, end = process * count // world_size, (process + 1) * count // world_size
             for start in range(begin, end, size):
-                yield first_of_batch + start, _select(inputs, slice(start, min(start + size, end)))
+                yield first_of_batch + start, tuple(tensor[start : min(start + size, end)] for tensor in inputs)
             first_of_batch += count
 
     def probe_batches(self) -> Iterator[tuple[Any, ...]]:
@@ -98,7 +107,7 @@ class Images:
             limit = max(1, min(PROBE_IMAGES, PROBE_VALUES // inputs[0][0].numel())) - first_image
             if limit <= 0:
                 return
-            yield _select(inputs, slice(limit))
+            yield tuple(tensor[:limit] for tensor in inputs)
 
     def _checked_batches(self) -> Iterator[tuple[Any, ...]]:
         number = -1
@@ -122,18 +131,6 @@ class Images:
             )
 
 
-def _check_iterable(batches: Any) -> None:
-    if isinstance(batches, Tensor):
-        raise ValueError("calibration: found a tensor, expected an iterable of batches. Pass [images], or images.split(64).")
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"calibration: found {type(batches).__name__}, expected an iterable of batches.")
-    if iter(batches) is batches:
-        raise ValueError(
-            "calibration: found an iterator, which yields its batches only once; several passes are needed. "
-            "Pass a list (list(...)), a DataLoader, or any object that can be iterated again."
-        )
-
-
 def _check_inputs(inputs: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...], where: str) -> None:
     for tensor, shape in zip(inputs, shapes, strict=True):
         if tensor.ndim != len(shape) or (len(shape) > 1 and tensor.shape[1] != shape[1]):
@@ -148,10 +145,6 @@ def _check_inputs(inputs: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...
 def _sample(tensor: Tensor) -> Tensor:
     """Of every image, up to eight values along each dimension."""
     return tensor[(slice(None), *(slice(None, None, max(1, -(-size // 8))) for size in tensor.shape[1:]))]
-
-
-def _select(inputs: tuple[Any, ...], images: slice) -> tuple[Any, ...]:
-    return tuple(tensor[images] for tensor in inputs)
 
 
 def held_out(first_image: int, count: int) -> Tensor:

@@ -71,7 +71,8 @@ class Moments:
         """
         device = self.weight.device
         x = x.to(device, torch.float32)
-        total = _positions_per_image(self.spec, x)
+        linear = self.spec.kind == "linear"
+        total = max(1, x[0].numel() // x.shape[-1]) if linear else math.prod(self.spec.out_size((1, *x.shape[-2:])))
         positions = self._draw(total)
         step = max(1, CHUNK_VALUES // (self.length * self.spec.groups * (total if positions is None else len(positions))))
         for start in range(0, x.shape[0], step):
@@ -118,15 +119,9 @@ class Moments:
                 empty = self.weight.new_zeros(self.weight.shape[0], 0, self.length, dtype=torch.float32)
                 self._rows[fold] = [distributed.all_gather_rows(torch.cat([empty, *self._rows[fold]], 1))]
 
-    @property
-    def count(self) -> int:
-        """Number of patches drawn."""
-        return int(self._count("all"))
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether there are both fit images and held-out images."""
-        return all(float(sums["count"]) > 0 for sums in self._patch_sums)
+    def count(self, fold: str = "all") -> float:
+        """The number of patches drawn."""
+        return sum(float(self._patch_sums[index]["count"]) for index in FOLDS[fold])
 
     def objective(self, fold: str = "all", centred: bool = True, exact: bool = False) -> Objective:
         """The least-squares objective on the "fit", "held" or "all" images.
@@ -139,7 +134,7 @@ class Moments:
         mean, target_mean = self.means(fold)
         if self.as_rows:
             rows = torch.cat([chunk for index in FOLDS[fold] for chunk in self._rows[index]], 1).double()
-            gram = (rows - mean.unsqueeze(1) if centred else rows) / math.sqrt(self._count(fold))
+            gram = (rows - mean.unsqueeze(1) if centred else rows) / math.sqrt(self.count(fold))
         else:
             gram = self._average(self._patch_sums, "gram", fold)
             if centred:
@@ -159,12 +154,9 @@ class Moments:
         """The means of patches, (g, n), and of targets, (g, o)."""
         return self._average(self._patch_sums, "mean", fold), self._average(self.target_sums, "mean", fold)
 
-    def _count(self, fold: str) -> float:
-        return sum(float(self._patch_sums[index]["count"]) for index in FOLDS[fold])
-
     def _average(self, sums: list[Sums], key: str, fold: str) -> Tensor:
         """A sum per patch."""
-        return sum((sums[index][key] for index in FOLDS[fold]), torch.zeros(())) / self._count(fold)
+        return sum((sums[index][key] for index in FOLDS[fold]), torch.zeros(())) / self.count(fold)
 
 
 def moments_for(spec: ConvSpec, weight: Tensor, sizes: Iterable[Size], images: Images, hold: bool) -> Moments:
@@ -176,10 +168,6 @@ def moments_for(spec: ConvSpec, weight: Tensor, sizes: Iterable[Size], images: I
 def positions_of(spec: ConvSpec, sizes: Iterable[Size]) -> int:
     """The number of output positions, each of which has a patch, in calls with these input sizes."""
     return sum(math.prod(spec.out_size(size)) for size in sizes)
-
-
-def _positions_per_image(spec: ConvSpec, x: Tensor) -> int:
-    return max(1, x[0].numel() // x.shape[-1]) if spec.kind == "linear" else math.prod(spec.out_size((1, *x.shape[-2:])))
 
 
 def extract_patches(spec: ConvSpec, x: Tensor, positions: Tensor | None) -> Tensor:

@@ -106,7 +106,7 @@ class _LayerFit:
         """Choose the ridge and consider the ReLU on held-out images, then fit to all images."""
         self.moments.all_reduce()
         plain = self.moments.objective("all", self.centred)
-        held = self.moments.objective("held", self.centred) if self.moments.holds_out else None
+        held = self.moments.objective("held", self.centred) if min(map(self.moments.count, ("fit", "held"))) > 0 else None
         ridge, factors = self._choose_ridge(start, held)
         if self.following.relu and held is not None and factors is not None:
             factors = self._fit_behind_relu(pair, ridge, factors)

@@ -93,7 +93,7 @@ class SideBySide:
             if self._next == 0:  # both networks are the same up to the first cut
                 for first_image, inputs in self._images:
                     dense: Values = {}
-                    self._dense.args_iter = iter(to_device(inputs, model_device(self._graph)))
+                    self._dense.args_iter = iter(copy.deepcopy(to_device(inputs, model_device(self._graph))))  # may change in place
                     self._run(dense, None, 0, stop)
                     store.add(first_image, dense, _copied(dense))
             else:
