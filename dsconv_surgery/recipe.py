@@ -160,10 +160,7 @@ class Recipe:
             )
             if self.fine_tune is not None and train is not None:
                 settings = replace(self.fine_tune, seed=self.seed + stage - 1)
-                found = fine_tune(
-                    small.model, train, teacher=model, validate=validate, plan=small.plan, settings=settings, progress=progress
-                )
-                stages.append(found)
+                stages.append(fine_tune(small.model, train, teacher=model, validate=validate, settings=settings, progress=progress))
             if stage < self.stages:
                 dense = fold_back(small.model, small.plan)
         if not stages:

@@ -91,7 +91,7 @@ def cut_calibrated(
             norm: Any = result.get_submodule(found.norm)
             norm.running_mean -= found.shift.to(norm.running_mean)
     if steps.norms != "never":
-        reestimate_batchnorm(dense, result, images, always=steps.norms == "always")
+        reestimate_batchnorm(dense, result, images)
     return result, {name: found.error for name, found in fitted.items()}
 
 

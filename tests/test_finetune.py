@@ -25,11 +25,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from dsconv_surgery import Budget, FineTune, Plan, apply_plan, compare, compress, fine_tune, make_plan
 from dsconv_surgery.compression import Compressed
 from dsconv_surgery.finetuning.history import History
-from dsconv_surgery.finetuning.loss import DistillationLoss, blocks_of
+from dsconv_surgery.finetuning.loss import DistillationLoss
 from dsconv_surgery.finetuning.mixing import can_mix, mix_images
-from dsconv_surgery.finetuning.optimizers import decay, learning_rate_factor, products
-from dsconv_surgery.schemes import scheme_names
-from dsconv_surgery.surgery import chain_kernel
+from dsconv_surgery.finetuning.optimizers import learning_rate_factor
+from dsconv_surgery.finetuning.sync_batchnorm import synchronized_batchnorm
+from dsconv_surgery.support import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -211,12 +211,6 @@ def test_batches_that_cannot_be_mixed_are_learned_from_as_they_are() -> None:
     assert history.epochs[0].loss == pytest.approx(wanted, rel=1e-5)
 
 
-def test_blocks_are_the_modules_around_cuts() -> None:
-    dense = demo_resnet20()
-    plan = make_plan(dense, torch.rand(1, 3, 32, 32), schemes="channel", rule="fixed", rank=4, include="layer2.*")
-    assert blocks_of(apply_plan(dense, plan), dense) == ["layer2.0", "layer2.1", "layer2.2"]
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("norms", ["frozen", "late", "trained"])
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, norms: Any, accumulate: int) -> None:
@@ -350,41 +344,6 @@ def test_norms() -> None:
     assert not torch.equal(frozen, model.get_submodule("block.norm").weight)  # its weights are trained all the same
 
 
-@pytest.mark.parametrize("scheme", [name for name in scheme_names() if name != "bottleneck"])
-def test_decay_is_of_the_product(scheme: str) -> None:
-    """One step of size a against the gradient of |V|^2 / 2 takes about a times its squared norm off it, for every scheme's chain."""
-    _, model, plan = cut_net(schemes=scheme)
-    model = model.double()
-    kernels = products(model, plan)
-    assert len(kernels) == 3  # the chain, the stem and the head
-    chain = model.get_submodule("block.conv")
-    (one,) = plan.cuts
-    torch.testing.assert_close(kernels[0][0]().flatten(0, 1), chain_kernel(one, chain), rtol=1e-6, atol=1e-9)
-    before = {name: p.detach().clone().requires_grad_() for name, p in chain.named_parameters()}
-    kernel = torch.func.functional_call(chain, before, torch.eye(8, dtype=torch.float64)[:, :, None, None] * impulse())
-    gradients = torch.autograd.grad(kernel.square().sum() / 2, list(before.values()))
-    decay(kernels[:1], 1e-3)
-    for (name, start), gradient in zip(before.items(), gradients, strict=True):
-        torch.testing.assert_close(chain.get_parameter(name), start.detach() - 1e-3 * gradient, rtol=1e-6, atol=1e-9)
-
-
-def impulse() -> Tensor:
-    """One pixel among zeros: a convolution's answer to it is its kernel."""
-    picture = torch.zeros(7, 7, dtype=torch.float64)
-    picture[3, 3] = 1
-    return picture
-
-
-def test_decay_in_the_loop_shrinks_kernels() -> None:
-    dense, model, plan = cut_net()
-    norms = []
-    for amount in (0.0, 10.0):
-        trained = copy.deepcopy(model)
-        fine_tune(trained, Labelled(), teacher=dense, plan=plan, settings=FineTune(epochs=2, weight_decay=amount))
-        norms.append(float(chain_kernel(plan.cuts[0], trained.get_submodule("block.conv")).square().sum()))
-    assert norms[1] < 0.9 * norms[0]
-
-
 def test_accumulated_batches_are_one_large_one() -> None:
     """Without rounding: the same weights from two batches of 16 as from one of 32, the last pair incomplete."""
     dense, model, _ = cut_net()
@@ -509,13 +468,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"mix=0.5, but a batch of Tensor, Tensor cannot be mixed.*Leave mix out",
     ),
     "strings": ({"batches": ["a"]}, ValueError, "a batch holds str"),
-    "decay without plan": ({"settings": FineTune(weight_decay=0.1)}, ValueError, "Pass plan="),
     "score": ({"validate": lambda _: math.nan}, ValueError, "validate: found nan"),
-    "iterator and late statistics": (
-        {"batches": "one shot", "settings": FineTune(epochs=1, steps=3, norms="late")},
-        ValueError,
-        'norms="late" needs it',
-    ),
     "no length after all": ({"batches": DataLoader(Endless(), batch_size=16)}, ValueError, r"FineTune\(steps=...\)"),
     "workers that go on drawing": (
         {"batches": DataLoader(Labelled().x, batch_size=16, num_workers=1, persistent_workers=True), "checkpoint": "run.pt"},
@@ -524,12 +477,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "a Compressed": ({"teacher": Compressed(nn.ReLU(), None, None)}, TypeError, r"teacher is Compressed.*\.model"),  # type: ignore[arg-type]
     "settings": ({"settings": {"epochs": 1}}, TypeError, "settings are dict"),
-    "features without a teacher": ({"settings": FineTune(features=1.0), "teacher": None}, ValueError, "there is no teacher"),
-    "features without a block": (
-        {"settings": FineTune(features=1.0), "teacher": nn.Sequential(nn.Conv2d(3, 4, 1))},
-        ValueError,
-        "no block around a cut layer",
-    ),
     "another teacher": (
         {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(192, 7))},
         ValueError,

@@ -47,7 +47,7 @@ class Steps:
     relu: bool = True
     metric: bool = True
     bias: bool = True
-    norms: Literal["better", "never", "always"] = "better"
+    norms: Literal["better", "never"] = "better"
     iterations: int | None = None
     ridges: Sequence[float] = field(default=RIDGES)
 

@@ -49,7 +49,7 @@ CASES: list[tuple[int, str, dict[str, Any]]] = [
 ]
 ABLATION: dict[str, Steps | None] = {
     "data-free": None,
-    "data-free, BatchNorm re-estimated": None,
+    "data-free, BatchNorm re-estimated if better": None,
     "last factor refitted": Steps(False, False, False, False, False, "never", 0, (0.1,)),
     "+ sweeps": Steps(False, False, False, False, False, "never", None, (0.1,)),
     "+ sequential": Steps(True, False, False, False, False, "never", None, (0.1,)),
@@ -59,7 +59,6 @@ ABLATION: dict[str, Steps | None] = {
     "+ ReLU": Steps(True, True, True, False, True, "never"),
     "+ output metric": Steps(True, True, True, True, True, "never"),
     "BatchNorm re-estimated if better (default)": Steps(),
-    "BatchNorm re-estimated always": Steps(norms="always"),
 }
 
 
@@ -157,7 +156,7 @@ def run_ablation(options: argparse.Namespace, add: Callable[..., None]) -> None:
                     if steps is None:
                         cut = apply_plan(model, plan)
                         if "BatchNorm" in step:
-                            reestimate_batchnorm(model, cut, images, always=True)
+                            reestimate_batchnorm(model, cut, images)
                     else:
                         cut = cut_calibrated(model, plan, images, {}, False, steps)[0]
                     given = outputs(cut, x)
