@@ -127,7 +127,7 @@ class TrainingLoop:
         # Draws inside a step (dropout) must not change those of the batches, which a resumed epoch repeats without its steps.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(derived_seed(self.settings.seed, "mix", self.step))
-            mixed = [self._mix(batch_items(batch)) for batch in group]
+            mixed = [self._mix(batch) for batch in group]
             torch.manual_seed(derived_seed(self.settings.seed, "step", self.step, self.process))
             for index, (batch, k) in enumerate(mixed):
                 items, weight = distributed.local_part(batch)
@@ -138,15 +138,16 @@ class TrainingLoop:
                     sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value * (weight / self.world_size / len(group))
         return dict(zip(sums, distributed.all_reduce_sum(torch.stack(list(sums.values()))).tolist(), strict=True))
 
-    def _mix(self, items: tuple[Any, ...]) -> tuple[tuple[Any, ...], float]:
-        """`mix_images`; a batch that cannot be mixed is an error only where `mix` was set."""
+    def _mix(self, batch: Any) -> tuple[tuple[Any, ...], float]:
+        """Check a batch and apply `mix_images`. A batch that cannot be mixed is an error only where `mix` was set."""
+        batch_inputs(batch, self.inputs, "fine_tune: a batch")
+        items = batch_items(batch)
+        if len(items) == self.inputs and self.loss.teacher is None:
+            raise ValueError("fine_tune: a batch holds no labels, and there is no teacher. Pass the dense network as teacher=, or labels.")
         return mix_images(items, self.inputs, self.mix) if self.settings.mix or can_mix(items, self.inputs) else (items, 1.0)
 
     def _loss(self, items: tuple[Any, ...], k: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch that was mixed with weight k, and its parts."""
-        batch_inputs(items, self.inputs, "fine_tune: a batch")
-        if len(items) == self.inputs and self.loss.teacher is None:
-            raise ValueError("fine_tune: a batch holds no labels, and there is no teacher. Pass the dense network as teacher=, or labels.")
         items = to_device(items, self.device)
         inputs, targets = items[: self.inputs], items[self.inputs :]
         if self.settings.channels_last:

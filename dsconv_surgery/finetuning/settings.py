@@ -29,7 +29,8 @@ class FineTune:
         temperature: divides the logits of both networks before they are compared.
         mix: share of the batches whose images are mixed with each other (mixup or CutMix). None means 1 with a teacher and 0 without,
             and leaves batches alone that cannot be mixed.
-        batchnorm: "frozen" keeps the running statistics of BatchNorms; "trained" normalises by each batch and updates them.
+        batchnorm: "frozen" keeps the running statistics of BatchNorms; "trained" normalises by each batch and updates
+            them, which several processes can do on CUDA only.
         precision: of the forward and backward pass (autocast).
         channels_last: train in torch.channels_last.
         accumulate: batches for each optimizer step.
