@@ -1,9 +1,9 @@
-"""Calibrate and fine-tune in several processes: each works on its share of every batch.
+"""Calibrate and fine-tune in several processes, each of which takes its part of every batch.
 
 torchrun --nproc-per-node 2 examples/finetune_distributed.py
 
-On one machine or more, with CUDA where there is some (one device for each process); run as plain Python it is one process, with the
-same batches and, to rounding, the same losses. All it needs is in examples/assets.
+It runs on one or several machines, with one CUDA device for each process if there are any. Started with python, it runs in one process
+with the same batches and, to rounding, the same losses. The network and the images are in examples/assets.
 """
 
 import argparse
@@ -18,18 +18,18 @@ from dsconv_surgery import Budget, FineTune, compress, fine_tune
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=5000, help="to train on")
+    parser.add_argument("--images", type=int, default=5000, help="number of training images")
     parser.add_argument("--epochs", type=int, default=2)
     options = parser.parse_args()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if dist.is_torchelastic_launched():  # a process group makes calibration sum its moments over all processes
+    if dist.is_torchelastic_launched():  # calibration uses all processes of an initialised group
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     model = demo_resnet20().to(device)
-    images, labels = demo_images("train")  # the same in every process: shares are taken of batches
+    images, labels = demo_images("train")  # the same images in every process
     test, test_labels = (t.to(device) for t in demo_images("test"))
     small = compress(
         model,

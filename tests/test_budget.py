@@ -648,12 +648,13 @@ images = 24
         ("seed = 'x'", "seed"),
         ("= 3", "not TOML"),
         ("[fine_tune]\nepoch = 3", r"unknown key 'epoch'.*Did you mean 'epochs'"),
-        ("[fine_tune]\nlr = -1.0", "lr=-1.0, expected a positive"),
+        ("[fine_tune]\nlr = -1.0", "at fine_tune.lr: Input should be greater than 0, found -1.0"),
+        ('[fine_tune]\nnorms = "trained"', "norms='trained': the setting is now called batchnorm"),
         ("stages = 2", "stages=2 needs fine_tune and a budget"),
         ("stages = 0", "stages=0: expected a whole number of cuts"),
         ("max_drop = inf", "max_drop=inf: expected a number, zero or more"),
         ("max_drop = -1.0", "max_drop=-1.0"),
-        ("[fine_tune]\nlr = inf", "lr=inf, expected a positive"),
+        ("[fine_tune]\nlr = inf", "at fine_tune.lr: Input should be a finite number, found Infinity"),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(text: str, message: str) -> None:

@@ -1,9 +1,9 @@
-"""A fine-tuning run as plain data: its settings, and what it did."""
+"""The result of a fine-tuning run as plain data."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -13,55 +13,47 @@ from dsconv_surgery.support.formatting import text_table
 from dsconv_surgery.support.plotting import Panel, save_panels
 from dsconv_surgery.support.records import JsonRecord
 
-COLUMNS = ("epoch", "steps", "loss", "labels", "teacher", "features", "score", "seconds")
-
 
 @dataclass(frozen=True)
 class Epoch:
-    """Means over an epoch's images: the loss that was minimised, and its parts before they are weighted."""
+    """An epoch, with means over its steps of the loss and of the loss's unweighted parts."""
 
     epoch: int
-    steps: int  # done since the beginning
+    steps: int  # since the start of the run
     loss: float
-    labels: float | None  # the task's loss
-    teacher: float | None  # divergence from the dense network's outputs
-    features: float | None  # squared relative error of the blocks' outputs
-    score: float | None  # what `validate` gave
-    seconds: float  # since the beginning, interruptions left out
+    labels: float | None  # loss of the labels
+    teacher: float | None  # divergence from the teacher's outputs
+    score: float | None  # from `validate`
+    seconds: float  # since the start of the run, without interruptions
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
 class History(JsonRecord):
-    """A run's epochs, its settings, and the versions of what it ran on; the epoch of the best score, where there were scores."""
+    """The epochs of a run, its settings and library versions, and, not in JSON, its "last" and "best" weights as state_dicts."""
 
     epochs: tuple[Epoch, ...]
     settings: dict[str, Any]
     versions: dict[str, str]
-    weights: Annotated[dict[str, Any], Field(exclude=True)] = field(default_factory=dict, compare=False, repr=False)  # "last", "best"
+    weights: Annotated[dict[str, Any], Field(exclude=True)] = field(default_factory=dict, compare=False, repr=False)
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     @property
     def best(self) -> Epoch | None:
-        scored = [epoch for epoch in self.epochs if epoch.score is not None]
-        return max(scored, key=lambda epoch: epoch.score or 0.0) if scored else None
+        """The first epoch with the highest score; None without scores."""
+        return max((e for e in self.epochs if e.score is not None), key=lambda e: e.score or 0.0, default=None)
 
     def __str__(self) -> str:
-        rows = [
-            (
-                str(e.epoch),
-                f"{e.steps:,}",
-                *("-" if value is None else f"{value:.4f}" for value in (e.loss, e.labels, e.teacher, e.features, e.score)),
-                f"{e.seconds:.0f}",
-            )
-            for e in self.epochs
-        ]
-        return text_table("fine-tuning", COLUMNS, rows)
+        rows = []
+        for e in self.epochs:
+            number, steps, *values, seconds = astuple(e)
+            rows.append((str(number), f"{steps:,}", *("-" if value is None else f"{value:.4f}" for value in values), f"{seconds:.0f}"))
+        return text_table("fine-tuning", [column.name for column in fields(Epoch)], rows)
 
     def plot(self, path: str | Path) -> None:
-        """Loss and, where there is one, score by epoch (needs matplotlib)."""
+        """Plot the loss and, if there are scores, the score by epoch to an image file (needs matplotlib)."""
         epochs = [e.epoch for e in self.epochs]
         panels = [Panel("epoch", "loss", epochs, [e.loss for e in self.epochs])]
         if self.best:

@@ -34,8 +34,8 @@ from cifar import accuracy, cifar10, load_resnet, to_input
 
 from dsconv_surgery import Budget, Calibration, Plan, apply_plan, compress, make_plan, surgery
 from dsconv_surgery.calibration import reconstruct
-from dsconv_surgery.calibration.batchnorm import collecting_statistics
-from dsconv_surgery.calibration.images import Images, held_out
+from dsconv_surgery.calibration.batchnorm import _estimate_statistics
+from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.calibration.moments import Moments, positions_of
 from dsconv_surgery.calibration.reconstruct import _LayerFit
 from dsconv_surgery.network.geometry import ConvSpec, chain_cost
@@ -76,16 +76,8 @@ def ablated_cut(model: nn.Module, plan: Plan, images: Images, step: str) -> nn.M
                 patches.enter_context(WITHOUT[part])
             cut = surgery.cut_calibrated(model, plan, images, {}, False)[0]
     if always:
-        estimate_batchnorm(cut, images)
+        _estimate_statistics(cut, [module for module in cut.modules() if isinstance(module, nn.BatchNorm2d)], images)
     return cut
-
-
-@torch.no_grad()
-def estimate_batchnorm(model: nn.Module, images: Images) -> None:
-    """Estimate the BatchNorm statistics from the fit images, whether or not that lowers the error."""
-    with collecting_statistics(model):
-        for first_image, (x,) in images:
-            model(x[~held_out(first_image, len(x))])
 
 
 def network(data: Path, depth: int) -> nn.Module:

@@ -1,10 +1,10 @@
-"""One cut and one fine-tuning, against other ways of spending about as many steps.
+"""One cut and one fine-tuning, compared with other ways to spend about the same number of steps.
 
 python tests/benchmarks/stages.py --data ../shared/data
 
-ResNet-20 at a quarter of its parameters, calibrated on 1,024 images, trained on 45,000 training images and judged on the other 5,000
-(see finetune.py). Ways: cut once; cut, tune, cut again, tune (`stages = 2` in a recipe); after the cut bring block after block nearer
-to what the dense network has there, given what the cut network feeds it, then tune. Results in recipes/finetune_stages.json.
+ResNet-20 with a quarter of its parameters, calibrated on 1,024 images, trained on 45,000 training images and scored on the other 5,000
+(see finetune.py). The ways: cut once; cut, fine-tune, cut again, fine-tune (`stages = 2` in a recipe); cut, train block after block
+towards the outputs of the dense network's blocks, then fine-tune. Results are in recipes/finetune_stages.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from calibrated import draw, recorder
 from cifar import Batches, cifar10
-from finetune import CASES, RECIPES, base_of, cut, judged, training
+from finetune import CASES, RECIPES, base_settings, cut, scores, training
 from torch import Tensor, nn
 
 from dsconv_surgery import FineTune, fine_tune
@@ -39,21 +39,21 @@ def up_to(model: Any, number: int, x: Tensor) -> Tensor:
 
 
 def block_by_block(dense: nn.Module, model: nn.Module, batches: Batches, steps: int, lr: float) -> None:
-    """Lower `|f - g|^2 / |f|^2` of each block's output f in the dense and g in the cut network, by that block's weights alone."""
+    """Minimise `|f - g|^2 / |f|^2` for a block's output f in the dense and g in the cut network, over the weights of that block only."""
     model.eval().requires_grad_(False)
     for number, block in enumerate(blocks(model)):
         block.requires_grad_()
-        optimizer = OPTIMIZERS["soap"]([{"params": list(block.parameters()), "lr": lr}])
-        given = iter(batches)
+        optimizer = OPTIMIZERS["soap"](list(block.parameters()), lr)
+        training_batches = iter(batches)
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(step, steps, 0.05)
-            (x, *_), _ = mix_images(next(given), 1, 1.0)
+            (x, *_), _ = mix_images(next(training_batches), 1, 1.0)
             x = x.contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
                 with torch.no_grad():
-                    wanted = up_to(dense, number, x).float()
-                found = up_to(model, number, x).float()
-            loss = (wanted - found).square().sum() / wanted.square().sum()
+                    target = up_to(dense, number, x).float()
+                output = up_to(model, number, x).float()
+            loss = (target - output).square().sum() / target.square().sum()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(block.parameters(), 1.0)
@@ -66,19 +66,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10/ and weights/")
     parser.add_argument(
-        "--work", type=Path, default=Path.home() / ".cache" / "dsconv-surgery-benchmarks", help="where cut networks are kept"
+        "--work", type=Path, default=Path.home() / ".cache" / "dsconv-surgery-benchmarks", help="folder of the cached cut networks"
     )
-    parser.add_argument("--epochs", type=int, default=2, help="of the first ways, an even number")
-    parser.add_argument("--only", nargs="*", help="ways that contain one of these words")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of the first two ways, an even number")
+    parser.add_argument("--only", nargs="*", help="only ways that contain one of these words")
     parser.add_argument("--settings", type=json.loads, default={}, help='other FineTune settings, as {"lr": 0.002}')
-    parser.add_argument("--batch", type=int, default=128, help="images to a step")
-    parser.add_argument("--steps", type=int, default=150, help="of each block, at most an epoch")
+    parser.add_argument("--batch", type=int, default=128, help="images per step")
+    parser.add_argument("--steps", type=int, default=150, help="steps for each block, at most an epoch")
     parser.add_argument("--json", type=Path, default=RECIPES / "finetune_stages.json")
     options = parser.parse_args()
     if options.epochs < 2 or options.epochs % 2 or "epochs" in options.settings:
         parser.error("--epochs: expected an even number, 2 or more, and none in --settings")
     options.work.mkdir(parents=True, exist_ok=True)
-    x, y, held, labels = training(options, held_out=True)
+    x, y, validation, labels = training(options, held_out=True)
     dense, start, _ = cut(options, CASE, 0, held_out=True)
     settings = FineTune(**{"precision": "bfloat16", "channels_last": True, **options.settings})
     half = options.epochs // 2
@@ -110,10 +110,10 @@ def main() -> None:
             continue
 
         def row(run: Any = run) -> dict[str, Any]:
-            torch.manual_seed(0)  # of what block after block draws; fine_tune has its own seed
-            return judged(dense, run().eval().to(memory_format=torch.contiguous_format), held, labels)
+            torch.manual_seed(0)  # for the training of blocks; fine_tune has its own seed
+            return scores(dense, run().eval().to(memory_format=torch.contiguous_format), validation, labels)
 
-        add({"way": way, **base_of(options)}, row)
+        add({"way": way, **base_settings(options)}, row)
 
 
 if __name__ == "__main__":
