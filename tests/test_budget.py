@@ -216,18 +216,16 @@ def test_limits_tightened_out_of_reach_leave_the_best_plan_so_far(error: Excepti
 
 
 def test_a_knapsack_that_only_just_has_an_answer() -> None:
-    """Two measures, options drawn, and room for the cheapest choice and hardly more: prices alone find nothing in one of 20."""
-    missed = 0
-    for seed in range(200):
+    """Two measures, random options and room for hardly more than one known choice: a choice is found, and it fits."""
+    for seed in range(60):
         rng = np.random.default_rng(seed)
         layers, options = int(rng.integers(10, 40)), int(rng.integers(5, 30))
         costs = [rng.integers(1, 1000, size=(options, 2)).astype(float) for _ in range(layers)]
         damages = [rng.exponential(size=options) for _ in range(layers)]
         room = np.sum([cost[cost.max(1).argmin()] for cost in costs], axis=0) * rng.uniform(1, 1.02)
-        found = choose(damages, costs, room)
-        missed += found is None
-        assert found is None or bool((np.sum([cost[k] for cost, k in zip(costs, found, strict=True)], axis=0) <= room + 1e-6).all())
-    assert missed <= 1
+        choice = choose(damages, costs, room)
+        assert choice is not None
+        assert bool((np.sum([cost[k] for cost, k in zip(costs, choice, strict=True)], axis=0) <= room + 1e-6).all())
 
 
 def test_interpolated_errors_are_near_the_true_ones(net: Net, x: Tensor, batches: list[Tensor]) -> None:
