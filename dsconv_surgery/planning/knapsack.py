@@ -52,8 +52,8 @@ def _solve(d: Numbers, c: Numbers, layer: NDArray[np.intp], limit: Numbers) -> A
     The linear relaxation bounds the damage of all choices with a row from below (Kellerer, Pferschy & Pisinger 2004, ch. 11). The
     program starts with the rows of the lowest bounds. Rows whose bounds are below its result are added before it is solved again.
     """
-    from scipy.optimize import LinearConstraint, linprog, milp
-    from scipy.sparse import csr_array
+    from scipy.optimize import LinearConstraint, linprog, milp  # type: ignore[import-untyped]
+    from scipy.sparse import csr_array  # type: ignore[import-untyped]
 
     first = np.unique(layer, return_index=True)[1]
     if bool((c[first].sum(0) <= limit).all()):
@@ -68,7 +68,8 @@ def _solve(d: Numbers, c: Numbers, layer: NDArray[np.intp], limit: Numbers) -> A
     gap, room = max(min(np.sort(excess)[: FIRST_OPTIONS * len(first)][-1], bound), 1e-12 * scale), limit
     while True:
         near = np.flatnonzero(excess <= gap)
-        # At least one row of each layer: with "exactly one", HiGHS 1.12 sometimes prints a line. Costs in thousandths: its tolerance is 1e-6.
+        # At least one row of each layer: with "exactly one", HiGHS 1.12 sometimes prints debug output.
+        # Costs are scaled by 1000, so that its tolerance of 1e-6 becomes a relative one of 1e-9.
         limits = LinearConstraint(members[:, near], 1, np.inf), LinearConstraint(1e3 * c[near].T, -np.inf, 1e3 * room)
         result = milp(1e3 / gap * d[near], integrality=1, bounds=(0, 1), constraints=limits, options={"mip_rel_gap": RELATIVE_GAP})
         if not _is_feasible(result):

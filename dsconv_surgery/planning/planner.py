@@ -17,11 +17,11 @@ from dsconv_surgery.calibration.images import Calibration, Images, input_shapes
 from dsconv_surgery.network.discovery import ConvSite, Skip, Survey, survey_model
 from dsconv_surgery.network.geometry import Rank
 from dsconv_surgery.plan import Cut, Plan
-from dsconv_surgery.planning import rules
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.layer_latency import LayerTimer
 from dsconv_surgery.planning.option_errors import OptionErrors
 from dsconv_surgery.planning.options import layer_options
+from dsconv_surgery.planning.rules import RULES
 from dsconv_surgery.planning.settings import PlanSettings
 from dsconv_surgery.planning.tables import Choice, Rule, Table, allowed_costs, smallest_total
 from dsconv_surgery.schemes import Factors
@@ -134,7 +134,7 @@ class Planner:
         """A plan for a budget, with the factors that came across for what it chose; `later`: leave errors open that nothing depended on."""
         with tqdm(total=len(self._tables), desc="judge options", unit="layer", disable=not self.progress) as bar:
             for working in self._workings.values():
-                working.begun = bar.update  # rules measure what they need, layer by layer
+                working.on_start = bar.update  # rules measure what they need, layer by layer
             if budget is None:
                 return self._written(budget, self._chosen({}), later)
             allowed = allowed_costs(self._tables, self.total, budget)
@@ -144,20 +144,13 @@ class Planner:
 
     def _chosen(self, allowed: Mapping[str, float]) -> Choice:
         rule, tables = self.settings.rule, self._tables
-        if rule == "energy":
-            return rules.energy(tables, self.settings.energy or 0.0)
-        if rule == "fixed":
-            return rules.fixed(tables, self.settings.rank or 0)
-        if rule == "evbmf":
-            return rules.evbmf(tables)
-        if rule == "budget":  # what was chosen may have been too good to be true: look at it closer, and choose again
+        if rule == "budget":  # measure the damage of the chosen options, then choose again
             for _ in range(LOOKS):
-                chosen = rules.least_damage(tables, allowed)
-                looks = [self._workings[name].look_closer(o.scheme, o.rank) for name, o in chosen.items() if o]
+                chosen = RULES[rule].choose(tables, allowed)
+                looks = [self._workings[name].refine_damage(o.scheme, o.rank) for name, o in chosen.items() if o]
                 if not any(looks):
                     break
-        named = {"budget": rules.least_damage, "equal_error": rules.equal_error, "uniform": rules.uniform}
-        chosen = (rule if callable(rule) else named[rule])(tables, allowed)
+        chosen = rule(tables, allowed) if callable(rule) else RULES[rule](tables, allowed, vars(self.settings))
         for name in chosen:
             if name not in tables:
                 raise ValueError(
@@ -211,8 +204,8 @@ class Planner:
             if option.error is None and not later:
                 option = replace(option, error=working.measure(option.scheme, option.rank))
             cuts.append(Cut(name, option.scheme, option.rank, site.spec, site.sizes, option.error, option.damage))
-            if (option.scheme, option.rank) in working.made:
-                made[name] = working.made[option.scheme, option.rank]
+            if (option.scheme, option.rank) in working.factors:
+                made[name] = working.factors[option.scheme, option.rank]
         order = {layer.name: at for at, layer in enumerate(self._seen.layers)}
         skips.sort(key=lambda skip: order[skip.name])
         shapes, rule = input_shapes(self.inputs), self.settings.rule_text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.network.geometry import Rank
-from dsconv_surgery.planning.rules import RULES, WITHOUT_BUDGET
+from dsconv_surgery.planning.rules import RULES
 from dsconv_surgery.planning.tables import Rule
 from dsconv_surgery.schemes import get_scheme, scheme_names
 
@@ -36,7 +36,7 @@ class PlanSettings:
             get_scheme(name)
         check_settings(rule, budget, energy, rank)
         self.rule, self.energy, self.rank = rule, energy, tuple(rank) if isinstance(rank, list) else rank
-        self.budget = None if rule in WITHOUT_BUDGET else budget or Budget(macs=0.5)
+        self.budget = None if not callable(rule) and RULES[rule].needs != "budget" else budget or Budget(macs=0.5)
         self.include, self.exclude = as_tuple(include), as_tuple(exclude)
         self.measures = tuple(self.budget.limits()) if self.budget else ("macs",)
         if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
@@ -70,5 +70,5 @@ def check_settings(rule: str | Rule, budget: Budget | None, energy: float | None
     sides = rank if isinstance(rank, tuple | list) and len(rank) == 2 else (rank,)
     if rank is not None and any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
         raise ValueError(f"rank={rank!r} is not a rank: expected 1 or more, or a pair of them for tucker, as in rank=(8, 8).")
-    if rule in WITHOUT_BUDGET and budget is not None:
+    if not callable(rule) and RULES[rule].needs != "budget" and budget is not None:
         raise ValueError(f"rule {rule!r} takes no budget. Use rule='budget', or leave out budget=.")
