@@ -368,7 +368,7 @@ def test_a_callable_rule_decides(x: Tensor) -> None:
 
     def second_cheapest(tables: Mapping[str, Table], allowed: Mapping[str, int]) -> Choice:
         seen.update(allowed)
-        choice: dict[str, Option | None] = {"mid": tables["mid"].option("channel", tables["mid"].offers["channel"][1]), "stem": None}
+        choice: dict[str, Option | None] = {"mid": tables["mid"].measure(tables["mid"].options["channel"][1]), "stem": None}
         return choice
 
     plan = make_plan(Net(), x, rule=second_cheapest, budget=Budget(macs=0.7, params=0.9), schemes="channel")

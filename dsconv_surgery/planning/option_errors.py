@@ -1,10 +1,10 @@
-"""What there is to know of one layer's options: how far off each would be, and what that would do to the network."""
+"""Errors of one layer's options, and their damage to the network: measured at a few ranks and interpolated in between."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,265 +13,270 @@ from torch import Tensor, nn
 
 from dsconv_surgery import schemes
 from dsconv_surgery.network.discovery import ConvSite
-from dsconv_surgery.network.geometry import Cost, Rank, chain_cost
-from dsconv_surgery.planning.damage import WIDTH, DamageEstimator, interpolate, smooth_curve
-from dsconv_surgery.planning.tables import Offer, Unfolding
+from dsconv_surgery.network.geometry import Rank, chain_cost
+from dsconv_surgery.planning.damage import BANDWIDTH, DamageEstimator, interpolate, smooth_curve
 from dsconv_surgery.schemes import Factors
 from dsconv_surgery.support.cache import Cache, digest
 
-ANCHORS = (0.05, 0.1, 0.18, 0.3, 0.5, 0.8)  # parts of a layer's MACs at which errors and times are measured; interpolated between
-ITERATIONS, WIDE_ITERATIONS, WIDE_SIDE = 20, 5, 1024  # of a fit there, and where a patch is longer than
-PROBES = tuple(np.geomspace(0.6, 0.01, 10))  # errors near which it is measured what they do to the network
-FAR = 2.0  # options whose error, roughly, is more than so many times that of cheaper ones are not looked into
-NEAR = 1.3  # options whose error is at most so many times that of one that costs no more
-TINY = 1e-9  # errors and damages below are not told apart
+SAMPLE_FRACTIONS = (0.05, 0.1, 0.18, 0.3, 0.5, 0.8)  # of a layer's MACs: errors and times are measured at ranks near them
+# Iterations of a fit at a sampled rank, and for layers with more weights per output channel than WIDE.
+ITERATIONS, WIDE_ITERATIONS, WIDE = 20, 5, 1024
+DAMAGE_ERRORS = tuple(np.geomspace(0.6, 0.01, 10))  # damage is measured for options with errors near these
+SKIP_RATIO = 2.0  # options with this many times the initial error of cheaper ones are not fitted further
+DAMAGE_SKIP_RATIO = 1.3  # the same for measurements of damage
+TINY = 1e-9  # smaller errors and damages count as equal
+Sample = tuple[str, Rank]  # a scheme at a sampled rank
+Unfolding = tuple[list[float], tuple[int, int]]  # a matrix's singular values, and its shape
 
 
 class OptionErrors:
-    """Measures a layer's options, each once, and keeps the factors that it had to find on the way."""
+    """Measures a layer's options, each once.
 
-    def __init__(self, site: ConvSite, layer: nn.Module, names: Sequence[str], study: DamageEstimator) -> None:
-        self.site, self.layer, self.names, self.study = site, layer, names, study
-        self.spec, self.weight = site.spec, layer.get_parameter("weight")
-        # A registered scheme may be another one by the same name next time.
-        ours = all(type(schemes.get_scheme(name)).__module__.startswith("dsconv_surgery.") for name in names)
-        self._cache = study.cache if ours else Cache(False)
-        self.made: dict[tuple[str, Rank], Factors] = {}
-        self.begun: Callable[[], object] = lambda: None  # called when a layer's first option is measured
-        self._errors: dict[tuple[str, Rank], float] = {}
-        self._explained: dict[str, Tensor | None] = {}
-        self._anchors: dict[str, list[Rank]] = {}
-        self._idle = True
-        self._known: list[tuple[float, float]] = []  # errors, and what they do to the network
-        self.offers: Mapping[str, Sequence[Offer]] = {}  # as in the layer's table
-        self._judged: dict[tuple[str, Rank], float] = {}  # errors at anchors
-        self._tried: dict[tuple[str, Rank], Factors] = {}  # factors at anchors, until it is known what they do to the network
+    Attributes:
+        factors: of the options whose exact errors were measured.
+        on_start: called when the layer's first option is measured.
+        latencies: for each timed scheme, pairs of MACs and milliseconds, by rising MACs.
+    """
+
+    def __init__(self, site: ConvSite, layer: nn.Module, names: Sequence[str], estimator: DamageEstimator) -> None:
+        self.factors: dict[Sample, Factors] = {}
+        self.on_start: Callable[[], object] = lambda: None
+        self.latencies: dict[str, list[tuple[float, float]]] = {}
+        self._site, self._layer, self._names, self._estimator = site, layer, names, estimator
+        self._spec, self._weight, self._calibrated = site.spec, layer.get_parameter("weight"), estimator.images is not None
+        # Results of registered schemes are not cached: another scheme may have the same name in the next run.
+        built_in = all(type(schemes.get_scheme(name)).__module__.startswith("dsconv_surgery.") for name in names)
+        self._cache = estimator.cache if built_in else Cache(False)
         self._key: list[Any] = [site.name, str(site.spec), [list(size) for size in site.sizes]]
-
-    def bounds(self, name: str, ranks: Sequence[Rank]) -> list[float] | None:
-        """Errors of the weights from the scheme's spectrum, upper bounds where that is not exact.
-
-        With calibration, they still tell pairs of ranks apart; where there is one rank, nothing is said about it.
-        """
-        if self.study.images is not None and isinstance(ranks[0], int):
-            return None
-        self._refuse_meta()
-        if name not in self._explained:
-            spectrum = schemes.spectrum(schemes.get_scheme(name), self.spec, self.weight)
-            if spectrum is not None:
-                # What is left out, summed from the small end: small errors keep their digits.
-                total = spectrum.sum()
-                if spectrum.ndim == 1:
-                    spectrum = torch.cat([spectrum.flip(0).cumsum(0).flip(0)[1:], spectrum.new_zeros(1)])
-                else:
-                    spectrum = total - spectrum.cumsum(0).cumsum(1)
-                spectrum = (spectrum / total).clamp(min=0) if total > 0 else torch.zeros_like(spectrum)
-            self._explained[name] = spectrum
-        left = self._explained[name]
-        if left is None:
-            return None
-        return [float(left[rank - 1] if isinstance(rank, int) else left[rank[0] - 1, rank[1] - 1]) for rank in ranks]
+        self._started = False
+        self._errors: dict[Sample, float] = {}
+        self._bounds: dict[str, Tensor | None] = {}
+        self._sampled_ranks: dict[str, list[Rank]] = {}
+        self._sample_factors: dict[Sample, Factors] = {}  # until the damage is measured
+        self._damage_points: list[tuple[float, float]] = []  # pairs of error and damage
 
     def measure(self, name: str, rank: Rank) -> float:
+        """The exact error: of the weights, or of outputs on calibration images."""
         if (name, rank) not in self._errors:
-            self._begin()
-            if self.study.images is None:
-                scheme = schemes.get_scheme(name)
-                factors = next(schemes.factorize(scheme, self.spec, self.weight, [rank]))
-                self._errors[name, rank] = schemes.relative_error(self.weight, schemes.kernel_of(scheme, self.spec, factors))
-            else:
+            self._start()
+            if self._calibrated:
                 self._errors[name, rank], factors = self._fit(name, rank, None, None)
-            self.made[name, rank] = {link: factor.to(self.weight.dtype) for link, factor in factors.items()}
+            else:
+                scheme = schemes.get_scheme(name)
+                factors = next(schemes.factorize(scheme, self._spec, self._weight, [rank]))
+                self._errors[name, rank] = schemes.relative_error(self._weight, schemes.kernel_of(scheme, self._spec, factors))
+            self.factors[name, rank] = {link: factor.to(self._weight.dtype) for link, factor in factors.items()}
         return self._errors[name, rank]
 
-    def estimate(self, name: str, ranks: Sequence[Rank]) -> list[float]:
-        """Errors at many ranks: exact where a spectrum tells them, else measured at `anchors` and interpolated, log against log."""
-        known = self.bounds(name, ranks)
-        if known is not None and self.study.images is None:
-            return known
-        anchors = self.anchors(name)
-        found = self._errors_at(name, anchors)
-        at_anchors = self.bounds(name, anchors)  # of pairs, which do not all compare, the weights' errors tell the order
-        x = [float(rank) if isinstance(rank, int) else 0.0 for rank in anchors] if at_anchors is None else [-e for e in at_anchors]
-        asked = [float(rank) if isinstance(rank, int) else 0.0 for rank in ranks] if known is None else [-e for e in known]
-        scale = np.log if at_anchors is None else _log_of_error
-        order = np.argsort(x)
-        errors = np.minimum.accumulate(np.log(np.maximum(np.array(found)[order], TINY)))
-        return np.exp(interpolate(scale(np.array(x)[order]), errors, scale(np.array(asked)))).clip(0.0, 1.0).tolist()
+    def bounds(self, name: str, ranks: Sequence[Rank]) -> list[float] | None:
+        """Errors of the weights from the scheme's spectrum, upper bounds where it is not exact; None where the scheme has none.
 
-    def anchors(self, name: str) -> list[Rank]:
-        """The ranks at which a scheme's errors are measured: its cheapest, and those nearest below parts of the layer's MACs."""
-        if name in self._anchors:
-            return self._anchors[name]
-        scheme = schemes.get_scheme(name)
-        block = replace(self.spec.one_group(), bias=False)
-        offers: list[tuple[Rank, float]] = []
-        for rank in scheme.ranks(block):
-            part = chain_cost(schemes.chain_of(scheme, self.spec, rank), self.site.sizes).macs / max(self.site.cost.macs, 1)
-            if part < 1 or not offers:
-                offers.append((rank, part))
-            elif isinstance(rank, int):
-                break
-        bounds = None if isinstance(offers[0][0], int) else self.bounds(name, [rank for rank, _ in offers])
-        chosen: dict[Rank, None] = {offers[0][0]: None}
-        for fraction in ANCHORS:
-            within = [at for at, (_, part) in enumerate(offers) if part <= fraction]
-            if within:  # of pairs the one that the weights like best
-                chosen[offers[within[-1] if bounds is None else min(within, key=bounds.__getitem__)][0]] = None
-        self._anchors[name] = sorted(chosen)
-        return self._anchors[name]
+        With calibration they only order pairs of ranks, so the result is None for single ranks.
+        """
+        if self._calibrated and isinstance(ranks[0], int):
+            return None
+        self._require_weights()
+        if name not in self._bounds:
+            spectrum = schemes.spectrum(schemes.get_scheme(name), self._spec, self._weight)
+            self._bounds[name] = None if spectrum is None else _truncation_errors(spectrum)
+        errors = self._bounds[name]
+        if errors is None:
+            return None
+        return [float(errors[rank - 1] if isinstance(rank, int) else errors[rank[0] - 1, rank[1] - 1]) for rank in ranks]
+
+    def estimate(self, name: str, ranks: Sequence[Rank]) -> list[float]:
+        """Errors at many ranks: exact where a spectrum gives them, else interpolated between sampled ranks, log against log."""
+        bounds = self.bounds(name, ranks)
+        if bounds is not None and not self._calibrated:
+            return bounds
+        samples = self.sample_ranks(name)
+        sample_errors = self._sample_errors(name, samples)
+        sample_bounds = self.bounds(name, samples)  # pairs of ranks are ordered by the weights' errors
+        scale = np.log if sample_bounds is None else _log_of_error
+        x, targets = (
+            np.array([float(rank) if isinstance(rank, int) else 0.0 for rank in group] if errors is None else [-e for e in errors])
+            for group, errors in ((samples, sample_bounds), (ranks, bounds))
+        )
+        order = np.argsort(x)
+        log_errors = np.minimum.accumulate(np.log(np.maximum(np.array(sample_errors)[order], TINY)))
+        return np.exp(interpolate(scale(x[order]), log_errors, scale(targets))).clip(0.0, 1.0).tolist()
 
     def damage(self, errors: Sequence[float]) -> list[float]:
-        """What errors do to the network's outputs, log against log between errors at which that was measured."""
-        if self.study.images is None:
+        """How far errors move the network's outputs, log against log between errors at which that was measured."""
+        points = self._measured_damage() if self._calibrated else []
+        if len(points) < 2:
             return list(errors)
-        found = self._probes()
-        if len(found) < 2:
-            return list(errors)
-        at = np.log(np.maximum(np.array(errors), TINY))
-        x, y = np.log(np.maximum(np.array(found), TINY)).T
-        harm = np.exp(smooth_curve(x, y, at))
-        return [float(h) if error > TINY else 0.0 for h, error in zip(harm, errors, strict=True)]
+        x, y = np.log(np.maximum(np.array(points), TINY)).T
+        damages = np.exp(smooth_curve(x, y, np.log(np.maximum(np.array(errors), TINY))))
+        return [float(damage) if error > TINY else 0.0 for damage, error in zip(damages, errors, strict=True)]
 
-    def unfoldings(self, name: str) -> list[Unfolding]:
-        """For tucker: of the kernel by input channel and by output channel; of groups, the one whose values are largest."""
-        if name != "tucker":
-            raise ValueError(f"{self.site.name}: unfoldings are known for tucker, not for {name!r}.")
-        self._refuse_meta()
-        tensor = schemes.kernel_tensor(self.spec, self.weight).flatten(3)
-        found: list[Unfolding] = []
-        for matrix in (tensor.transpose(1, 2).flatten(2), tensor.flatten(2)):
-            values = torch.linalg.svdvals(matrix)
-            found.append((values[int(values.sum(1).argmax())].tolist(), (matrix.shape[1], matrix.shape[2])))
-        return found
-
-    def _errors_at(self, name: str, anchors: list[Rank]) -> list[float]:
-        if self.study.images is None:
-            return list(self._cache.get("errors", [digest(self.weight), *self._key, name, _plain(anchors)], lambda: self._rough(name)))
-        if not self._judged:
-            self._judge()
-        return [self._judged[name, rank] for rank in anchors]
-
-    def _judge(self) -> None:
-        """Errors on data at the anchors of every scheme: all links fitted where that may pay, elsewhere the last one only.
-
-        An option is far off if, so far, others leave less than half of its error and cost no more, by each measure: fitting all
-        links lowers errors by some tens of percent.
-        """
-        rough: dict[tuple[str, Rank], tuple[float, list[float]]] = {}
-        for name in self.names:
-            if schemes.refusal(schemes.get_scheme(name), self.spec) is None:
-                anchors = self.anchors(name)
-                key = [self.study.digest, *self._key, name, _plain(anchors)]
-                for rank, error in zip(anchors, self._cache.get("rough", key, partial(self._rough, name)), strict=True):
-                    rough[name, rank] = error, self._costs(name, rank)
-
-        def far(error: float, costs: list[float]) -> bool:
-            better = [its for other, its in rough.values() if other * FAR < error]
-            return all(any(its[m] <= cost for its in better) for m, cost in enumerate(costs))
-
-        wide = self.weight[0].numel() > WIDE_SIDE
-        for (name, rank), (error, costs) in rough.items():
-
-            def fitted(name: str = name, rank: Rank = rank) -> float:
-                self._begin()
-                error, factors = self._fit(name, rank, self._tried.get((name, rank)), WIDE_ITERATIONS if wide else ITERATIONS)
-                self._tried[name, rank] = {link: factor.float() for link, factor in factors.items()}
-                return error
-
-            key = [self.study.digest, *self._key, name, _plain([rank])]
-            self._judged[name, rank] = error if far(error, costs) else self._cache.get("fitted", key, fitted)
-
-    def _costs(self, name: str, rank: Rank) -> list[float]:
-        """MACs, parameters and, where options were timed, milliseconds between those of the nearest offers."""
-        cost = chain_cost(schemes.chain_of(schemes.get_scheme(name), self.spec, rank), self.site.sizes)
-        found = [float(cost.macs), float(cost.params)]
-        timed = [(float(its.macs), its.latency) for _, its in self.offers.get(name, ())]
-        if any(its.latency for offers in self.offers.values() for _, its in offers):
-            found.append(float(np.interp(cost.macs, *np.array(timed).T)) if timed else np.inf)
-        return found
-
-    def _rough(self, name: str) -> list[float]:
-        """At each anchor, the error of the factors of the weights alone, with data of those with the last link fitted."""
-        self._begin()
-        scheme, anchors = schemes.get_scheme(name), self.anchors(name)
-        errors: list[float] = []
-        for rank, start in zip(anchors, schemes.factorize(scheme, self.spec, self.weight, anchors, rough=True), strict=True):
-            if self.study.images is None:
-                errors.append(schemes.relative_error(self.weight, schemes.kernel_of(scheme, self.spec, start)))
-                continue
-            error, factors = self._fit(name, rank, start, 0)
-            errors.append(error)
-            self._tried[name, rank] = {link: factor.float() for link, factor in factors.items()}
-        return errors
-
-    def _fit(self, name: str, rank: Rank, start: Factors | None, iterations: int | None) -> tuple[float, Factors]:
-        scheme, (objective, ridged) = schemes.get_scheme(name), self.study.objectives(self.site.name)
-        factors = schemes.fit(scheme, self.spec, self.weight, rank, ridged, start=start, iterations=iterations)
-        return objective.value(scheme.kernel(replace(self.spec.one_group(), bias=False), factors)), factors
-
-    def look_closer(self, name: str, rank: Rank) -> bool:
-        """Measure what an option does to the network, unless that is known of one with nearly its error; whether it was not."""
-        if self.study.images is None:
+    def refine_damage(self, name: str, rank: Rank) -> bool:
+        """Measure an option's damage unless it was measured at nearly the same error; whether it was measured now."""
+        if not self._calibrated:
             return False
         (error,) = self.estimate(name, [rank])
-        if any(abs(np.log(max(error, TINY) / max(known, TINY))) < WIDTH / 4 for known, _ in self._probes()):
+        if any(abs(np.log(max(error, TINY) / max(other, TINY))) < BANDWIDTH / 4 for other, _ in self._measured_damage()):
             return False
-        key = [self.study.digest, *self._key, name, *_plain([rank])]
-        self._known.append(tuple(self._cache.get("effect", key, lambda: [error, self._effect(name, rank)])))
+        key = [self._estimator.digest, *self._key, name, *_as_json([rank])]
+        self._damage_points.append(tuple(self._cache.get("damage_at", key, lambda: [error, self._divergence(name, rank)])))
         return True
 
-    def _probes(self) -> list[tuple[float, float]]:
-        """Pairs of an error of this layer and what it does to the network."""
-        if not self._known:
-            found = self._cache.get("damage", [self.study.digest, *self._key, sorted(self.names)], self._damages)
-            self._known = [(error, harm) for error, harm in found]
-            self._tried.clear()
-        return self._known
+    def unfoldings(self) -> list[Unfolding]:
+        """The unfoldings of the kernel by input and by output channel; of groups, those with the largest singular values."""
+        self._require_weights()
+        tensor = schemes.kernel_tensor(self._spec, self._weight).flatten(3)
+        result: list[Unfolding] = []
+        for matrix in (tensor.transpose(1, 2).flatten(2), tensor.flatten(2)):
+            values = torch.linalg.svdvals(matrix)
+            result.append((values[int(values.sum(1).argmax())].tolist(), (matrix.shape[1], matrix.shape[2])))
+        return result
 
-    def _effect(self, name: str, rank: Rank) -> float:
-        factors = self._tried[name, rank] if (name, rank) in self._tried else self._fit(name, rank, None, ITERATIONS)[1]
-        links = schemes.build(schemes.chain_of(schemes.get_scheme(name), self.spec, rank), self.layer, factors)
-        return self.study.divergence(self.site.name, links)
-
-    def _damages(self) -> list[tuple[float, float]]:
-        """The same, first of all for options with errors near `PROBES` that cost about the least for them."""
-        every: list[tuple[float, str, Rank, Cost]] = []
-        for name in self.names:
+    def sample_ranks(self, name: str) -> list[Rank]:
+        """The ranks at which errors are measured: the cheapest, and the best below each of SAMPLE_FRACTIONS of the layer's MACs."""
+        if name not in self._sampled_ranks:
             scheme = schemes.get_scheme(name)
-            if schemes.refusal(scheme, self.spec) is None:
-                anchors = self.anchors(name)
-                for rank, error in zip(anchors, self._errors_at(name, anchors), strict=True):
-                    every.append((error, name, rank, chain_cost(schemes.chain_of(scheme, self.spec, rank), self.site.sizes)))
+            ranks: list[tuple[Rank, float]] = []
+            for rank in scheme.ranks(replace(self._spec.one_group(), bias=False)):
+                fraction = chain_cost(schemes.chain_of(scheme, self._spec, rank), self._site.sizes).macs / max(self._site.cost.macs, 1)
+                if fraction < 1 or not ranks:
+                    ranks.append((rank, fraction))
+                elif isinstance(rank, int):
+                    break
+            bounds = None if isinstance(ranks[0][0], int) else self.bounds(name, [rank for rank, _ in ranks])
+            samples = {ranks[0][0]}
+            for limit in SAMPLE_FRACTIONS:
+                within = [k for k, (_, fraction) in enumerate(ranks) if fraction <= limit]
+                if within:
+                    samples.add(ranks[within[-1] if bounds is None else min(within, key=bounds.__getitem__)][0])
+            self._sampled_ranks[name] = sorted(samples)
+        return self._sampled_ranks[name]
 
-        def beaten(option: tuple[float, str, Rank, Cost], measure: str) -> bool:
-            cost = getattr(option[3], measure)
-            return any(other[0] * NEAR < option[0] and getattr(other[3], measure) <= cost for other in every)
+    def _sample_errors(self, name: str, ranks: list[Rank]) -> list[float]:
+        if self._calibrated:
+            return [self._fitted_errors[name, rank] for rank in ranks]
+        return list(
+            self._cache.get("errors", [digest(self._weight), *self._key, name, _as_json(ranks)], partial(self._initial_errors, name))
+        )
 
-        # Of one error, schemes do different harm: look at those that may be chosen.
-        every = [option for option in every if not (beaten(option, "macs") and beaten(option, "params"))]
-        chosen = {min(every, key=lambda option: abs(np.log(max(option[0], TINY) / probe))): None for probe in PROBES}
-        return [(error, self._effect(name, rank)) for error, name, rank, _ in chosen]
+    @cached_property
+    def _samples(self) -> dict[Sample, list[float]]:
+        """All schemes that apply at their sampled ranks: MACs, parameters and, if options were timed, interpolated milliseconds."""
+        samples: dict[Sample, list[float]] = {}
+        for name in self._names:
+            scheme = schemes.get_scheme(name)
+            for rank in self.sample_ranks(name) if schemes.refusal(scheme, self._spec) is None else ():
+                cost = chain_cost(schemes.chain_of(scheme, self._spec, rank), self._site.sizes)
+                samples[name, rank] = [float(cost.macs), float(cost.params)]
+                if self.latencies:
+                    timed = self.latencies.get(name)
+                    samples[name, rank].append(float(np.interp(cost.macs, *np.array(timed).T)) if timed else np.inf)
+        return samples
 
-    def _begin(self) -> None:
-        self._refuse_meta()
-        if self._idle:
-            self._idle = False
-            self.begun()
+    @cached_property
+    def _fitted_errors(self) -> dict[Sample, float]:
+        """Errors on calibration images at the sampled ranks: of fits of all links for promising options, else of the last link alone.
 
-    def _refuse_meta(self) -> None:
-        if self.weight.is_meta:
+        An option is not promising if, in each measure, another option has less than half of its error and costs no more. Fitting all
+        links lowers errors by some tens of percent.
+        """
+        initial: dict[Sample, float] = {}
+        for name in dict.fromkeys(name for name, _ in self._samples):
+            ranks = self.sample_ranks(name)
+            key = [self._estimator.digest, *self._key, name, _as_json(ranks)]
+            errors = self._cache.get("initial", key, partial(self._initial_errors, name))
+            initial |= {(name, rank): error for rank, error in zip(ranks, errors, strict=True)}
+        fitted: dict[Sample, float] = {}
+        for (name, rank), error in initial.items():
+            better = [self._samples[sample] for sample, other in initial.items() if other * SKIP_RATIO < error]
+            skip = all(any(costs[m] <= cost for costs in better) for m, cost in enumerate(self._samples[name, rank]))
+            key = [self._estimator.digest, *self._key, name, _as_json([rank])]
+            fitted[name, rank] = error if skip else self._cache.get("fitted", key, partial(self._fitted_error, name, rank))
+        return fitted
+
+    def _initial_errors(self, name: str) -> list[float]:
+        """At each sampled rank, the error of factors of the weights; with calibration, after the last link is fitted."""
+        self._start()
+        scheme, ranks = schemes.get_scheme(name), self.sample_ranks(name)
+        errors: list[float] = []
+        for rank, start in zip(ranks, schemes.factorize(scheme, self._spec, self._weight, ranks, rough=True), strict=True):
+            if self._calibrated:
+                error, factors = self._fit(name, rank, start, 0)
+                self._sample_factors[name, rank] = {link: factor.float() for link, factor in factors.items()}
+            else:
+                error = schemes.relative_error(self._weight, schemes.kernel_of(scheme, self._spec, start))
+            errors.append(error)
+        return errors
+
+    def _fitted_error(self, name: str, rank: Rank) -> float:
+        self._start()
+        iterations = WIDE_ITERATIONS if self._weight[0].numel() > WIDE else ITERATIONS
+        error, factors = self._fit(name, rank, self._sample_factors.get((name, rank)), iterations)
+        self._sample_factors[name, rank] = {link: factor.float() for link, factor in factors.items()}
+        return error
+
+    def _fit(self, name: str, rank: Rank, start: Factors | None, iterations: int | None) -> tuple[float, Factors]:
+        scheme, (objective, regularised) = schemes.get_scheme(name), self._estimator.objectives(self._site.name)
+        factors = schemes.fit(scheme, self._spec, self._weight, rank, regularised, start=start, iterations=iterations)
+        return objective.value(scheme.kernel(replace(self._spec.one_group(), bias=False), factors)), factors
+
+    def _measured_damage(self) -> list[tuple[float, float]]:
+        """Pairs of an error of this layer and its damage to the network."""
+        if not self._damage_points:
+            points = self._cache.get("damage", [self._estimator.digest, *self._key, sorted(self._names)], self._measure_damage)
+            self._damage_points = [(error, damage) for error, damage in points]
+            self._sample_factors.clear()
+        return self._damage_points
+
+    def _measure_damage(self) -> list[tuple[float, float]]:
+        """Damage of sampled options with errors near DAMAGE_ERRORS, of those only that a plan may choose.
+
+        Schemes with the same error differ in damage, so options are left out that others beat in MACs and in parameters.
+        """
+        errors = {(name, rank): self._sample_errors(name, [rank])[0] for name, rank in self._samples}
+
+        def is_beaten(sample: Sample, measure: int) -> bool:
+            cost = self._samples[sample][measure]
+            return any(
+                error * DAMAGE_SKIP_RATIO < errors[sample] and self._samples[other][measure] <= cost for other, error in errors.items()
+            )
+
+        candidates = [sample for sample in errors if not (is_beaten(sample, 0) and is_beaten(sample, 1))]
+        chosen = {min(candidates, key=lambda s: abs(np.log(max(errors[s], TINY) / target))): None for target in DAMAGE_ERRORS}
+        return [(errors[sample], self._divergence(*sample)) for sample in chosen]
+
+    def _divergence(self, name: str, rank: Rank) -> float:
+        factors = self._sample_factors[name, rank] if (name, rank) in self._sample_factors else self._fit(name, rank, None, ITERATIONS)[1]
+        links = schemes.build(schemes.chain_of(schemes.get_scheme(name), self._spec, rank), self._layer, factors)
+        return self._estimator.divergence(self._site.name, links)
+
+    def _start(self) -> None:
+        self._require_weights()
+        if not self._started:
+            self._started = True
+            self.on_start()
+
+    def _require_weights(self) -> None:
+        if self._weight.is_meta:
             raise ValueError(
-                f"{self.site.name}: its weights are on the meta device: there is nothing to measure an option's error on. Plan on a model "
-                "that has its weights; that plan then fits this one too, with apply_plan(model, plan, init='empty')."
+                f"{self._site.name}: its weights are on the meta device, so errors of options cannot be measured. Plan on a model with "
+                "weights; the plan also fits this one, with apply_plan(model, plan, init='empty')."
             )
 
 
-def _plain(ranks: Sequence[Rank]) -> list[Any]:
-    """Ranks as JSON has them."""
+def _truncation_errors(spectrum: Tensor) -> Tensor:
+    """Relative squared errors of keeping the first r (or r, q) components of a spectrum."""
+    total = spectrum.sum()
+    if spectrum.ndim == 1:  # summed from the small end, so that small errors keep their digits
+        errors = torch.cat([spectrum.flip(0).cumsum(0).flip(0)[1:], spectrum.new_zeros(1)])
+    else:
+        errors = total - spectrum.cumsum(0).cumsum(1)
+    return (errors / total).clamp(min=0) if total > 0 else torch.zeros_like(spectrum)
+
+
+def _as_json(ranks: Sequence[Rank]) -> list[Any]:
     return [list(rank) if isinstance(rank, tuple) else rank for rank in ranks]
 
 
 def _log_of_error(negative: Any) -> Any:
-    """Errors, given as their negatives so that they rise with quality, on a logarithmic scale."""
+    """The logarithm of quality: of errors, passed as their negatives so that they rise with quality."""
     return -np.log(np.maximum(-negative, TINY))

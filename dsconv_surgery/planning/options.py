@@ -1,4 +1,4 @@
-"""A layer's options: what each scheme would cost at each rank."""
+"""The table of one layer's options: the cost of each scheme at each rank, without the options that save nothing."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 
 from dsconv_surgery import schemes
 from dsconv_surgery.network.discovery import ConvSite, Skip
-from dsconv_surgery.network.geometry import Cost, Rank, chain_cost
+from dsconv_surgery.network.geometry import Cost, chain_cost
 from dsconv_surgery.network.layers import check_finite
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.layer_latency import LayerTimer
-from dsconv_surgery.planning.option_errors import ANCHORS, OptionErrors
-from dsconv_surgery.planning.tables import Table
+from dsconv_surgery.planning.option_errors import SAMPLE_FRACTIONS, OptionErrors
+from dsconv_surgery.planning.tables import Option, Table
 
-FASTER = 0.95  # of a layer's time, which an option has to stay below: timings of the same thing differ by as much
+FASTER = 0.95  # an option must take less than this fraction of the layer's time: timings vary as much
 
 
 def layer_options(
@@ -25,82 +25,83 @@ def layer_options(
     module: nn.Module,
     names: Sequence[str],
     measures: Sequence[str],
-    study: DamageEstimator,
-    clock: LayerTimer | None = None,
+    estimator: DamageEstimator,
+    timer: LayerTimer | None = None,
     multiple: int = 1,
 ) -> tuple[Table, OptionErrors] | Skip:
-    """The options of a layer that cost less than it does by all measures; or why it has none.
+    """The options that cost less than the layer in all measures; a skip with the reason if there are none.
 
     Args:
         names: schemes to offer.
-        measures: "macs", "params" and, with a clock, "latency".
-        study: what is known of the network, and of data.
-        clock: to time options with; they are timed at the anchors, and between those by their MACs.
-        multiple: offer only ranks at which every link but the last has a multiple of so many channels.
+        measures: "macs", "params" and, with a timer, "latency".
+        estimator: estimates damage of the options' errors.
+        timer: times options at sampled ranks; times in between are interpolated by MACs.
+        multiple: offer only ranks at which all links but the last have a multiple of this number of output channels.
     """
     weight = module.get_parameter("weight")
     if not weight.is_meta:
         check_finite(site.name, weight)
-    workings = OptionErrors(site, module, names, study)
-    dense = site.cost if clock is None else replace(site.cost, latency=clock.time({"dense": site.spec}, site.sizes))
-    offers: dict[str, list[tuple[Rank, Cost]]] = {}
-    refusals: dict[str, str] = {}
-    least: tuple[Cost, str, Rank] | None = None
-    cheaper = rounded = 0  # options by cost, and those of them with the channels asked for
-    for name in names:
-        scheme = schemes.get_scheme(name)
-        why = schemes.refusal(scheme, site.spec)
-        if why:
-            refusals[name] = why
-            continue
-        block = replace(site.spec.one_group(), bias=False)
-        every: list[tuple[Rank, Cost]] = []
-        for rank in scheme.ranks(block):
-            chain = schemes.chain_of(scheme, site.spec, rank)
-            cost = chain_cost(chain, site.sizes)
-            if least is None or cost.macs < least[0].macs:
-                least = (cost, name, rank)
-            if any(getattr(cost, m) >= getattr(dense, m) for m in measures if m != "latency"):
-                if isinstance(rank, int):
-                    break  # cost grows with rank
-                continue
-            cheaper += 1
-            if all(link.out_channels % multiple == 0 for link in list(chain.values())[:-1]):
-                rounded += 1
-                every.append((rank, cost))
-        if clock is not None:
-            every = [(rank, cost) for rank, cost in _timed(name, every, site, workings, clock) if cost.latency < FASTER * dense.latency]
-        if every:
-            offers[name] = sorted(every, key=lambda offer: (offer[1].macs, offer[1].params))
-    if not offers:
-        if least is None:
-            return Skip(site.name, "left dense - " + "; ".join(f"{name}: {why}" for name, why in refusals.items()))
-        cost, name, rank = least
-        if cheaper and not rounded:
-            return Skip(
-                site.name, f"left dense - no rank that saves anything gives all links a multiple of {multiple} channels (multiple=)."
-            )
-        if clock is not None and all(getattr(cost, m) < getattr(dense, m) for m in measures if m != "latency"):
-            return Skip(site.name, f"left dense - nothing was faster than the layer itself ({dense.latency:.3f} ms) on this machine.")
-        costs_text = f"costs {cost.macs:,} MACs and {cost.params:,} parameters, the layer {site.cost.macs:,} and {site.cost.params:,}."
-        return Skip(site.name, f"left dense - {name} at rank {rank} already {costs_text}")
-    workings.offers = offers
-    return Table(site.name, dense, offers, workings), workings
+    errors = OptionErrors(site, module, names, estimator)
+    dense = site.cost if timer is None else replace(site.cost, latency=timer.time({"dense": site.spec}, site.sizes))
+    refusals = {name: schemes.refusal(schemes.get_scheme(name), site.spec) for name in names}
+    tried = {name: _options_up_to_dense(name, site, dense, measures) for name, refusal in refusals.items() if not refusal}
+    options: dict[str, list[Option]] = {}
+    for name, candidates in tried.items():
+        group = [option for option in candidates if _saves(option, dense, measures) and _has_multiple(option, site, multiple)]
+        if timer is not None and group:
+            group = [option for option in _timed(group, site, errors, timer) if option.cost.latency < FASTER * dense.latency]
+        if group:
+            options[name] = sorted(group, key=lambda option: (option.cost.macs, option.cost.params))
+    if options:
+        if timer is not None:
+            errors.latencies = {name: [(float(o.cost.macs), o.cost.latency) for o in group] for name, group in options.items()}
+        return Table(site.name, dense, options, errors), errors
+    all_options = [option for candidates in tried.values() for option in candidates]
+    saving = [option for option in all_options if _saves(option, dense, measures)]
+    if not all_options:
+        reason = "; ".join(f"{name}: {refusal}" for name, refusal in refusals.items())
+    elif saving and not any(_has_multiple(option, site, multiple) for option in saving):
+        reason = f"no rank that saves anything gives all links a multiple of {multiple} channels (multiple=)."
+    else:
+        least = min(all_options, key=lambda option: option.cost.macs)
+        costs = f"costs {least.cost.macs:,} MACs and {least.cost.params:,} parameters, the layer {dense.macs:,} and {dense.params:,}."
+        reason = f"{least.scheme} at rank {least.rank} already {costs}"
+        if timer is not None and _saves(least, dense, measures):
+            reason = f"no option is faster than the layer ({dense.latency:.3f} ms) on this machine."
+    return Skip(site.name, f"left dense - {reason}")
 
 
-def _timed(
-    name: str, offers: list[tuple[Rank, Cost]], site: ConvSite, workings: OptionErrors, clock: LayerTimer
-) -> list[tuple[Rank, Cost]]:
-    """Offers with their milliseconds: measured for those nearest the anchors, in between by MACs."""
-    if not offers:
-        return []
-    offers = sorted(offers, key=lambda offer: offer[1].macs)
-    bounds = None if isinstance(offers[0][0], int) else workings.bounds(name, [rank for rank, _ in offers])
-    if bounds is not None:  # of pairs, those that nothing cheaper is better than
-        best = np.minimum.accumulate(np.append(np.inf, bounds))[:-1]
-        offers = [offer for offer, bound, before in zip(offers, bounds, best, strict=True) if bound < before]
-    macs = np.array([float(cost.macs) for _, cost in offers])
-    chosen = sorted({0, len(offers) - 1, *(int(np.abs(macs - part * site.cost.macs).argmin()) for part in ANCHORS)})
+def _options_up_to_dense(name: str, site: ConvSite, dense: Cost, measures: Sequence[str]) -> list[Option]:
+    """A scheme's options by rising rank; single ranks end with the first that saves nothing, because cost grows with rank."""
     scheme = schemes.get_scheme(name)
-    times = [clock.time(schemes.chain_of(scheme, site.spec, offers[at][0]), site.sizes) for at in chosen]
-    return [(rank, replace(cost, latency=float(ms))) for (rank, cost), ms in zip(offers, np.interp(macs, macs[chosen], times), strict=True)]
+    result: list[Option] = []
+    for rank in scheme.ranks(replace(site.spec.one_group(), bias=False)):
+        result.append(Option(name, rank, chain_cost(schemes.chain_of(scheme, site.spec, rank), site.sizes)))
+        if isinstance(rank, int) and not _saves(result[-1], dense, measures):
+            break
+    return result
+
+
+def _saves(option: Option, dense: Cost, measures: Sequence[str]) -> bool:
+    """Whether an option costs less than the layer in all measures but latency."""
+    return all(getattr(option.cost, m) < getattr(dense, m) for m in measures if m != "latency")
+
+
+def _has_multiple(option: Option, site: ConvSite, multiple: int) -> bool:
+    links = list(schemes.chain_of(schemes.get_scheme(option.scheme), site.spec, option.rank).values())
+    return all(link.out_channels % multiple == 0 for link in links[:-1])
+
+
+def _timed(options: list[Option], site: ConvSite, errors: OptionErrors, timer: LayerTimer) -> list[Option]:
+    """Options of one scheme with their milliseconds, measured near SAMPLE_FRACTIONS and interpolated by MACs; of pairs, only the best."""
+    options = sorted(options, key=lambda option: option.cost.macs)
+    scheme, ranks = schemes.get_scheme(options[0].scheme), [option.rank for option in options]
+    bounds = None if isinstance(ranks[0], int) else errors.bounds(scheme.name, ranks)
+    if bounds is not None:  # keep pairs with a lower bound than all cheaper pairs
+        lowest = np.minimum.accumulate(np.append(np.inf, bounds))[:-1]
+        options = [option for option, bound, limit in zip(options, bounds, lowest, strict=True) if bound < limit]
+    macs = np.array([float(option.cost.macs) for option in options])
+    samples = sorted({0, len(options) - 1, *(int(np.abs(macs - part * site.cost.macs).argmin()) for part in SAMPLE_FRACTIONS)})
+    times = [timer.time(schemes.chain_of(scheme, site.spec, options[k].rank), site.sizes) for k in samples]
+    latencies = np.interp(macs, macs[samples], times)
+    return [replace(option, cost=replace(option.cost, latency=float(ms))) for option, ms in zip(options, latencies, strict=True)]

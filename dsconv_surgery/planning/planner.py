@@ -131,7 +131,7 @@ class Planner:
         """
         with tqdm(total=len(self._tables), desc="judge options", unit="layer", disable=not self.progress) as bar:
             for errors in self._errors.values():
-                errors.begun = bar.update  # rules measure options when they need them, layer by layer
+                errors.on_start = bar.update  # rules measure options when they need them, layer by layer
             if budget is None:
                 return self._as_plan(budget, self._choose({}), errors_later)
             allowed = allowed_costs(self._tables, self.total, budget)
@@ -152,12 +152,11 @@ class Planner:
             return {name: choice.get(name) for name in tables}
         if rule == "budget":  # errors and damages between measured options are estimates: measure the chosen ones, then choose again
             for _ in range(REFINEMENT_ROUNDS):
-                choice = RULES[rule].choose(tables, allowed, None)
-                measured = [self._errors[name].look_closer(option.scheme, option.rank) for name, option in choice.items() if option]
+                choice = RULES[rule].choose(tables, allowed)
+                measured = [self._errors[name].refine_damage(option.scheme, option.rank) for name, option in choice.items() if option]
                 if not any(measured):
                     break
-        setting = RULES[rule].setting
-        choice = RULES[rule].choose(tables, allowed, getattr(self.settings, setting) if setting else None)
+        choice = RULES[rule](tables, allowed, vars(self.settings))
         costs = [option.cost if (option := choice.get(name)) else table.dense for name, table in tables.items()]
         if any(sum(getattr(cost, m) for cost in costs) > limit * (1 + 1e-9) for m, limit in allowed.items()):
             raise BudgetError(
@@ -210,8 +209,8 @@ class Planner:
             if option.error is None and not errors_later:
                 option = replace(option, error=errors.measure(option.scheme, option.rank))
             cuts.append(Cut(name, option.scheme, option.rank, site.spec, site.sizes, option.error, option.damage))
-            if (option.scheme, option.rank) in errors.made:
-                factors[name] = errors.made[option.scheme, option.rank]
+            if (option.scheme, option.rank) in errors.factors:
+                factors[name] = errors.factors[option.scheme, option.rank]
         order = {layer.name: index for index, layer in enumerate(self._survey.layers)}
         skips.sort(key=lambda skip: order[skip.name])
         shapes, rule = input_shapes(self.inputs), self.settings.rule_text

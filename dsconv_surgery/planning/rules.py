@@ -1,4 +1,4 @@
-"""What a network may keep, and the option tables that rules choose from. Never imports torch."""
+"""Rules: functions that choose one option, or none, for every layer. Never imports torch."""
 
 from __future__ import annotations
 
@@ -16,81 +16,163 @@ from dsconv_surgery.network.geometry import Cost, Rank
 from dsconv_surgery.planning.knapsack import choose
 from dsconv_surgery.planning.tables import Choice, Option, Table
 
-Damage = Callable[[Table, Sequence[float]], Sequence[float]]  # a table and errors of its layer -> what the network suffers from each
+Tables = Mapping[str, Table]
+Allowed = Mapping[str, float]  # total cost of the layers with tables, by measure
+Damage = Callable[[Table, Sequence[float]], Sequence[float]]  # a table and errors of its layer -> damage of each
 
 
-def least_damage(tables: Mapping[str, Table], allowed: Mapping[str, float], damage: Damage | None = None) -> Choice:
-    """The choice of least total damage within what is allowed: a multiple-choice knapsack, see `dsconv_surgery.knapsack`.
+def least_damage(tables: Tables, allowed: Allowed, damage: Damage = Table.damage) -> Choice:
+    """The choice of least total damage within the allowed costs: a multiple-choice knapsack, in which every layer may stay dense.
 
     Args:
-        tables: by layer; dense is an option of every one.
-        allowed: what all of them may cost together, by measure.
-        damage: what errors of a layer do to the network; the tables' own sensitivity if not given.
+        tables: by layer.
+        allowed: total cost of these layers, by measure.
+        damage: maps errors of a layer to damages; by default measured on calibration images.
 
     Raises:
-        BudgetError: nothing fits, though each limit by itself could be met.
+        BudgetError: no choice meets all limits at once, though each limit alone can be met.
+
+    Example:
+        >>> make_plan(model, x, rule=lambda tables, allowed: least_damage(tables, allowed, lambda table, errors: errors))
     """
     measures = tuple(allowed)
-    options: dict[str, list[Option]] = {}
+    layer_options: list[list[Option]] = []
     costs, damages = [], []
-    for name, table in tables.items():
-        found = [(scheme, offer, error) for scheme, offers in table.offers.items() for offer, error in table.estimated(scheme, offers)]
-        harm = (damage or Table.damage)(table, [error for _, _, error in found])
-        options[name] = [Option(scheme, *offer, None, float(its)) for (scheme, offer, _), its in zip(found, harm, strict=True)]
-        every = [table.dense, *(option.cost for option in options[name])]
-        costs.append(np.array([[float(getattr(cost, m)) for m in measures] for cost in every]))
-        damages.append(np.array([0.0, *harm]))
+    for table in tables.values():
+        options = [option for group in table.options.values() for option in group]
+        layer_damages = damage(table, [error for group in table.options.values() for error in table.estimate_errors(group)])
+        layer_options.append(
+            [Option(o.scheme, o.rank, o.cost, None, float(value)) for o, value in zip(options, layer_damages, strict=True)]
+        )
+        all_costs = [table.dense, *(option.cost for option in options)]
+        costs.append(np.array([[float(getattr(cost, m)) for m in measures] for cost in all_costs]))
+        damages.append(np.array([0.0, *layer_damages]))
     chosen = choose(damages, costs, np.array([float(allowed[m]) for m in measures]))
     if chosen is None:
-        raise BudgetError(f"nothing keeps {' and '.join(measures)} within the budget at once, though each alone can be. Raise one of them.")
-    return {name: options[name][k - 1] if k else None for name, k in zip(tables, chosen, strict=True)}
+        raise BudgetError(f"no choice keeps {' and '.join(measures)} within the budget at once, though each alone can be. Raise one.")
+    return {name: options[k - 1] if k else None for name, options, k in zip(tables, layer_options, chosen, strict=True)}
 
 
-def equal_error(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choice:
-    """The same relative error for every layer, the least that fits: of each layer the cheapest option within it (ALDS, Liebenwein 2021)."""
+def equal_error(tables: Tables, allowed: Allowed) -> Choice:
+    """The cheapest option of each layer within one relative error, the least at which all fit (ALDS, Liebenwein et al. 2021)."""
     measures = tuple(allowed)
-    found: dict[str, list[tuple[float, Cost, Option | None]]] = {}
+    fronts: dict[str, list[tuple[float, Cost, Option | None]]] = {}
     for name, table in tables.items():
-        every: list[tuple[float, Cost, Option | None]] = [(0.0, table.dense, None)]
-        for scheme, offers in table.offers.items():
-            every += [(error, offer[1], Option(scheme, *offer, None)) for offer, error in table.estimated(scheme, offers)]
+        rows: list[tuple[float, Cost, Option | None]] = [(0.0, table.dense, None)]
+        for options in table.options.values():
+            rows += [(error, option.cost, option) for option, error in zip(options, table.estimate_errors(options), strict=True)]
         front: list[tuple[float, Cost, Option | None]] = []
-        for error, cost, option in sorted(every, key=lambda one: one[0]):
-            if not front or table.fraction(cost, measures) < table.fraction(front[-1][1], measures):
-                front.append((error, cost, option))
-        found[name] = front
-    levels = sorted({error for front in found.values() for error, _, _ in front})
+        for row in sorted(rows, key=lambda row: row[0]):
+            if not front or table.cost_fraction(row[1], measures) < table.cost_fraction(front[-1][1], measures):
+                front.append(row)
+        fronts[name] = front
+    levels = sorted({error for front in fronts.values() for error, _, _ in front})
 
-    def at(level: float) -> dict[str, tuple[float, Cost, Option | None]]:
-        return {name: front[bisect_right(front, level, key=lambda one: one[0]) - 1] for name, front in found.items()}
+    def choice_within(level: float) -> dict[str, tuple[float, Cost, Option | None]]:
+        return {name: front[bisect_right(front, level, key=lambda row: row[0]) - 1] for name, front in fronts.items()}
 
     def fits(level: float) -> bool:
-        chosen = at(level).values()
-        return all(sum(getattr(cost, m) for _, cost, _ in chosen) <= allowed[m] for m in measures)
+        rows = choice_within(level).values()
+        return all(sum(getattr(cost, m) for _, cost, _ in rows) <= allowed[m] for m in measures)
 
     first = bisect_left(levels, True, key=fits)
-    return {name: option for name, (_, _, option) in at(levels[min(first, len(levels) - 1)]).items()}
+    return {name: option for name, (_, _, option) in choice_within(levels[min(first, len(levels) - 1)]).items()}
 
 
-def evbmf(tables: Mapping[str, Table]) -> Choice:
-    """Tucker at the ranks that variational Bayes gives both unfoldings of a kernel (Nakajima et al. 2013; Kim et al. 2016).
+def uniform(tables: Tables, allowed: Allowed) -> Choice:
+    """The option of least error within one fraction of each layer's cost.
 
-    Ranks are rounded up to what is offered. A layer stays dense where they save nothing, or come to zero.
+    The fraction is the largest at which the layers fit together even if each takes its most expensive option within the fraction,
+    or its cheapest option where none is within it.
+    """
+    measures = tuple(allowed)
+    if all(sum(getattr(table.dense, m) for table in tables.values()) <= allowed[m] for m in measures):
+        return dict.fromkeys(tables)
+    fractions: dict[str, list[float]] = {}
+    largest: dict[str, dict[str, list[float]]] = {}  # cost of the most expensive option up to each fraction
+    for name, table in tables.items():
+        pairs = [(table.cost_fraction(option.cost, measures), option.cost) for options in table.options.values() for option in options]
+        pairs.sort(key=lambda pair: pair[0])
+        fractions[name] = [fraction for fraction, _ in pairs]
+        largest[name] = {m: list(accumulate((getattr(cost, m) for _, cost in pairs), max)) for m in measures}
+
+    def fits(fraction: float) -> bool:
+        index = {name: max(bisect_right(fractions[name], fraction) - 1, 0) for name in tables}
+        return all(sum(largest[name][m][index[name]] for name in tables) <= allowed[m] for m in measures)
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return {name: _least_error_within(table, low, measures) for name, table in tables.items()}
+
+
+def _least_error_within(table: Table, fraction: float, measures: Sequence[str]) -> Option:
+    """The best option of the best scheme within a fraction of the layer's cost; the cheapest option if none is within it."""
+    best: list[Option] = []
+    for options in table.options.values():
+        within = [option for option in options if table.cost_fraction(option.cost, measures) <= fraction]
+        if within:
+            # A larger rank is never worse. Pairs of ranks are not ordered, so the bounds on their errors decide.
+            bounds = None if isinstance(within[-1].rank, int) else table.error_bounds(within)
+            best.append(within[-1] if bounds is None else within[int(np.argmin(bounds))])
+    if len(best) > 1:
+        return min(map(table.measure, best), key=_error)
+    return best[0] if best else table.cheapest(measures)
+
+
+def _error(option: Option) -> float:
+    return math.inf if option.error is None else option.error
+
+
+def energy(tables: Tables, share: float) -> Choice:
+    """The cheapest option of each layer, in MACs, that keeps a share of its weights' squared norm; dense where none does."""
+    choice: dict[str, Option | None] = {}
+    for name, table in tables.items():
+        candidates = [option for options in table.options.values() if (option := _cheapest_keeping(table, options, share))]
+        choice[name] = min(candidates, key=lambda option: (option.cost.macs, _error(option)), default=None)
+    return choice
+
+
+def _cheapest_keeping(table: Table, options: Sequence[Option], share: float) -> Option | None:
+    bounds = table.error_bounds(options)
+    if bounds is not None:
+        index = next((k for k, error in enumerate(bounds) if error <= 1 - share), len(options))
+    else:
+        index = bisect_left(options, True, key=lambda option: _error(table.measure(option)) <= 1 - share)
+    return table.measure(options[index]) if index < len(options) else None
+
+
+def fixed(tables: Tables, rank: Rank) -> Choice:
+    """One rank for all layers, with the scheme of least error in each; dense where no option has the rank."""
+    options = {name: [option for group in table.options.values() for option in group] for name, table in tables.items()}
+    pairs = {isinstance(option.rank, tuple) for group in options.values() for option in group}
+    if pairs and isinstance(rank, tuple) not in pairs:
+        expected = "a pair, as in rank=(8, 8)" if True in pairs else "one number"
+        raise ValueError(f"rank={rank!r}: all schemes that are offered take {expected}.")
+    measured = {name: [tables[name].measure(option) for option in group if option.rank == rank] for name, group in options.items()}
+    return {name: min(group, key=_error, default=None) for name, group in measured.items()}
+
+
+def evbmf(tables: Tables) -> Choice:
+    """Tucker at the ranks that variational Bayes finds for the kernel's two unfoldings (Nakajima et al. 2013; Kim et al. 2016).
+
+    Ranks are rounded up to the next option. A layer stays dense where a rank is zero or no option is as large.
     """
     choice: dict[str, Option | None] = {}
     for name, table in tables.items():
-        offers = table.offers.get("tucker", ())
-        p, q = (evbmf_rank(values, *shape) for values, shape in table.unfoldings("tucker")) if offers else (0, 0)
-        enough = [offer for offer in offers if isinstance(offer[0], tuple) and offer[0][0] >= p and offer[0][1] >= q]
-        choice[name] = Option("tucker", *min(enough, key=lambda offer: offer[1].macs), None) if p and q and enough else None
+        options = table.options.get("tucker", ())
+        p, q = (evbmf_rank(values, *shape) for values, shape in table.errors.unfoldings()) if options else (0, 0)
+        large = [option for option in options if isinstance(option.rank, tuple) and option.rank[0] >= p and option.rank[1] >= q]
+        choice[name] = min(large, key=lambda option: option.cost.macs, default=None) if p and q else None
     return choice
 
 
 def evbmf_rank(values: Sequence[float], rows: int, columns: int) -> int:
-    """How many singular values of a (rows, columns) matrix stand out from noise, by the global analytic solution of EVBMF.
+    """The number of singular values of a (rows, columns) matrix above the noise, by the global analytic solution of EVBMF.
 
-    With `a = L / M`, L <= M, and `x = s^2 / (M v)`, components with `x > (1 + t)(1 + a / t)`, t = 2.5129 sqrt(a), are kept; the noise
-    variance v minimises `sum_kept psi_1(x) + sum_rest psi_0(x)` (Nakajima, Sugiyama, Babacan & Tomioka 2013, JMLR 14, theorem 2).
+    With `a = L / M`, L <= M, and `x = s^2 / (M v)`, components with `x > (1 + t)(1 + a / t)`, t = 2.5129 sqrt(a), are signal; the noise
+    variance v minimises `sum_signal psi_1(x) + sum_noise psi_0(x)` (Nakajima, Sugiyama, Babacan & Tomioka 2013, JMLR 14, theorem 2).
     """
     small, large = min(rows, columns), max(rows, columns)
     squares = np.sort(np.asarray(values, dtype=np.float64) ** 2)[::-1][:small]
@@ -101,125 +183,48 @@ def evbmf_rank(values: Sequence[float], rows: int, columns: int) -> int:
     t = 2.5129 * math.sqrt(a)
     edge = (1 + t) * (1 + a / t)
 
-    def cost(log_variance: float) -> float:
+    def objective(log_variance: float) -> float:
         x = squares / (large * math.exp(log_variance))
         x = x[x > 0]
-        kept = x[x > edge]
-        tau = 0.5 * (kept - (1 + a) + np.sqrt((kept - (1 + a)) ** 2 - 4 * a))
+        signal = x[x > edge]
+        tau = 0.5 * (signal - (1 + a) + np.sqrt((signal - (1 + a)) ** 2 - 4 * a))
         return float((x - np.log(x)).sum()) + float((np.log(tau + 1) + a * np.log(tau / a + 1) - tau).sum())
 
     upper = math.log(total / (small * large))
     first = min(math.ceil(small / (1 + a)) - 1, small - 1)
     floor = max(float(squares[first + 1 :].mean()) if first + 1 < small else 0.0, float(squares[-1]), 1e-12 * float(squares[0]))
     lower = min(math.log(floor / large), upper)
-    grid = np.linspace(lower, upper, 400)  # the cost has several dips: the lowest of a fine grid, then closer
-    at = int(np.argmin([cost(v) for v in grid]))
-    left, right = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
-    best = min(np.linspace(left, right, 200), key=cost)
+    grid = np.linspace(lower, upper, 400)  # the objective has several minima: search a grid, then refine
+    lowest = int(np.argmin([objective(v) for v in grid]))
+    left, right = grid[max(lowest - 1, 0)], grid[min(lowest + 1, len(grid) - 1)]
+    best = min(np.linspace(left, right, 200), key=objective)
     return int((squares / (large * math.exp(best)) > edge).sum())
-
-
-def uniform(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choice:
-    """The same cost fraction for every layer, the least error within it.
-
-    Sought is the largest fraction f at which all layers together stay within what is allowed even if each takes its dearest
-    offer within f of its own cost (its cheapest, where none is so cheap). Then each takes the scheme of least error within f.
-    """
-    measures = tuple(allowed)
-    if all(sum(getattr(table.dense, m) for table in tables.values()) <= allowed[m] for m in measures):
-        return dict.fromkeys(tables)
-    fractions = {
-        name: sorted(
-            ((table.fraction(cost, measures), cost) for offers in table.offers.values() for _, cost in offers), key=lambda found: found[0]
-        )
-        for name, table in tables.items()
-    }
-    dearest = {name: _running_max([cost for _, cost in found], measures) for name, found in fractions.items()}
-    keys = {name: [fraction for fraction, _ in found] for name, found in fractions.items()}
-
-    def fits(f: float) -> bool:
-        at = {name: max(bisect_right(keys[name], f) - 1, 0) for name in tables}
-        return all(sum(dearest[name][m][at[name]] for name in tables) <= allowed[m] for m in measures)
-
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return {name: _least_error(table, low, measures) for name, table in tables.items()}
-
-
-def _running_max(costs: Sequence[Cost], measures: Sequence[str]) -> dict[str, list[float]]:
-    return {m: list(accumulate((getattr(cost, m) for cost in costs), max)) for m in measures}
-
-
-def _least_error(table: Table, f: float, measures: Sequence[str]) -> Option:
-    """The scheme of least error within a fraction of the layer's cost, each at its best offer; the cheapest offer if none fits."""
-    best_offers: dict[str, tuple[Rank, Cost]] = {}
-    for scheme, offers in table.offers.items():
-        within = [offer for offer in offers if table.fraction(offer[1], measures) <= f]
-        if within:
-            # A larger rank never does worse; of pairs, which do not all compare, the bounds tell the best.
-            bounds = None if isinstance(within[-1][0], int) else table.bounds(scheme, [rank for rank, _ in within])
-            best_offers[scheme] = within[-1] if bounds is None else within[min(range(len(within)), key=bounds.__getitem__)]
-    if not best_offers:
-        scheme, offer = table.smallest(measures)
-        best_offers[scheme] = offer
-    if len(best_offers) == 1:
-        ((scheme, offer),) = best_offers.items()
-        return Option(scheme, *offer, None)
-    return min((table.option(scheme, offer) for scheme, offer in best_offers.items()), key=_error)
-
-
-def _error(option: Option) -> float:
-    return math.inf if option.error is None else option.error
-
-
-def energy(tables: Mapping[str, Table], keep: float) -> Choice:
-    """For each layer the cheapest option, in MACs, that keeps this share of its weights' squared norm; dense where none does for less."""
-    choice: dict[str, Option | None] = {}
-    for name, table in tables.items():
-        found = [option for scheme in table.offers if (option := _cheapest_keeping(table, scheme, keep))]
-        choice[name] = min(found, key=lambda option: (option.cost.macs, _error(option))) if found else None
-    return choice
-
-
-def _cheapest_keeping(table: Table, scheme: str, keep: float) -> Option | None:
-    offers = table.offers[scheme]
-    bounds = table.bounds(scheme, [rank for rank, _ in offers])
-    if bounds is not None:
-        first = next((at for at, error in enumerate(bounds) if error <= 1 - keep), None)
-        return None if first is None else table.option(scheme, offers[first])
-    at = bisect_left(offers, True, key=lambda offer: table.measure(scheme, offer[0]) <= 1 - keep)
-    return table.option(scheme, offers[at]) if at < len(offers) else None
-
-
-def fixed(tables: Mapping[str, Table], rank: Rank) -> Choice:
-    """The same rank in every layer, of the scheme with the least error there; dense where that rank would not be cheaper."""
-    pairs = {isinstance(offer[0], tuple) for table in tables.values() for offers in table.offers.values() for offer in offers}
-    if pairs and isinstance(rank, tuple) not in pairs:
-        takes = "a pair, as in rank=(8, 8)" if True in pairs else "one number"
-        raise ValueError(f"rank={rank!r}: all schemes that are offered take {takes}.")
-    choice: dict[str, Option | None] = {}
-    for name, table in tables.items():
-        found = [table.option(scheme, offer) for scheme, offers in table.offers.items() for offer in offers if offer[0] == rank]
-        choice[name] = min(found, key=_error) if found else None
-    return choice
 
 
 @dataclass(frozen=True)
 class NamedRule:
-    """A rule: `choose(tables, allowed, setting)`, the plan setting that it needs, and whether it takes a budget."""
+    """A rule that `make_plan` knows by name: its function, the setting that it needs, and the scheme that it works with.
 
-    choose: Callable[[Mapping[str, Table], Mapping[str, float], Any], Choice]
-    setting: str | None = None
-    takes_budget: bool = False
+    `needs` names the keyword of `make_plan` that the function takes after the tables: "budget" (as allowed costs), "energy" or
+    "rank"; None for a function of the tables alone.
+    """
+
+    choose: Callable[..., Choice]
+    needs: str | None = "budget"
+    scheme: str | None = None  # the only scheme that the rule chooses; None for all
+
+    def __call__(self, tables: Tables, allowed: Allowed, settings: Mapping[str, Any]) -> Choice:
+        """Choose; `settings` holds "energy" and "rank"."""
+        if self.needs is None:
+            return self.choose(tables)
+        return self.choose(tables, allowed if self.needs == "budget" else settings[self.needs])
 
 
 RULES = {
-    "budget": NamedRule(lambda tables, allowed, _: least_damage(tables, allowed), takes_budget=True),
-    "uniform": NamedRule(lambda tables, allowed, _: uniform(tables, allowed), takes_budget=True),
-    "equal_error": NamedRule(lambda tables, allowed, _: equal_error(tables, allowed), takes_budget=True),
-    "energy": NamedRule(lambda tables, _, keep: energy(tables, keep), "energy"),
-    "fixed": NamedRule(lambda tables, _, rank: fixed(tables, rank), "rank"),
-    "evbmf": NamedRule(lambda tables, _, __: evbmf(tables)),
+    "budget": NamedRule(least_damage),
+    "uniform": NamedRule(uniform),
+    "equal_error": NamedRule(equal_error),
+    "energy": NamedRule(energy, needs="energy"),
+    "fixed": NamedRule(fixed, needs="rank"),
+    "evbmf": NamedRule(evbmf, needs=None, scheme="tucker"),
 }

@@ -84,18 +84,21 @@ class PlanSettings:
         if isinstance(self.rule, str) and self.rule not in RULES:
             known = f"Known: {', '.join(RULES)}, or a function of option tables."
             raise ValueError(f"unknown rule {quoted(self.rule)}.{did_you_mean(self.rule, RULES)} {known}")
-        for name, owner in {rule.setting: name for name, rule in RULES.items() if rule.setting}.items():
-            value = getattr(self, name)
-            if (value is not None) != (self.rule == owner):
-                raise ValueError(f"{name}= goes with rule={owner!r} and only with it; found rule={self.rule!r}, {name}={value!r}.")
+        for owner, rule in RULES.items():
+            if rule.needs not in (None, "budget") and ((value := getattr(self, rule.needs)) is not None) != (self.rule == owner):
+                found = f"found rule={self.rule!r}, {rule.needs}={value!r}"
+                raise ValueError(f"{rule.needs}= goes with rule={owner!r} and only with it; {found}.")
         if self.budget is not None and not self._takes_budget:
             raise ValueError(f"rule {self.rule!r} takes no budget. Use rule='budget', or leave out budget=.")
-        if self.rule == "evbmf" and "tucker" not in self.scheme_names:
-            raise ValueError(f"rule 'evbmf' chooses ranks for tucker, but schemes are {', '.join(self.scheme_names)}. Add 'tucker'.")
+        scheme = RULES[self.rule].scheme if isinstance(self.rule, str) else None
+        if scheme is not None and scheme not in self.scheme_names:
+            raise ValueError(
+                f"rule {self.rule!r} chooses ranks for {scheme}, but schemes are {', '.join(self.scheme_names)}. Add {scheme!r}."
+            )
 
     @property
     def _takes_budget(self) -> bool:
-        return callable(self.rule) or RULES[self.rule].takes_budget
+        return callable(self.rule) or RULES[self.rule].needs == "budget"
 
     @property
     def scheme_names(self) -> tuple[str, ...]:
@@ -124,8 +127,8 @@ class PlanSettings:
         """The rule and its setting, as a plan records them."""
         if callable(self.rule):
             return f"callable {getattr(self.rule, '__name__', type(self.rule).__name__)}"
-        setting = RULES[self.rule].setting
-        if setting is None:
+        setting = RULES[self.rule].needs
+        if setting in (None, "budget"):
             return self.rule
         text = f"{setting}={getattr(self, setting)}"
         return text if setting == self.rule else f"{self.rule} {text}"

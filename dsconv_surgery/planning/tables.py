@@ -1,120 +1,99 @@
-"""What a network may keep, and the option tables that rules choose from. Never imports torch."""
+"""A layer's options as a table, and limits on what a choice of options may cost. Never imports torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from dsconv_surgery.budget import Budget, BudgetError
 from dsconv_surgery.network.geometry import Cost, Rank
 
+if TYPE_CHECKING:
+    from dsconv_surgery.planning.option_errors import OptionErrors
+
 
 @dataclass(frozen=True)
 class Option:
-    """One row of a layer's table: the squared relative error of a scheme at a rank, and the layer's cost with it.
+    """One row of a layer's table: a scheme at a rank, the layer's cost with it, and its squared relative error.
 
-    The error is None where nobody needed it exactly; `damage` is what it is estimated to do to the network's outputs.
+    The error is None until it is measured; `damage` estimates how far the error moves the network's outputs.
     """
 
     scheme: str
     rank: Rank
     cost: Cost
-    error: float | None
+    error: float | None = None
     damage: float | None = None
-
-
-Offer = tuple[Rank, Cost]
-Unfolding = tuple[Sequence[float], tuple[int, int]]  # a matrix's singular values, and its shape
-
-
-class OptionMeasures(Protocol):
-    """Finds out about a layer's options; see the methods of `Table` that ask it."""
-
-    def measure(self, name: str, rank: Rank) -> float: ...
-
-    def bounds(self, name: str, ranks: Sequence[Rank]) -> Sequence[float] | None: ...
-
-    def estimate(self, name: str, ranks: Sequence[Rank]) -> Sequence[float]: ...
-
-    def damage(self, errors: Sequence[float]) -> Sequence[float]: ...
-
-    def unfoldings(self, name: str) -> Sequence[Unfolding]: ...
 
 
 @dataclass(frozen=True)
 class Table:
-    """A layer's options, measured only when asked for.
+    """A layer's options. Errors are measured on demand, because that takes factorisations.
 
-    `offers` holds, for each scheme that applies, the ranks with which the layer costs less than it does, cheapest first;
-    `judge` finds out about them, which may take factorisations.
+    `options` holds, for each scheme that applies, the ranks with which the layer costs less than before, cheapest first.
     """
 
     layer: str
     dense: Cost
-    offers: Mapping[str, Sequence[Offer]] = field(repr=False)
-    judge: OptionMeasures = field(repr=False)
+    options: Mapping[str, Sequence[Option]] = field(repr=False)
+    errors: OptionErrors = field(repr=False)
 
-    def measure(self, scheme: str, rank: Rank) -> float:
-        """The exact error."""
-        return self.judge.measure(scheme, rank)
+    def measure(self, option: Option) -> Option:
+        """The option with its exact error."""
+        return replace(option, error=self.errors.measure(option.scheme, option.rank))
 
-    def bounds(self, scheme: str, ranks: Sequence[Rank]) -> Sequence[float] | None:
-        """Errors of the weights, or upper bounds of them, without a factorisation for each; None for a scheme that knows none."""
-        return self.judge.bounds(scheme, ranks)
+    def error_bounds(self, options: Sequence[Option]) -> Sequence[float] | None:
+        """Upper bounds on the weights' errors of options of one scheme, without factorisations; None where the scheme has none."""
+        return self.errors.bounds(options[0].scheme, [option.rank for option in options])
 
-    def estimated(self, scheme: str, offers: Sequence[Offer]) -> list[tuple[Offer, float]]:
-        """Offers with their errors, measured at a few ranks and interpolated between them."""
-        return list(zip(offers, self.judge.estimate(scheme, [rank for rank, _ in offers]), strict=True))
+    def estimate_errors(self, options: Sequence[Option]) -> Sequence[float]:
+        """Errors of options of one scheme, measured at a few ranks and interpolated in between."""
+        return self.errors.estimate(options[0].scheme, [option.rank for option in options])
 
     def damage(self, errors: Sequence[float]) -> Sequence[float]:
-        """What errors of this layer do to the network's outputs, measured and interpolated; without images, the errors themselves."""
-        return self.judge.damage(errors)
+        """How far errors of this layer move the network's outputs, measured and interpolated; without images, the errors themselves."""
+        return self.errors.damage(errors)
 
-    def unfoldings(self, scheme: str) -> Sequence[Unfolding]:
-        """Singular values and shapes of the matrices that a scheme's ranks are ranks of."""
-        return self.judge.unfoldings(scheme)
-
-    def option(self, scheme: str, offer: Offer) -> Option:
-        """An offer with its error measured."""
-        return Option(scheme, *offer, self.measure(scheme, offer[0]))
-
-    def fraction(self, cost: Cost, measures: Sequence[str]) -> float:
-        """What part of the layer a cost is, by the measure in which it is largest."""
+    def cost_fraction(self, cost: Cost, measures: Sequence[str]) -> float:
+        """The fraction of the dense layer's cost, in the measure where it is largest."""
         return max(getattr(cost, m) / (getattr(self.dense, m) or 1) for m in measures)
 
-    def smallest(self, measures: Sequence[str]) -> tuple[str, Offer]:
-        """The scheme and offer of least cost."""
-        every = ((scheme, offer) for scheme, offers in self.offers.items() for offer in offers)
-        return min(every, key=lambda found: self.fraction(found[1][1], measures))
+    def cheapest(self, measures: Sequence[str]) -> Option:
+        """The option with the smallest cost fraction."""
+        return min(
+            (option for options in self.options.values() for option in options),
+            key=lambda option: self.cost_fraction(option.cost, measures),
+        )
 
 
 Choice = Mapping[str, Option | None]  # layer -> its option, None to keep it dense
-Rule = Callable[[Mapping[str, Table], Mapping[str, float]], Choice]  # tables, what they may cost by measure -> choice
+Rule = Callable[[Mapping[str, Table], Mapping[str, float]], Choice]  # tables, allowed total cost by measure -> choice
 
 
 def smallest_total(tables: Mapping[str, Table], measures: Sequence[str]) -> dict[str, float]:
-    """By measure, what the layers cost together at least; for each measure by itself, so that not all need be reached at once."""
-    return {m: sum(getattr(table.smallest((m,))[1][1], m) for table in tables.values()) for m in measures}
+    """The least total cost of the layers in each measure; no single choice may reach all of these at once."""
+    return {m: sum(getattr(table.cheapest((m,)).cost, m) for table in tables.values()) for m in measures}
 
 
 def allowed_costs(tables: Mapping[str, Table], total: Cost, budget: Budget) -> dict[str, float]:
-    """By measure, what the layers with options may cost together so that the whole network keeps its budget.
+    """The total cost that the layers with options may have, by measure, if the whole network is to keep its budget.
 
     Raises:
-        BudgetError: not even the cheapest option of every layer comes down to it; the smallest reachable budget is named.
+        BudgetError: even the cheapest option of every layer exceeds the budget; the smallest reachable budget is named.
     """
     limits = budget.limits()
     rest = {m: getattr(total, m) - sum(getattr(table.dense, m) for table in tables.values()) for m in limits}
     allowed = {m: fraction * getattr(total, m) - rest[m] for m, fraction in limits.items()}
     least = smallest_total(tables, tuple(limits))
     if any(least[m] > allowed[m] for m in limits):
-        # Rounded up, so that the budget named can be given and met.
-        reach = ", ".join(f"{m}={min(math.ceil(1e4 * (least[m] + rest[m]) / getattr(total, m) + 1e-6) / 1e4, 1.0)}" for m in limits)
-        tip = "; on CPUs, networks in torch.channels_last may come lower" if "latency" in limits else ""
+        # Rounded up, so that the named budget can be met.
+        fractions = {m: min(math.ceil(1e4 * (least[m] + rest[m]) / getattr(total, m) + 1e-6) / 1e4, 1.0) for m in limits}
+        reachable = ", ".join(f"{m}={fraction}" for m, fraction in fractions.items())
+        tip = "; on CPUs, networks in torch.channels_last may be faster" if "latency" in limits else ""
         raise BudgetError(
-            f"{budget} is out of reach: with every layer at its cheapest the network still keeps {reach} "
+            f"{budget} is out of reach: with every layer at its cheapest option the network still keeps {reachable} "
             f"({len(tables)} layers can be cut). Raise the budget, exclude fewer layers or allow more schemes{tip}."
         )
     return allowed
