@@ -93,7 +93,7 @@ class Plan(JsonRecord):
         names = [cut.name for cut in self.cuts]
         if name not in names:
             reason = next((f" It was skipped: {skip.reason}" for skip in self.skips if skip.name == name), "")
-            raise ValueError(f"{name}: expected the name of a cut, found none.{reason or did_you_mean(name, names)} See plan.cuts.")
+            raise ValueError(f"{name}: the plan has no such cut.{reason or did_you_mean(name, names)} See plan.cuts.")
         index = names.index(name)
         cut = self.cuts[index]
         cut = replace(cut, scheme=scheme or cut.scheme, rank=cut.rank if rank is None else rank, error=None, damage=None)
@@ -108,7 +108,7 @@ class Plan(JsonRecord):
         names = [cut.name for cut in self.cuts]
         removed = [name for name in names if fnmatchcase(name, pattern)]
         if not removed:
-            raise ValueError(f"expected a pattern that matches a cut, found {pattern!r}.{did_you_mean(pattern, names)} See plan.cuts.")
+            raise ValueError(f"no cut matches the pattern {pattern!r}.{did_you_mean(pattern, names)} See plan.cuts.")
         skips = tuple(Skip(name, f"removed from the plan by without({pattern!r}).") for name in sorted(removed))
         return self._edited(cuts=tuple(cut for cut in self.cuts if cut.name not in removed), skips=self.skips + skips)
 

@@ -14,8 +14,9 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 class DepthwiseConv2d(nn.Conv2d):
     """A convolution that applies `kernels_per_layer` filters to each input channel separately.
 
-    `out[i * m + j, v, h] = sum_yx D[i, j, y, x] in[i, v + y, h + x]` for input channel i < I and filter j < m = kernels_per_layer. For a kernel of
-    K taps, it has K I m weights and needs K I m MACs per output pixel. A normal convolution to I m channels has K I^2 m of both.
+    `out[i * m + j, v, h] = sum_yx D[i, j, y, x] in[i, v + y, h + x]` for input channel i < I and filter j < m = kernels_per_layer.
+    For a kernel of K taps, it has K I m weights and needs K I m MACs per output pixel. A normal convolution to I m channels has
+    K I^2 m of both.
 
     Args:
         in_channels: I; the output has `I * kernels_per_layer` channels.
