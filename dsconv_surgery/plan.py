@@ -1,10 +1,12 @@
-"""What is to be done to a network, as plain data that can be read, edited, committed and replayed."""
+"""What to do to a network, as plain data: print it, edit it, commit it, replay it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator
 
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.network.discovery import Skip
@@ -15,19 +17,28 @@ from dsconv_surgery.support.latency import Latency
 from dsconv_surgery.support.records import JsonRecord
 
 FORMAT_VERSION = 1
+COLUMNS = ("layer", "geometry", "scheme", "rank", "params", "-> params", "MACs", "-> MACs", "error")
+
+
+def _check_version(version: object) -> object:
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(f"found version {version!r}, expected {FORMAT_VERSION}. Make the plan again with make_plan.")
+    return version
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One layer's replacement, with the geometry that it was decided for, so that a changed layer is noticed."""
+    """The replacement of one layer, and the geometry that it was chosen for, to notice a changed layer."""
 
     name: str
     scheme: str
     rank: Rank
     spec: ConvSpec
     sizes: tuple[Size, ...]
-    error: float | None = None  # squared and relative, of the weights, or of outputs on calibration images; None: known once cut
-    damage: float | None = None  # what the rule took it to do to the network's outputs, in nats for classifiers
+    # Squared relative error of the weights, or of outputs on calibration images. None: not measured yet.
+    error: float | None = None
+    # Predicted damage to the network's outputs, for classifiers in nats.
+    damage: float | None = None
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
@@ -49,7 +60,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Plan(JsonRecord):
-    """What is to be done to a network: cuts, layers left as they are with the reason, and how it was decided."""
+    """What to do to a network: its cuts, the layers that stay and why, and how this was decided."""
 
     cuts: tuple[Cut, ...]
     skips: tuple[Skip, ...]
@@ -57,82 +68,66 @@ class Plan(JsonRecord):
     rule: str
     budget: Budget | None
     total: Cost  # of the dense network
-    calibrated: bool = False  # errors are of outputs on calibration images, and cutting needs some, too
-    timing: Latency | None = None  # where latency was limited
-    format_version: int = FORMAT_VERSION
+    calibrated: bool = False  # errors are of outputs, and apply_plan needs calibration images
+    timing: Latency | None = None  # if the budget limits latency
+    format_version: Annotated[int, BeforeValidator(_check_version)] = FORMAT_VERSION  # checked on reading
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     @property
     def total_after(self) -> Cost:
-        spent = self.total
+        total = self.total
         for cut in self.cuts:
-            spent = spent - cut.cost_before + cut.cost_after
-        return spent
+            total = total - cut.cost_before + cut.cost_after
+        return total
 
     def replace(self, name: str, *, scheme: str | None = None, rank: Rank | None = None) -> Plan:
-        """A plan in which one cut has another scheme, another rank or both.
+        """Return a plan in which one cut has another scheme, another rank or both.
 
         Raises:
-            ValueError: no such cut, unknown scheme, or a rank that the scheme does not have there.
+            ValueError: there is no such cut or scheme, or the scheme does not have this rank for the layer.
 
         Example:
             >>> plan.replace("layer1.0.conv1", scheme="depthwise", rank=2)
         """
-        if name not in [cut.name for cut in self.cuts]:
-            raise ValueError(f"{name}: no cut of this name.{did_you_mean(name, [cut.name for cut in self.cuts])} {_why_left(self, name)}")
-        cuts = tuple(
-            replace(cut, scheme=scheme or cut.scheme, rank=cut.rank if rank is None else rank, error=None, damage=None)
-            if cut.name == name
-            else cut
-            for cut in self.cuts
-        )
-        return replace(self, cuts=cuts, rule=_edited(self.rule), timing=None)
+        names = [cut.name for cut in self.cuts]
+        if name not in names:
+            reason = next((f" It was skipped: {skip.reason}" for skip in self.skips if skip.name == name), "")
+            raise ValueError(f"{name}: the plan has no such cut.{reason or did_you_mean(name, names)} See plan.cuts.")
+        index = names.index(name)
+        cut = self.cuts[index]
+        cut = replace(cut, scheme=scheme or cut.scheme, rank=cut.rank if rank is None else rank, error=None, damage=None)
+        return self._edited(cuts=(*self.cuts[:index], cut, *self.cuts[index + 1 :]))
 
     def without(self, pattern: str) -> Plan:
-        """A plan that leaves alone the layers whose name matches a shell-style pattern, such as "layer1.*".
+        """Return a plan without the cuts whose name matches a shell-style pattern, such as "layer1.*".
 
         Raises:
             ValueError: no cut matches.
         """
-        out = {cut.name for cut in self.cuts if fnmatchcase(cut.name, pattern)}
-        if not out:
-            raise ValueError(f"no cut matches {pattern!r}.{did_you_mean(pattern, [cut.name for cut in self.cuts])}")
-        skips = tuple(Skip(name, f"taken out by hand ({pattern!r}).") for name in sorted(out))
-        return replace(
-            self, cuts=tuple(c for c in self.cuts if c.name not in out), skips=self.skips + skips, rule=_edited(self.rule), timing=None
-        )
+        names = [cut.name for cut in self.cuts]
+        removed = [name for name in names if fnmatchcase(name, pattern)]
+        if not removed:
+            raise ValueError(f"no cut matches the pattern {pattern!r}.{did_you_mean(pattern, names)} See plan.cuts.")
+        skips = tuple(Skip(name, f"removed from the plan by without({pattern!r}).") for name in sorted(removed))
+        return self._edited(cuts=tuple(cut for cut in self.cuts if cut.name not in removed), skips=self.skips + skips)
+
+    def _edited(self, **changes: Any) -> Plan:
+        return replace(self, rule=f"{self.rule.removesuffix(', edited')}, edited", timing=None, **changes)
 
     def __str__(self) -> str:
-        rows = [
-            (
-                cut.name,
-                str(cut.spec),
-                cut.scheme,
-                str(cut.rank),
-                f"{cut.cost_before.params:,}",
-                f"{cut.cost_after.params:,}",
-                f"{cut.cost_before.macs:,}",
-                f"{cut.cost_after.macs:,}",
-                "-" if cut.error is None else f"{cut.error:.4f}",
-            )
-            for cut in self.cuts
-        ]
-        after = self.total_after
-        rows.append(
-            ("whole network", "", "", "", f"{self.total.params:,}", f"{after.params:,}", f"{self.total.macs:,}", f"{after.macs:,}", "")
-        )
-        columns = ("layer", "geometry", "scheme", "rank", "params", "-> params", "MACs", "-> MACs", "error")
-        left = "".join(f"\nleft dense: {skip.name} - {skip.reason}" for skip in self.skips)
-        how = ", calibrated" if self.calibrated else ""
-        t = self.timing
-        timed = "" if t is None else f"\nlatency {t.before:.2f} -> {t.after:.2f} ms predicted ({t.conditions})"
-        return text_table(f"rule {self.rule}, {self.budget or 'no budget'}{how}", columns, rows) + timed + left
+        rows = []
+        for cut in self.cuts:
+            error = "-" if cut.error is None else f"{cut.error:.4f}"
+            rows.append((cut.name, str(cut.spec), cut.scheme, str(cut.rank), *_costs(cut.cost_before, cut.cost_after), error))
+        rows.append(("whole network", "", "", "", *_costs(self.total, self.total_after), ""))
+        title = f"rule {self.rule}, {self.budget or 'no budget'}{', calibrated' if self.calibrated else ''}"
+        lines = [text_table(title, COLUMNS, rows)]
+        if self.timing:
+            t = self.timing
+            lines.append(f"latency {t.before:.2f} -> {t.after:.2f} ms with random weights ({t.conditions})")
+        return "\n".join([*lines, *(f"not cut: {skip.name} - {skip.reason}" for skip in self.skips)])
 
 
-def _why_left(plan: Plan, name: str) -> str:
-    return next((f"It was skipped: {skip.reason}" for skip in plan.skips if skip.name == name), "See plan.cuts.")
-
-
-def _edited(rule: str) -> str:
-    return rule if rule.endswith(", edited") else f"{rule}, edited"
+def _costs(before: Cost, after: Cost) -> tuple[str, ...]:
+    return (f"{before.params:,}", f"{after.params:,}", f"{before.macs:,}", f"{after.macs:,}")

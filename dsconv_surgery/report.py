@@ -1,8 +1,8 @@
-"""Before and after, as numbers; text is a function of them."""
+"""Compare a cut network with the dense one: costs, errors, outputs and latency, as numbers and as text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,23 +13,20 @@ from dsconv_surgery.budget import Budget
 from dsconv_surgery.calibration.images import Calibration, Images, check_model_runs, input_shapes
 from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.network.geometry import Cost, Rank
-from dsconv_surgery.plan import Plan
+from dsconv_surgery.plan import Cut, Plan
 from dsconv_surgery.support.copies import evaluation_copy
 from dsconv_surgery.support.fidelity import Fidelity, measure_fidelity
-from dsconv_surgery.support.formatting import text_table
+from dsconv_surgery.support.formatting import markdown_table, text_table
 from dsconv_surgery.support.latency import Latency, measure_latency, timing_conditions
 from dsconv_surgery.support.records import JsonRecord
-from dsconv_surgery.surgery import chain_kernel, check_cut, degeneracy
-
-COLUMNS = ("layer", "scheme", "rank", "params", "-> params", "MACs", "-> MACs", "error", "output error", "left dense because")
+from dsconv_surgery.surgery import chain_factors, check_cut
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: `error` is the squared relative error of its weights, None where no plan says how it was cut.
+    """One layer: `error` is the squared relative error of its weights, `output_error` that of its outputs, each channel about its mean.
 
-    `output_error` is that of its outputs in the running networks, each channel about its mean, on the images given. `degeneracy`
-    is, for the CP schemes, `sum_r |term_r|^2 / |V|^2`: around one, or below, where terms do not cancel each other.
+    `degeneracy`, for the CP schemes, is `sum_r |term_r|^2 / |V|^2` for the kernel V; where it is far above one, terms cancel each other.
     """
 
     name: str
@@ -45,9 +42,28 @@ class Row:
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
 
+def _decimals(error: float | None) -> str:
+    return "" if error is None else f"{error:.4f}"
+
+
+# The columns of the report: title, and text of a row.
+COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("layer", lambda row: row.name),
+    ("scheme", lambda row: ("cut" if row.after != row.before else "") if row.scheme is None else row.scheme),
+    ("rank", lambda row: "" if row.rank is None else str(row.rank)),
+    ("params", lambda row: f"{row.before.params:,}"),
+    ("-> params", lambda row: f"{row.after.params:,}"),
+    ("MACs", lambda row: f"{row.before.macs:,}"),
+    ("-> MACs", lambda row: f"{row.after.macs:,}"),
+    ("error", lambda row: _decimals(row.error)),
+    ("output error", lambda row: _decimals(row.output_error)),
+    ("not cut because", lambda row: row.skipped or ""),
+)
+
+
 @dataclass(frozen=True)
 class Try:
-    """A budget on the way to the smallest network within a drop, what that network cost, and its score."""
+    """One budget that the search for `max_drop` tried: the cost and the score of its network, and whether the drop was small enough."""
 
     budget: Budget
     cost: Cost
@@ -59,12 +75,12 @@ class Try:
 
 @dataclass(frozen=True)
 class Report(JsonRecord):
-    """Two networks compared: parameters (all), MACs (convolutions and linear layers as called, for the whole example batch)."""
+    """Two networks compared: all parameters, and MACs of convolutions and linear layers for the whole example batch."""
 
     rows: tuple[Row, ...]
     before: Cost
     after: Cost
-    remainder_macs_before: int  # functional matrix products, as in attention: not part of the totals
+    remainder_macs_before: int  # matrix products outside of layers, as in attention: not part of the totals
     remainder_macs_after: int
     latency: Latency | None = None
     fidelity: Fidelity | None = None
@@ -81,32 +97,15 @@ class Report(JsonRecord):
         return 1 - self.after.macs / self.before.macs if self.before.macs else 0.0
 
     def to_markdown(self) -> str:
-        """The table and the totals for a README or an issue."""
-        lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-        lines += [f"| {' | '.join(cells).replace('->', '→')} |" for cells in self._cells()]
-        return "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in self._totals()) + "\n"
+        """The table and the totals, for a README or an issue."""
+        return markdown_table(*self._table()) + "\n" + "\n".join(f"- {line}" for line in self._totals()) + "\n"
 
     def __str__(self) -> str:
-        return text_table("", COLUMNS, self._cells()) + "\n" + "\n".join(self._totals())
+        return "\n".join([text_table("", *self._table()), *self._totals()])
 
-    def _cells(self) -> list[tuple[str, ...]]:
-        body = [
-            (
-                row.name,
-                row.scheme or ("cut" if row.after != row.before else ""),
-                "" if row.rank is None else str(row.rank),
-                f"{row.before.params:,}",
-                f"{row.after.params:,}",
-                f"{row.before.macs:,}",
-                f"{row.after.macs:,}",
-                "" if row.error is None else f"{row.error:.4f}",
-                "" if row.output_error is None else f"{row.output_error:.4f}",
-                row.skipped or "",
-            )
-            for row in self.rows
-        ]
-        ends = (self.before.params, self.after.params, self.before.macs, self.after.macs)
-        return [*body, ("whole network", "", "", *(f"{n:,}" for n in ends), "", "", "")]
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        rows = (*self.rows, Row("whole network", self.before, self.after, scheme=""))
+        return [title for title, _ in COLUMNS], [[text(row) for _, text in COLUMNS] for row in rows]
 
     def _totals(self) -> list[str]:
         lines = [
@@ -114,23 +113,22 @@ class Report(JsonRecord):
             f"MACs {self.before.macs:,} -> {self.after.macs:,} ({-100 * self.macs_saved:+.1f} %)",
         ]
         if self.remainder_macs_before or self.remainder_macs_after:
-            lines.append(f"outside of layers (functional products) MACs {self.remainder_macs_before:,} -> {self.remainder_macs_after:,}")
-        most = max((row for row in self.rows if row.degeneracy is not None), key=lambda row: row.degeneracy or 0.0, default=None)
-        if most is not None and most.degeneracy is not None:
-            lines.append(f"most terms cancelling in {most.name}: squared norms of CP's terms sum to {most.degeneracy:.2f} of the kernel's")
-        if self.fidelity:
-            f = self.fidelity
-            same = f", same top class {100 * f.agreement:.2f} %" if f.agreement is not None else ""
-            nats = f", divergence {f.divergence:.4f} nats" if f.divergence is not None else ""
-            lines.append(f"outputs on {f.images:,} images: squared relative error {f.error:.4f}{same}{nats}")
-        for one in self.tries:
-            within = "within the drop" if one.within else "too low"
-            lines.append(f"tried {one.budget}: parameters {one.cost.params:,}, MACs {one.cost.macs:,}, score {one.score:g}, {within}")
-        if self.latency:
-            t = self.latency
-            foreseen = "" if t.predicted is None else f"; predicted {t.predicted:.2f} ms"
-            settings = f"{t.conditions}, median of {t.rounds}"
-            lines.append(f"latency {t.before:.2f} -> {t.after:.2f} ms ({t.before / t.after:.2f}x faster{foreseen}; {settings})")
+            lines.append(f"MACs outside of layers {self.remainder_macs_before:,} -> {self.remainder_macs_after:,} (matrix products)")
+        degeneracies = {row.name: row.degeneracy for row in self.rows if row.degeneracy is not None}
+        if degeneracies:
+            name = max(degeneracies, key=degeneracies.__getitem__)
+            lines.append(f"largest CP degeneracy {degeneracies[name]:.2f}, in {name}: squared norms of terms / squared norm of the kernel")
+        if f := self.fidelity:
+            agreement = f", same top class {100 * f.agreement:.2f} %" if f.agreement is not None else ""
+            divergence = f", divergence {f.divergence:.4f} nats" if f.divergence is not None else ""
+            lines.append(f"outputs on {f.images:,} images: squared relative error {f.error:.4f}{agreement}{divergence}")
+        for t in self.tries:
+            drop = "within" if t.within else "beyond"
+            lines.append(f"tried {t.budget}: parameters {t.cost.params:,}, MACs {t.cost.macs:,}, score {t.score:g}, {drop} max_drop")
+        if ms := self.latency:
+            predicted = "" if ms.predicted is None else f", predicted {ms.predicted:.2f} ms"
+            conditions = f"median of {ms.rounds} rounds, {ms.conditions}"
+            lines.append(f"latency {ms.before:.2f} -> {ms.after:.2f} ms{predicted}, speed-up {ms.before / ms.after:.2f}x ({conditions})")
         return lines
 
 
@@ -142,20 +140,19 @@ def compare(
     latency: bool = False,
     data: Calibration | Iterable[Any] | None = None,
 ) -> Report:
-    """What a cut saved and what it cost, layer by layer and in all.
+    """Compare a cut network with the dense one, layer by layer and as a whole.
 
-    Both networks are looked at on fake tensors, so their state stays as it is; the cut one is counted anew, not predicted.
+    The costs of both networks are counted on fake tensors, not predicted. Neither network is changed.
 
     Args:
-        before, after: the dense network and the one made from it.
-        example_inputs: what both take.
-        plan: how `after` was cut; adds schemes, ranks, the weights' relative errors and reasons for skips.
-        data: batches of images (labels after them are ignored): adds every cut layer's output error, and how near the network's
-            outputs are to the dense one's.
-        latency: time both, in turn, in evaluation mode, on the inputs' device with torch's current thread count.
+        before, after: the dense network and the cut one.
+        example_inputs: the arguments of both.
+        plan: how `after` was cut. Adds schemes, ranks, errors of weights, and reasons for skips.
+        latency: measure the latency of both, in turn, in evaluation mode, on the inputs' device and torch's current thread count.
+        data: batches of images; labels after them are ignored. Adds output errors of the cut layers and of the network.
 
     Returns:
-        A `Report`; print it, or see `to_markdown()` and `to_json()`.
+        A `Report`: print it, or use `to_markdown()` or `to_json()`.
 
     Raises:
         ValueError: a model does not run on the inputs, or `after` was not cut by `plan`.
@@ -163,41 +160,45 @@ def compare(
     Example:
         >>> print(compare(model, small, torch.rand(1, 3, 32, 32), plan=plan))
     """
-    dense, cut = survey_model(before, *example_inputs), survey_model(after, *example_inputs)
-    timing = _timed(before, after, example_inputs, plan) if latency else None
-    cuts = {c.name: c for c in plan.cuts} if plan else {}
+    dense, small = survey_model(before, *example_inputs), survey_model(after, *example_inputs)
     if plan:
         check_cut(after, plan)
-    images = None if data is None else Images(data, input_shapes(example_inputs), same=False)
-    near = None
-    if images is not None:
+    cuts = {cut.name: cut for cut in plan.cuts} if plan else {}
+    timing = _measure(before, after, example_inputs, plan) if latency else None
+    fidelity = None
+    if data is not None:
+        images = Images(data, input_shapes(example_inputs), same=False)
         check_model_runs(evaluation_copy(before), images)
-        near = measure_fidelity(before, after, (inputs for _, inputs in images), list(cuts))
-    reasons = {skip.name: skip.reason for skip in (*(plan.skips if plan else ()), *(s for s in dense.layers if isinstance(s, Skip)))}
+        fidelity = measure_fidelity(before, after, (inputs for _, inputs in images), list(cuts))
+    skips = (*(plan.skips if plan else ()), *(layer for layer in dense.layers if isinstance(layer, Skip)))
+    reasons = {skip.name: skip.reason for skip in skips}
     rows: list[Row] = []
-    for layer in dense.layers:
-        name = layer.name
-        now = _cost_under(name, cut.costs)
-        if name not in cuts:
-            rows.append(Row(name, dense.costs[name], now, skipped=reasons.get(name)))
-            continue
-        chosen = cuts[name]
-        chain = after.get_submodule(name)
-        weight = before.get_submodule(name).get_parameter("weight")
-        known = not weight.is_meta and not next(chain.parameters()).is_meta
-        error = schemes.relative_error(weight, chain_kernel(chosen, chain)) if known else None
-        output_error = near.layer_errors.get(name) if near else None
-        terms = degeneracy(chosen, chain) if known else None
-        rows.append(Row(name, dense.costs[name], now, chosen.scheme, chosen.rank, error, None, output_error, terms))
-    return Report(tuple(rows), dense.total, cut.total, dense.remainder_macs, cut.remainder_macs, timing, near)
+    for name in (layer.name for layer in dense.layers):
+        costs = dense.costs[name], _cost_under(name, small.costs)
+        if name in cuts:
+            error, degeneracy = _weight_errors(before.get_submodule(name), after.get_submodule(name), cuts[name])
+            output_error = fidelity.layer_errors.get(name) if fidelity else None
+            rows.append(Row(name, *costs, cuts[name].scheme, cuts[name].rank, error, None, output_error, degeneracy))
+        else:
+            rows.append(Row(name, *costs, skipped=reasons.get(name)))
+    return Report(tuple(rows), dense.total, small.total, dense.remainder_macs, small.remainder_macs, timing, fidelity)
 
 
-def _timed(before: nn.Module, after: nn.Module, inputs: Sequence[Any], plan: Plan | None, rounds: int = 15) -> Latency:
+def _measure(before: nn.Module, after: nn.Module, inputs: Sequence[Any], plan: Plan | None, rounds: int = 15) -> Latency:
     dense, cut = measure_latency([before, after], inputs, rounds)
     return Latency(dense, cut, timing_conditions(inputs), rounds, plan.timing.after if plan and plan.timing else None)
 
 
+def _weight_errors(layer: nn.Module, chain: nn.Module, cut: Cut) -> tuple[float | None, float | None]:
+    """The error of the weights, and the degeneracy; None on the meta device."""
+    weight, factors, scheme = layer.get_parameter("weight"), chain_factors(cut, chain), schemes.get_scheme(cut.scheme)
+    if any(tensor.is_meta for tensor in (weight, *factors.values())):
+        return None, None
+    error = schemes.relative_error(weight, schemes.kernel_of(scheme, cut.spec, factors))
+    return error, schemes.degeneracy(scheme, cut.spec, factors)
+
+
 def _cost_under(name: str, costs: dict[str, Cost]) -> Cost:
-    """A layer's cost, or that of the links that took its place."""
-    links: Sequence[Cost] = [cost for other, cost in costs.items() if other == name or other.startswith(f"{name}." if name else "")]
-    return sum(links, Cost(0, 0))
+    """The cost of a layer, or of the links in its place."""
+    prefix = f"{name}." if name else ""
+    return sum((cost for other, cost in costs.items() if other == name or other.startswith(prefix)), Cost(0, 0))

@@ -1,4 +1,4 @@
-"""Cut: carry out a plan on a copy of the model, and fold a cut model back. The only code that edits a model."""
+"""Cut a copy of a model as a plan says, and fold a cut model back. The only code that edits models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dsconv_surgery import schemes
 from dsconv_surgery.calibration.batchnorm import reestimate_batchnorm
 from dsconv_surgery.calibration.images import Calibration, Images
 from dsconv_surgery.calibration.reconstruct import reconstruct, set_bias
@@ -18,7 +17,7 @@ from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.network.graph_rewrite import collapse_calls, expand_calls
 from dsconv_surgery.network.layers import check_finite, check_unwrapped, irreplaceable_layers, is_layer, named_layers
 from dsconv_surgery.plan import Cut, Plan
-from dsconv_surgery.schemes import Factors, build, factorize, get_scheme, is_channels_last, kernel_of, links_of, make_layer
+from dsconv_surgery.schemes import Factors, build, factorize, get_scheme, is_channels_last, kernel_of, links_of
 from dsconv_surgery.support.copies import deepcopy_memo, evaluation_copy
 from dsconv_surgery.support.formatting import did_you_mean
 
@@ -31,28 +30,26 @@ def apply_plan(
     init: Literal["factorize", "empty"] = "factorize",
     progress: bool = False,
 ) -> nn.Module:
-    """A new model in which each cut's layer is an nn.Sequential of plain smaller layers.
+    """Make a new model in which the layer of each cut is an nn.Sequential of smaller, plain layers.
 
-    The argument stays as it is, bit for bit. The result has the same class, device, dtype, training flags, `requires_grad` and
-    hooks; given an `fx.GraphModule`, the chain's links become nodes of its graph. A layer reached under several names is
-    replaced under all of them.
+    The model that is passed in stays bit-identical. The result has the same class, device, dtype, training flags, `requires_grad`
+    and hooks. In an `fx.GraphModule`, the links become nodes of the graph. A layer with several names is replaced under all of them.
 
-    With calibration images the layers are factorised in running order, each on what it is given by the network cut so far, towards
-    what the dense network has there: `E |t - V p|^2 + ridge |V - W|^2` is lowered over the kernels V that the scheme can write,
-    the ridge chosen by every fourth image, held out (asymmetric reconstruction, Zhang et al. 2015). The mean of the error goes
-    into the layer's bias or into the running mean of the BatchNorm after it; BatchNorm statistics are estimated anew only if
-    held-out images say so.
+    With calibration images, layers are fitted in running order. Input patches p come from the network compressed so far, targets t
+    from the dense network. The kernel V that the scheme can write minimises `E |t - V p|^2 + ridge |V - W|^2`, W the weight
+    (asymmetric reconstruction, Zhang et al. 2015). Held-out images, every fourth, choose the ridge. The mean of the error goes into
+    the bias, or into the running mean of the BatchNorm that follows. BatchNorm statistics are re-estimated if held-out images gain.
 
     Args:
         model: the network that the plan was made for, with any weights.
         plan: from `make_plan`, or read from JSON.
-        calibration: batches of unlabelled images, or a `Calibration`; a plan made with some needs some.
-        init: "factorize" the model's weights; "empty" leaves the new weights uninitialised, for loading some.
-        progress: show a bar over layers.
+        calibration: batches of unlabelled images, or a `Calibration`; required if the plan was made with calibration.
+        init: "factorize" the model's weights, or leave the new weights "empty", to load a state_dict afterwards.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: the plan does not fit the model (every mismatch is listed), weights that are not finite or not there, no
-            calibration for a calibrated plan, or images that do not fit.
+        ValueError: the plan does not fit the model (mismatches are listed), weights are not finite or on the meta device, the plan
+            needs calibration, or the images do not fit the model.
         TypeError: the model is compiled, scripted or wrapped for data parallelism.
 
     Example:
@@ -62,12 +59,12 @@ def apply_plan(
         raise ValueError(f"init={init!r}: expected 'factorize' or 'empty'.")
     if calibration is not None:
         if init == "empty":
-            raise ValueError("init='empty' leaves nothing to calibrate. Leave out calibration=, or init=.")
+            raise ValueError("init='empty' has no weights to calibrate. Leave out calibration= or init=.")
         return cut_calibrated(model, plan, Images(calibration, plan.input_shapes), {}, progress)[0]
     if plan.calibrated and init == "factorize":
         raise ValueError(
-            "the plan was made with calibration, which its ranks and errors count on: pass calibration= (a few hundred unlabelled images), "
-            "init='empty' to load weights, or make a plan without calibration."
+            "the plan was made with calibration. Pass calibration= (a few hundred unlabelled images), pass init='empty' to load weights "
+            "afterwards, or make a plan without calibration."
         )
     return build_cut_model(model, plan, init, {}, progress)
 
@@ -75,32 +72,36 @@ def apply_plan(
 def cut_calibrated(
     model: nn.Module, plan: Plan, images: Images, starts: Mapping[str, Factors], progress: bool
 ) -> tuple[nn.Module, dict[str, float]]:
-    """A model cut for calibration images, and by layer the output's squared relative error on them; `starts`: factors to begin with."""
+    """A cut model, and the output error of each cut on the calibration images; `starts`: factors to start from."""
     check_unwrapped(model)
     _check_fit(model, plan)
     for cut in plan.cuts:
         _check_weight(cut, model.get_submodule(cut.name).get_parameter("weight"))
     dense = evaluation_copy(model)
     fitted = reconstruct(dense, plan.cuts, images, starts, progress)
-    result = build_cut_model(model, plan, "factorize", {name: found.factors for name, found in fitted.items()}, progress=False)
-    for name, found in fitted.items():
-        if found.bias is not None:
-            set_bias(result.get_submodule(name), found.bias)
-        if found.batchnorm is not None and found.shift is not None:
-            norm: Any = result.get_submodule(found.batchnorm)
-            norm.running_mean -= found.shift.to(norm.running_mean)
+    result = build_cut_model(model, plan, "factorize", {name: fit.factors for name, fit in fitted.items()}, progress=False)
+    for name, fit in fitted.items():
+        if fit.bias is not None:
+            set_bias(result.get_submodule(name), fit.bias)
+        if fit.batchnorm is not None and fit.shift is not None:
+            batchnorm: Any = result.get_submodule(fit.batchnorm)
+            batchnorm.running_mean -= fit.shift.to(batchnorm.running_mean)
     reestimate_batchnorm(dense, result, images)
-    return result, {name: found.error for name, found in fitted.items()}
+    return result, {name: fit.error for name, fit in fitted.items()}
 
 
-def build_cut_model(model: nn.Module, plan: Plan, init: str, made: Mapping[str, Factors], progress: bool) -> nn.Module:
-    """`apply_plan`, with factors that are known already."""
+def build_cut_model(model: nn.Module, plan: Plan, init: str, fitted: Mapping[str, Factors], progress: bool) -> nn.Module:
+    """`apply_plan` without calibration; layers in `fitted` have their factors already."""
     check_unwrapped(model)
     _check_fit(model, plan)
     replacements: dict[str, nn.Module] = {}
     for cut in tqdm(plan.cuts, desc="cut", unit="layer", disable=not progress):
         layer = model.get_submodule(cut.name)
-        factors = None if init == "empty" else made[cut.name] if cut.name in made else _factors(cut, layer.get_parameter("weight"))
+        factors = fitted.get(cut.name)
+        if factors is None and init != "empty":
+            weight = layer.get_parameter("weight")
+            _check_weight(cut, weight)
+            factors = next(factorize(get_scheme(cut.scheme), cut.spec, weight, [cut.rank]))
         replacements[cut.name] = build(cut.chain, layer, factors)
     result = _copy_with(model, replacements)
     expand_calls(result, {cut.name: list(cut.chain) for cut in plan.cuts})
@@ -108,127 +109,107 @@ def build_cut_model(model: nn.Module, plan: Plan, init: str, made: Mapping[str, 
 
 
 def fold_back(model: nn.Module, plan: Plan) -> nn.Module:
-    """A new, dense model from a cut one: each chain multiplied out into the single layer that computes the same.
+    """Make a new, dense model from a cut one: each chain is multiplied out to one layer that computes the same.
 
     Args:
-        model: what `apply_plan(..., plan)` or `load` gave, fine-tuned or not.
-        plan: the plan that it was cut by.
+        model: the result of `apply_plan(..., plan)` or `load`, fine-tuned or not. It is not changed.
+        plan: the plan that the model was cut by.
 
     Raises:
-        ValueError: a cut of the plan is not there, or its links are not as the plan says.
+        ValueError: the chains in the model are not those of the plan.
 
     Example:
         >>> dense = fold_back(small, plan)
     """
     check_unwrapped(model)
     check_cut(model, plan)
-    replacements: dict[str, nn.Module] = {}
-    for cut in plan.cuts:
-        replacements[cut.name] = _dense(cut, model.get_submodule(cut.name))
-    result = _copy_with(model, replacements)
+    result = _copy_with(model, {cut.name: _dense_layer(cut, model.get_submodule(cut.name)) for cut in plan.cuts})
     collapse_calls(result, {cut.name: list(cut.chain) for cut in plan.cuts})
     return result
 
 
-def _dense(cut: Cut, chain: nn.Module) -> nn.Module:
-    """The single layer that a chain of links amounts to."""
-    kernel = chain_kernel(cut, chain)
-    last: Any = list(chain.children())[-1]
-    layer: Any = make_layer(cut.spec, last.weight)
-    with torch.no_grad():
-        layer.weight.copy_(kernel.reshape(layer.weight.shape))
-        if cut.spec.bias:
-            layer.bias.copy_(last.bias)
-    layer.weight.requires_grad_(last.weight.requires_grad)
-    if cut.spec.bias:
-        layer.bias.requires_grad_(last.bias.requires_grad)
+def _dense_layer(cut: Cut, chain: nn.Module) -> nn.Module:
+    """The layer that computes the same as a chain."""
+    *_, last = chain.children()
+    layer: Any = build({"dense": cut.spec}, last, {"dense": chain_kernel(cut, chain)})[0]
     if any(is_channels_last(link.get_parameter("weight")) for link in chain.children()):
         layer.to(memory_format=torch.channels_last)
     return layer.train(chain.training)
 
 
-def check_cut(model: nn.Module, plan: Plan) -> None:
-    """Raise ValueError unless a model holds the chains of a plan's cuts."""
-    problems = [
-        f"{cut.name}: expected the links {', '.join(cut.chain)} of {cut.scheme!r} at rank {cut.rank}, found {_found(model, cut.name)}"
-        for cut in plan.cuts
-        if not links_of(cut.chain, _at(model, cut.name))
-    ]
-    if problems:
-        raise ValueError("the model was not cut by this plan. " + "; ".join(problems) + ". Pass the plan that came with it.")
+def chain_factors(cut: Cut, chain: nn.Module) -> Factors:
+    """The weights of a cut's nn.Sequential as a scheme sees them, in float64."""
+    factors: Factors = {}
+    for name, link in chain.named_children():
+        weight = link.get_parameter("weight").detach()
+        weight = weight.to("cpu" if weight.device.type == "mps" else weight.device, torch.float64)
+        factors[name] = weight.reshape(cut.spec.groups, -1, *weight.shape[1:], *(1,) * (4 - weight.ndim))
+    return factors
 
 
 def chain_kernel(cut: Cut, chain: nn.Module) -> Tensor:
-    """The dense kernel, in float64, of a cut's nn.Sequential as it is now."""
-    return kernel_of(get_scheme(cut.scheme), cut.spec, _chain_factors(cut, chain))
+    """The dense kernel of a cut's nn.Sequential, in float64: (out, in / groups, height, width)."""
+    return kernel_of(get_scheme(cut.scheme), cut.spec, chain_factors(cut, chain))
 
 
-def degeneracy(cut: Cut, chain: nn.Module) -> float | None:
-    """The measure of that name of a cut's nn.Sequential as it is now; None for schemes without terms that can cancel."""
-    return schemes.degeneracy(get_scheme(cut.scheme), cut.spec, _chain_factors(cut, chain))
+def check_cut(model: nn.Module, plan: Plan) -> None:
+    """Raise ValueError, with the mismatches, if a model does not hold the chains of a plan."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    problems: list[str] = []
+    for cut in plan.cuts:
+        layer = modules.get(cut.name)
+        if layer is None or not links_of(cut.chain, layer):
+            links = ", ".join(cut.chain)
+            problems.append(f"{cut.name}: expected the links {links} of {cut.scheme!r} at rank {cut.rank}, found {_described(layer)}.")
+    if problems:
+        raise ValueError(f"the model was not cut by this plan. {listed(problems)} Pass the plan that the model was cut by.")
 
 
-def _chain_factors(cut: Cut, chain: nn.Module) -> Factors:
-    return {name: _grouped(cut.spec, link.get_parameter("weight")) for name, link in chain.named_children()}
-
-
-def _grouped(spec: ConvSpec, weight: Tensor) -> Tensor:
-    weight = weight.detach().to("cpu" if weight.device.type == "mps" else weight.device, torch.float64)
-    return weight.reshape(spec.groups, -1, *weight.shape[1:], *(1,) * (4 - weight.ndim))
-
-
-def _factors(cut: Cut, weight: Tensor) -> Factors:
-    _check_weight(cut, weight)
-    return next(factorize(get_scheme(cut.scheme), cut.spec, weight, [cut.rank]))
+def _check_fit(model: nn.Module, plan: Plan) -> None:
+    """Raise ValueError, with the mismatches, if a layer of the plan is missing, has changed or cannot be replaced."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = [name for names in named_layers(model).values() for name in names]
+    reasons = irreplaceable_layers(model)
+    problems: list[str] = []
+    for cut in plan.cuts:
+        layer = modules.get(cut.name)
+        if layer is None or not is_layer(layer):
+            problem = f"{_described(layer)}.{did_you_mean(cut.name, layers)}"
+        elif layer in reasons:
+            problem = f"a layer that cannot be cut: {reasons[layer]}"
+        elif ConvSpec.of(layer) != cut.spec:
+            problem = f"{ConvSpec.of(layer)}."
+        else:
+            continue
+        problems.append(f"{cut.name}: expected {cut.spec}, found {problem}")
+    if problems:
+        raise ValueError(f"the plan was made for another network. {listed(problems)} Make a plan for this network with make_plan.")
 
 
 def _check_weight(cut: Cut, weight: Tensor) -> None:
     if weight.is_meta:
-        raise ValueError(f"{cut.name}: its weights are on the meta device: nothing to factorise. Load them first, or use init='empty'.")
+        raise ValueError(
+            f"{cut.name}: expected weights to factorise, found a tensor on the meta device. Load weights, or use init='empty'."
+        )
     check_finite(cut.name, weight)
 
 
-def _check_fit(model: nn.Module, plan: Plan) -> None:
-    """Raise ValueError, with every mismatch, unless each cut's layer is there as the plan knew it."""
-    names = {name for every in named_layers(model).values() for name in every}
-    fixed = irreplaceable_layers(model)
-    problems: list[str] = []
-    for cut in plan.cuts:
-        layer = _at(model, cut.name)
-        if not is_layer(layer):
-            problems.append(
-                f"{cut.name}: expected {cut.spec}, found {_found(model, cut.name)}.{did_you_mean(cut.name, names - {cut.name})}"
-            )
-        elif layer in fixed:
-            problems.append(f"{cut.name}: expected {cut.spec}, found a layer to be left alone: {fixed[layer]}")
-        elif ConvSpec.of(layer) != cut.spec:
-            problems.append(f"{cut.name}: expected {cut.spec}, found {ConvSpec.of(layer)}.")
-    if problems:
-        more = f" ... and {len(problems) - 5} more." if len(problems) > 5 else ""
-        raise ValueError(f"the plan was made for another network. {' '.join(problems[:5])}{more} Make a plan for this one with make_plan.")
+def _described(module: nn.Module | None) -> str:
+    return "no such layer" if module is None else str(module).replace("\n", "")[:200]
 
 
-def _at(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return nn.Identity()
-
-
-def _found(model: nn.Module, name: str) -> str:
-    try:
-        return str(model.get_submodule(name)).replace("\n", "")[:200]
-    except AttributeError:
-        return "no such layer"
+def listed(problems: list[str]) -> str:
+    """The first problems, and how many more there are."""
+    return " ".join(problems[:5]) + (f" ... and {len(problems) - 5} more." if len(problems) > 5 else "")
 
 
 def _copy_with(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
-    """A deep copy in which some submodules are others, wherever and however the model refers to them."""
+    """A deep copy in which some submodules are replaced, wherever and however the model refers to them."""
     memo: dict[int, Any] = deepcopy_memo(model) | {id(model.get_submodule(name)): module for name, module in replacements.items()}
     if id(model) in memo:
         return memo[id(model)]
     result = copy.deepcopy(model, memo)
     for name, module in replacements.items():
-        if result.get_submodule(name) is not module:  # a class with its own way of copying
+        if result.get_submodule(name) is not module:  # the class has a __deepcopy__ that ignores the memo
             result.set_submodule(name, module)
     return result

@@ -1,4 +1,4 @@
-"""What cannot work says why and what to do; what looks odd but can work gives the right result. Either way nothing changes."""
+"""Wrong input is an error that says what to do; unusual input works. The model is never changed."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def reasons(model: nn.Module, *inputs: Any) -> dict[str, str]:
-    """Of each layer that cannot be cut, why."""
+    """The reason for every skip."""
     return {layer.name: layer.reason for layer in find_convs(model, *inputs) if isinstance(layer, Skip)}
 
 
 def cuts_elsewhere(model: nn.Module, x: Tensor, left: str) -> None:
-    """One layer stays as it is, at least one other is cut, the network runs, and nothing of the argument changed."""
+    """The layer `left` stays, at least one other is cut, the network runs, and the model is not changed."""
     model.eval()
     dense = model(x)
     with unchanged(model):
@@ -65,7 +65,7 @@ def cuts_elsewhere(model: nn.Module, x: Tensor, left: str) -> None:
         assert small.plan.cuts
         assert small.model(x).shape == dense.shape
         assert type(small.model.get_submodule(left)) is type(model.get_submodule(left))
-        exact = compress(model, x, rule="energy", energy=1 - 1e-9)  # hardly anything may be lost, so the outputs must agree
+        exact = compress(model, x, rule="energy", energy=1 - 1e-9)  # almost exact, so the outputs must agree
     assert torch.allclose(exact.model(x), dense, atol=1e-3)
 
 
@@ -74,21 +74,21 @@ def cuts_elsewhere(model: nn.Module, x: Tensor, left: str) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite(value: float, x: Tensor) -> None:
-    """The layer is named, with how many; an excluded one does no harm."""
+    """The error names the layer and counts the weights. An excluded layer is no error."""
     model = net()
     with torch.no_grad():
         model[2].weight[3, 2, 1, 1] = value
     plan = make_plan(net(), x, rule="fixed", rank=2, schemes="channel")
     with unchanged(model):
         for attempt in (lambda: make_plan(model, x), lambda: compress(model, x), lambda: apply_plan(model, plan)):
-            with pytest.raises(ValueError, match=r"2: 1 of 864 weights are NaN or infinite, expected finite ones.*exclude the layer"):
+            with pytest.raises(ValueError, match=r"2: 1 of 864 weights are NaN or infinite. Repair them, or exclude the layer"):
                 attempt()
         assert {cut.name for cut in make_plan(model, x, rule="fixed", rank=1, schemes="channel", exclude="2").cuts} == {"0"}
 
 
 @pytest.mark.parametrize("scheme", scheme_names())
 def test_weights_that_are_all_zero(scheme: str, x: Tensor) -> None:
-    """Factors of nothing are nothing, finite, and without error: only the bias comes through."""
+    """The factors are zero and the errors are zero, so only the bias is left."""
     model = net().eval()
     with torch.no_grad():
         for layer in (model[0], model[2], model[3]):
@@ -104,13 +104,13 @@ def test_weights_that_are_all_zero(scheme: str, x: Tensor) -> None:
 
 
 def test_a_convolution_without_channels(x: Tensor) -> None:
-    """Nothing to cut there; the rest is cut."""
+    """It is a skip; the other layer is cut."""
 
     class Empty(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # torch's: nothing to initialise
+                warnings.simplefilter("ignore", UserWarning)  # torch warns that there is nothing to initialise
                 self.none = nn.Conv2d(0, 4, 3, padding=1)
             self.some = nn.Conv2d(3, 8, 3, padding=1)
 
@@ -129,14 +129,14 @@ def test_a_convolution_without_channels(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, -1, True, 2.0, "2", (2,), (2, 0), (True, 2), (1, 2, 3)])
-def test_a_rank_that_is_none(rank: Any, x: Tensor) -> None:
+def test_invalid_ranks(rank: Any, x: Tensor) -> None:
     model = net()
     with unchanged(model), pytest.raises(ValueError, match="is not a rank: expected 1 or more, or a pair"):
         make_plan(model, x, rule="fixed", rank=rank)
 
 
 def test_a_rank_above_the_full_one(x: Tensor) -> None:
-    """As a rule: layers that have no such rank stay, and say so. In an edited plan or in JSON: an error with the range."""
+    """For a rule, a layer without this rank is a skip. In an edited plan or in JSON it is an error with the range."""
     model = net()
     with unchanged(model):
         plan = make_plan(model, x, rule="fixed", rank=1000)
@@ -222,7 +222,7 @@ def test_a_budget_of_nothing() -> None:
 @pytest.mark.parametrize("measures", [("macs",), ("params",), ("macs", "params")])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_budget_out_of_reach_names_one_within(measures: tuple[str, ...], seed: int, x: Tensor) -> None:
-    """The fractions named can be given and are met; less is out of reach again."""
+    """The fractions in the error can be reached. Smaller ones cannot."""
     model = nn.Sequential(net(), nn.Flatten(), nn.Linear(8 * 63, 5 + seed))
     with unchanged(model):
         with pytest.raises(ValueError, match=r"is out of reach.*Raise the budget") as caught:
@@ -238,7 +238,7 @@ def test_a_budget_out_of_reach_names_one_within(measures: tuple[str, ...], seed:
 
 
 def test_a_budget_where_nothing_can_be_cut() -> None:
-    """The only reachable one is all of it."""
+    """Only 1.0 can be reached."""
     model, x = nn.Sequential(nn.Conv2d(1, 1, 1)), torch.rand(1, 1, 4, 4)
     with pytest.raises(ValueError, match=r"keeps macs=1.0 \(0 layers can be cut\)"):
         make_plan(model, x)
@@ -285,7 +285,7 @@ def test_settings_that_do_not_fit_each_other(settings: dict[str, Any], message: 
 
 
 def test_a_plan_for_another_network(x: Tensor) -> None:
-    """Every mismatch is listed, missing layers and others in their place alike."""
+    """The error lists every mismatch, of changed and missing layers."""
     plan = make_plan(net(), x, rule="fixed", rank=2, schemes="channel")
     other = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU())
     with unchanged(other):
@@ -340,7 +340,7 @@ def test_a_layer_changed_after_planning(change: Any, x: Tensor) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("what", ["weight_norm", "hook", "tied"])
 def test_a_layer_made_special_after_planning(what: str, x: Tensor) -> None:
-    """An obscure AttributeError, a hook that is lost, a tie that is cut: all in silence but the first."""
+    """Cutting would lose the weight norm, the hook or the tie, so it is an error."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
     plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel")
     if what == "weight_norm":
@@ -349,7 +349,7 @@ def test_a_layer_made_special_after_planning(what: str, x: Tensor) -> None:
         model[1].register_forward_hook(lambda *_: None)
     else:
         model[1].weight = model[2].weight
-    with unchanged(model), pytest.raises(ValueError, match="1: "):
+    with unchanged(model), pytest.raises(ValueError, match=r"1: expected 3x3 8 -> 8, bias, found a layer that cannot be cut: its? "):
         apply_plan(model, plan)
 
 
@@ -380,13 +380,15 @@ def _refused(wrapped: nn.Module, x: Tensor, message: str) -> None:
 
 
 def test_a_distributed_model(x: Tensor, tmp_path: Path) -> None:
-    """One process over gloo."""
+    """One process with gloo."""
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
     with _process_group(tmp_path):
         wrapped = nn.parallel.DistributedDataParallel(net())
         with unchanged(wrapped):
-            _refused(wrapped, x, r"DistributedDataParallel: pass `model.module` and wrap the result")
+            _refused(
+                wrapped, x, r"model: expected a plain module, found DistributedDataParallel. Pass `model.module`, then wrap the result"
+            )
         assert compress(wrapped.module, x).plan.cuts
         del wrapped
 
@@ -394,23 +396,25 @@ def test_a_distributed_model(x: Tensor, tmp_path: Path) -> None:
 def test_a_data_parallel_model(x: Tensor) -> None:
     wrapped = nn.DataParallel(net())
     with unchanged(wrapped):
-        _refused(wrapped, x, "DataParallel: pass `model.module` and wrap the result")
+        _refused(wrapped, x, "model: expected a plain module, found DataParallel. Pass `model.module`, then wrap the result")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on the way to its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own warning
 def test_a_compiled_model(x: Tensor) -> None:
     wrapped: Any = torch.compile(net())
-    _refused(wrapped, x, r"a compiled model: pass the model .*model._orig_mod")
+    _refused(
+        wrapped, x, r"model: expected a plain module, found OptimizedModule. Pass the model from before torch.compile .*model._orig_mod"
+    )
     assert compress(wrapped._orig_mod, x).plan.cuts
-    _refused(nn.Sequential(wrapped), x, "^0: a compiled model")
+    _refused(nn.Sequential(wrapped), x, "^0: expected a plain module, found OptimizedModule")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_scripted_model(x: Tensor) -> None:
-    """As a whole or in part."""
+    """The whole model or a part of it."""
     wrapped = torch.jit.script(net())
-    _refused(wrapped, x, "the model is a TorchScript module.*Pass the eager model and script the result")
-    _refused(nn.Sequential(wrapped), x, "0: a TorchScript module")
+    _refused(wrapped, x, "model: expected a plain module, found ScriptModule. Pass the eager model, then script the result")
+    _refused(nn.Sequential(wrapped), x, "0: expected a plain module, found ScriptModule")
 
 
 @pytest.mark.parametrize("model", [None, "resnet18", nn.Conv2d, torch.rand(3), lambda x: x])
@@ -421,21 +425,21 @@ def test_not_a_module(model: Any, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "found"),
+    ("inputs", "description"),
     [
-        ((), "none given"),
+        ((), "no tensors"),
         ((torch.rand(2, 4, 9, 7),), r"\(2, 4, 9, 7\) torch.float32 on cpu"),
         ((torch.rand(5),), r"\(5,\)"),
         ((torch.rand(2, 3, 9, 7, dtype=torch.float64),), "torch.float64"),
-        (("image",), "none given"),
+        (("image",), "no tensors"),
     ],
 )
-def test_example_inputs_that_do_not_fit(inputs: tuple[Any, ...], found: str) -> None:
-    """What was given is named, with torch's own reason."""
+def test_example_inputs_that_do_not_fit(inputs: tuple[Any, ...], description: str) -> None:
+    """The error describes the inputs and has torch's message."""
     model = net()
     with unchanged(model):
         for attempt in (find_convs, make_plan, compress):
-            with pytest.raises(ValueError, match=f"(?s)does not run on the example inputs.*{found}.*Pass inputs for which"):
+            with pytest.raises(ValueError, match=f"(?s)does not run on the example inputs.*{description}.*Pass inputs for which"):
                 attempt(model, *inputs)
 
 
@@ -445,7 +449,7 @@ def test_more_example_inputs_than_the_model_takes(x: Tensor) -> None:
 
 
 def test_example_inputs_on_another_device(x: Tensor) -> None:
-    """A meta input for a model on the CPU is as good as any: only its shape is looked at."""
+    """Only the shape of an input matters, so a meta input works for a model on the CPU."""
     model = net()
     with unchanged(model):
         assert find_convs(model, x.to("meta")) == find_convs(model, x)
@@ -453,7 +457,7 @@ def test_example_inputs_on_another_device(x: Tensor) -> None:
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
 def test_half_precision(dtype: torch.dtype, close: float, x: Tensor) -> None:
-    """Factorised in float64, kept in the network's precision: as far from the dense network as the float32 one is, but for rounding."""
+    """Factorised in float64 and stored in the network's precision: errors are those of float32, to rounding."""
     model = net().eval()
     half = net().eval().to(dtype)
     half.load_state_dict(model.state_dict())
@@ -469,7 +473,7 @@ def test_half_precision(dtype: torch.dtype, close: float, x: Tensor) -> None:
 
 
 def test_the_meta_device(x: Tensor) -> None:
-    """Looking works and cutting empty works; deciding by errors has nothing to go by, and says what to do instead."""
+    """Finding and cutting with init='empty' work. Planning and factorising need weights, and the errors say what to do."""
     model = net()
     plan = make_plan(model, x, schemes="channel")
     empty, inputs = net().to("meta"), x.to("meta")
@@ -478,7 +482,9 @@ def test_the_meta_device(x: Tensor) -> None:
         for settings in ({}, {"rule": "energy", "energy": 0.9}, {"rule": "fixed", "rank": 2}):
             with pytest.raises(ValueError, match=r"^\d: its weights are on the meta device.*apply_plan\(model, plan, init='empty'\)"):
                 make_plan(empty, inputs, **settings)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=r"\d: its weights are on the meta device: nothing to factorise.*use init='empty'"):
+        with pytest.raises(
+            ValueError, match=r"\d: expected weights to factorise, found a tensor on the meta device. Load weights, or use init='empty'"
+        ):
             apply_plan(empty, plan)
         small = apply_plan(empty, plan, init="empty")
     assert all(p.is_meta for p in small.parameters())
@@ -493,7 +499,9 @@ def test_lazy_modules(x: Tensor) -> None:
     model = nn.Sequential(nn.LazyConv2d(8, 3), nn.Conv2d(8, 8, 3))
     with unchanged(model):
         for attempt in (find_convs, make_plan, compress):
-            with pytest.raises(ValueError, match=r"0.weight: not initialised yet \(a lazy module\). Run one forward pass first"):
+            with pytest.raises(
+                ValueError, match=r"0.weight: expected an initialised tensor, found one of a lazy module. Run one forward pass first"
+            ):
                 attempt(model, x)
     model(x)
     assert compress(model, x).plan.cuts
@@ -503,7 +511,7 @@ def test_lazy_modules(x: Tensor) -> None:
 def test_parametrised_convolutions(wrap: Any, x: Tensor) -> None:
     model = net()
     wrap(model[2])
-    assert "parametrised: remove_parametrizations first" in reasons(model, x)["2"]
+    assert "its weight is parametrised. Call torch.nn.utils.parametrize.remove_parametrizations first." in reasons(model, x)["2"]
     cuts_elsewhere(model, x, "2")
 
 
@@ -516,7 +524,7 @@ def test_convolutions_whose_weight_a_hook_computes(kind: str, x: Tensor) -> None
         prune.random_unstructured(model[2], "weight", amount=0.3)
     else:
         getattr(nn.utils, kind)(model[2])
-    model(x)  # so that the weight is what the hook computes
+    model(x)  # the hook computes the weight
     model.eval()
     assert "computed by a hook" in reasons(model, x)["2"]
     cuts_elsewhere(model, x, "2")
@@ -524,7 +532,7 @@ def test_convolutions_whose_weight_a_hook_computes(kind: str, x: Tensor) -> None
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_old_style_weight_norm_without_a_warning(x: Tensor) -> None:
-    """Warnings are errors here: none of torch's may come of looking at a model."""
+    """Finding convolutions does not warn; warnings are errors in these tests."""
     model = net()
     nn.utils.weight_norm(model[2])
     model(x)
@@ -532,7 +540,7 @@ def test_old_style_weight_norm_without_a_warning(x: Tensor) -> None:
 
 
 class DataDependent(nn.Module):
-    """Runs neither traced nor on fake tensors."""
+    """Can be neither traced nor run on fake tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -564,12 +572,11 @@ class Tied(nn.Module):
 
 
 def test_tied_weights(x: Tensor) -> None:
-    """Two layers with one Parameter both stay, and it is one still."""
+    """Two layers with one weight both stay, and still share it."""
     model = Tied()
-    found = reasons(model, x)
-    assert found == {
-        "one": "its weight or bias is tied to two.weight: cutting one would untie them.",
-        "two": "its weight or bias is tied to one.weight: cutting one would untie them.",
+    assert reasons(model, x) == {
+        "one": "its weight or bias is tied to two.weight, and cutting the layer would untie them.",
+        "two": "its weight or bias is tied to one.weight, and cutting the layer would untie them.",
     }
     cuts_elsewhere(model, x, "one")
     small = compress(model, x, rule="fixed", rank=2)
@@ -579,7 +586,7 @@ def test_tied_weights(x: Tensor) -> None:
 
 @pytest.mark.parametrize("what", ["bias", "alias"])
 def test_tied_in_other_ways(what: str, x: Tensor) -> None:
-    """A bias that two layers share, a weight that the model holds under a second name: cutting unties both."""
+    """A bias that two layers share, and a weight that the model holds under a second name."""
     model = Tied()
     model.two.weight = nn.Parameter(torch.rand(8, 8, 3, 3))
     if what == "bias":
@@ -601,19 +608,19 @@ class ReadsWeight(nn.Module):
 
 def test_a_weight_that_is_read_functionally(x: Tensor) -> None:
     model = ReadsWeight()
-    assert reasons(model, x) == {"conv": "its weight is read outside its own call, which needs the dense tensor."}
+    assert reasons(model, x) == {"conv": "its weight is read outside its own call, so the layer must stay."}
     cuts_elsewhere(model, x, "conv")
 
 
-class Mine(nn.Conv2d):
+class Doubled(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x) * 2
 
 
 def test_a_subclass_of_conv2d(x: Tensor) -> None:
-    """Its forward may do anything: exact types only."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), Mine(8, 8, 3))
-    assert reasons(model, x) == {"1": "Mine is not a plain nn.Conv2d or nn.Linear."}
+    """Its forward may compute anything, so it is a skip."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Doubled(8, 8, 3))
+    assert reasons(model, x) == {"1": "Doubled is not a plain nn.Conv2d or nn.Linear."}
     cuts_elsewhere(model, x, "1")
 
 
@@ -630,7 +637,7 @@ class OtherKinds(nn.Module):
 
 
 def test_other_convolutions(x: Tensor) -> None:
-    """Transposed, in one and in three dimensions: left, each with its reason, their MACs counted."""
+    """Transposed, 1-d and 3-d convolutions are skips, and their MACs count."""
     model = OtherKinds()
     assert reasons(model, x) == {
         "up": "ConvTranspose2d is not a plain nn.Conv2d or nn.Linear.",
@@ -649,11 +656,11 @@ def test_other_convolutions(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
-def test_a_convolution_with_a_hook_of_its_own(kind: str, x: Tensor) -> None:
-    """Replacing the layer would lose it."""
+def test_a_convolution_with_a_hook(kind: str, x: Tensor) -> None:
+    """Replacing the layer would lose the hook."""
     model = net()
     getattr(model[2], kind)(lambda *_: None)
-    assert reasons(model, x) == {"2": "it carries hooks of its own, which would be lost: remove them first."}
+    assert reasons(model, x) == {"2": "it has hooks, which would be lost. Remove them first."}
     cuts_elsewhere(model, x, "2")
 
 
@@ -671,7 +678,7 @@ class Shared(nn.Module):
 
 
 def test_a_module_under_two_names(x: Tensor) -> None:
-    """One site with an alias; replaced under both; MACs of both calls, parameters once."""
+    """One site with an alias is replaced under both names. MACs count for both calls, parameters once."""
     model = Shared()
     site = next(layer for layer in find_convs(model, x) if layer.name == "near")
     assert isinstance(site, ConvSite)
@@ -704,7 +711,7 @@ class Repeats(nn.Module):
 
 
 def test_a_module_called_several_times(x: Tensor) -> None:
-    """Every call costs; the weights are there once."""
+    """MACs count for every call, parameters once."""
     model = Repeats().eval()
     site = next(layer for layer in find_convs(model, x) if layer.name == "step")
     assert isinstance(site, ConvSite)

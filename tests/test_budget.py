@@ -537,7 +537,7 @@ def test_the_smallest_network_within_a_drop(net: Net, x: Tensor, batches: list[T
     kept = min((one for one in tries if one.within), key=lambda one: one.cost.params)
     assert small.report.after == kept.cost
     assert 0.6 <= score(small.model) < 0.68
-    assert "within the drop" in str(small.report)
+    assert "within max_drop" in str(small.report)
     alone = nn.Sequential(nn.Conv2d(3, 1, 1)).eval()  # nothing of it costs less
     dense = compress(alone, x, max_drop=0.1, evaluate=lambda _: torch.tensor([0.5]))  # type: ignore[arg-type, return-value]
     assert dense.plan.cuts == ()

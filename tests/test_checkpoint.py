@@ -1,4 +1,4 @@
-"""What is saved comes back the same; what is damaged, missing or of another network is refused with nothing changed."""
+"""A saved network loads the same. Damaged or missing files and other networks are errors that change nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def x() -> Tensor:
 @pytest.fixture
 def small(x: Tensor) -> Compressed:
     model = Net()
-    model(x)  # running statistics that are not those of a fresh network
+    model(x)  # changes the running statistics
     return cut(model.eval(), x)
 
 
@@ -66,7 +66,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def refused(fresh: nn.Module, folder: Path, message: str, kind: type[Exception] = ValueError) -> None:
-    """Loading fails with this message, and the fresh model is what it was."""
+    """Loading fails with this message, and does not change the fresh model."""
     before = snapshot(fresh)
     with pytest.raises(kind, match=message):
         load(fresh, folder)
@@ -74,8 +74,8 @@ def refused(fresh: nn.Module, folder: Path, message: str, kind: type[Exception] 
 
 
 def weights_of(folder: Path) -> Path:
-    (found,) = folder.glob("weights-*.safetensors")
-    return found
+    (path,) = folder.glob("weights-*.safetensors")
+    return path
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -86,7 +86,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_outputs_are_equal(small: Compressed, folder: Path, x: Tensor) -> None:
-    """To the bit, on a fresh network with other weights, which stays as it is."""
+    """Outputs are equal bit for bit. The fresh network, which has other weights, is not changed."""
     fresh = Net().eval()
     before = snapshot(fresh)
     again = load(fresh, folder)
@@ -115,7 +115,7 @@ def test_every_scheme_comes_back(scheme: str, tmp_path: Path, x: Tensor) -> None
 
 
 def test_a_fine_tuned_model_with_its_plan(small: Compressed, tmp_path: Path, x: Tensor) -> None:
-    """A model and a plan are as good as what `compress` gave; the fresh one's mode is kept."""
+    """`save` takes a model with its plan. `load` keeps the training mode of the fresh model."""
     with torch.no_grad():
         small.model.mid.reduce.weight.mul_(2)
     save(small.model, tmp_path, small.plan)
@@ -150,7 +150,7 @@ def test_nothing_is_unpickled(folder: Path, small: Compressed, x: Tensor, monkey
 
 
 class Sharing(nn.Module):
-    """Two convolutions with one Parameter; an embedding whose table is the head's weight; a convolution under two names."""
+    """Two convolutions with one weight, an embedding and a head with one weight, a convolution with two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ def test_shared_tensors_stay_shared(layout: torch.memory_format, tmp_path: Path,
 
 
 def test_channels_last_weights_come_back_so(tmp_path: Path, x: Tensor) -> None:
-    """Whatever the fresh model's layout; and contiguous ones stay contiguous."""
+    """Weights have the saved memory format, not that of the fresh model."""
     model = Net().eval()
     model.mid.to(memory_format=torch.channels_last)
     small = cut(model, x)
@@ -207,7 +207,7 @@ def test_other_precisions(dtype: torch.dtype, tmp_path: Path, x: Tensor) -> None
     again = load(Net().eval().to(dtype), tmp_path)
     assert torch.equal(again(x.to(dtype)), small.model(x.to(dtype)))
     assert {p.dtype for p in again.parameters()} == {dtype}
-    refused(Net(), tmp_path, r": saved as (F16|BF16|F64), the fresh model has F32. Convert it first")
+    refused(Net(), tmp_path, r": saved as torch.b?float(16|64), found torch.float32 in the fresh model. Convert the fresh model first")
 
 
 def test_frozen_layers_follow_the_fresh_model(folder: Path) -> None:
@@ -224,34 +224,34 @@ def test_frozen_layers_follow_the_fresh_model(folder: Path) -> None:
 def test_a_truncated_weights_file(folder: Path) -> None:
     weights = weights_of(folder)
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(Net(), folder, "damaged - its SHA-256 is .*Copy it anew, or save again")
+    refused(Net(), folder, r"the file is damaged: expected SHA-256 \w+\.\.\., found .*Copy it again, or save again")
     with pytest.raises(ValueError, match="damaged"):
         read_plan(folder)
 
 
-@pytest.mark.parametrize("at", [0, 9, -1])
-def test_one_flipped_bit(folder: Path, at: int) -> None:
-    """In the length, in the header, in a weight."""
+@pytest.mark.parametrize("index", [0, 9, -1])
+def test_one_flipped_bit(folder: Path, index: int) -> None:
+    """In the header's length, in the header, in a weight."""
     weights = weights_of(folder)
     data = bytearray(weights.read_bytes())
-    data[at] ^= 1
+    data[index] ^= 1
     weights.write_bytes(data)
-    refused(Net(), folder, "damaged - its SHA-256 is ")
+    refused(Net(), folder, "the file is damaged: expected SHA-256 ")
 
 
-def test_weights_of_right_digest_that_are_none(folder: Path) -> None:
-    """Whoever wrote the manifest anew over rubbish."""
+def test_weights_that_are_no_safetensors(folder: Path) -> None:
+    """The digest fits, the contents do not."""
     weights = weights_of(folder)
     weights.write_bytes(b"rubbish" * 10)
     data = json.loads((folder / "plan.json").read_text())
     data["weights_sha256"] = _sha256(weights)
     (folder / "plan.json").write_text(json.dumps(data))
-    refused(Net(), folder, "not a safetensors file")
+    refused(Net(), folder, "expected a safetensors file, found another")
 
 
 def test_missing_weights(folder: Path) -> None:
     weights_of(folder).unlink()
-    refused(Net(), folder, r"safetensors: not there, though plan\.json names it", FileNotFoundError)
+    refused(Net(), folder, r"safetensors: not there, but plan\.json names it", FileNotFoundError)
 
 
 def test_a_missing_plan_and_a_missing_folder(folder: Path, tmp_path: Path) -> None:
@@ -274,8 +274,9 @@ def test_a_truncated_plan(folder: Path, share: float) -> None:
         (lambda d: d.update(weights_fil="x"), r"plan\.json: unknown key 'weights_fil' at weights_fil. Did you mean 'weights_file'"),
         (lambda d: d["plan"]["cuts"][0].update(rnak=1), r"unknown key 'rnak' at plan\.cuts\.0\.rnak. Did you mean 'rank'"),
         (lambda d: d.pop("weights_sha256"), r"plan\.json: at weights_sha256: .*required"),
-        (lambda d: d.update(weights_file="../../etc/passwd"), "is not a plain file name"),
+        (lambda d: d.update(weights_file="../../etc/passwd"), "expected a plain file name, found weights_file"),
         (lambda d: d["plan"]["cuts"][0].update(rank=999), "rank 999 is above the full rank"),
+        (lambda d: d["plan"].update(format_version=2), r"plan\.json: at plan\.format_version: found version 2, expected 1"),
     ],
 )
 def test_a_plan_with_a_mistake(folder: Path, edit: Callable[[Any], None], message: str) -> None:
@@ -294,29 +295,29 @@ def test_a_changed_layer(folder: Path) -> None:
 
 
 def test_a_changed_layer_beside_the_cuts(small: Compressed, tmp_path: Path, x: Tensor) -> None:
-    """What the plan does not mention must fit as well: another shape, a missing layer, a further one."""
+    """Layers that are not in the plan must fit, too: no other shape, no missing layer, no extra layer."""
     save(compress(Net().eval(), x, rule="fixed", rank=2, schemes="channel"), tmp_path)
     wider, more, fewer = Net(), Net(), Net()
     wider.head = nn.Linear(12, 7)
     more.extra = nn.Linear(2, 2)
     fewer.bn = nn.Identity()
     for fresh, problem in (
-        (wider, r"head.weight: saved as \[5, 12\], the fresh model has \[7, 12\]; head.bias"),
-        (more, "extra.weight: in the fresh model, but not saved; extra.bias"),
+        (wider, r"head.weight: saved with shape \[5, 12\], found \[7, 12\] in the fresh model. head.bias"),
+        (more, "extra.weight: in the fresh model, but not saved. extra.bias"),
         (fewer, "bn.running_var: saved, but not in the fresh model"),
     ):
-        refused(fresh, tmp_path, f"does not fit the fresh model.*{problem}.*Pass one of the class and settings that was saved")
+        refused(fresh, tmp_path, f"does not fit the fresh model.*{problem}.*Pass a model of the class that was saved")
 
 
 def test_tied_in_one_place_only(tmp_path: Path, x: Tensor) -> None:
-    """A tie that was saved must be there, one that was not must not: a tensor cannot hold two."""
+    """The fresh model must tie the same weights as the saved one."""
     tied, untied = Sharing().eval(), Sharing().eval()
     untied.two.weight = nn.Parameter(torch.rand(8, 8, 3, 3))
     plan = make_plan(tied, x, rule="fixed", rank=2, schemes="channel")
     save(apply_plan(tied, plan), tmp_path / "tied", plan)
     refused(untied, tmp_path / "tied", "two.weight: in the fresh model, but not saved")
     save(apply_plan(untied, plan), tmp_path / "untied", plan)
-    refused(tied, tmp_path / "untied", "one.weight and two.weight: saved apart, one tensor in the fresh model")
+    refused(tied, tmp_path / "untied", "one.weight and two.weight: saved as separate tensors, but one tensor in the fresh model")
 
 
 def test_a_network_that_is_cut_already(folder: Path) -> None:
@@ -325,27 +326,27 @@ def test_a_network_that_is_cut_already(folder: Path) -> None:
 
 
 def test_a_fresh_model_on_the_meta_device(folder: Path) -> None:
-    refused(Net().to("meta"), folder, "the fresh model is on the meta device: .*Build it on a real one")
+    refused(Net().to("meta"), folder, "expected a fresh model with values, found one on the meta device. Build it on a real device")
 
 
 # ---- saving goes wrong
 
 
 def test_what_cannot_be_saved(small: Compressed, tmp_path: Path, x: Tensor) -> None:
-    """No plan, a network that was not cut, weights that are not there: nothing is written."""
+    """Without a plan, without cuts or without values, nothing is written."""
     target = tmp_path / "net"
-    with pytest.raises(ValueError, match="a model alone does not say how it was cut"):
+    with pytest.raises(ValueError, match="expected a plan with the model, found none"):
         save(small.model, target)
     with pytest.raises(ValueError, match=r"stem: expected the links reduce, expand .*found Conv2d"):
         save(Net(), target, small.plan)
     empty = apply_plan(Net().to("meta"), small.plan, init="empty")
-    with pytest.raises(ValueError, match=r"on the meta device, which hold no values .*Nothing was written"):
+    with pytest.raises(ValueError, match=r"expected a tensor with values to save, found a tensor on the meta device. Nothing was written"):
         save(empty, target, small.plan)
     assert not target.exists()
 
 
 def test_a_view_of_another_tensor(tmp_path: Path, x: Tensor) -> None:
-    """A buffer that lies in another one's memory is saved with its values."""
+    """Buffers that share memory are saved with their values."""
 
     def viewing() -> Net:
         model = Net().eval()
@@ -373,17 +374,17 @@ class WithExtraState(Net):
 
 def test_state_that_is_not_a_tensor(tmp_path: Path, x: Tensor) -> None:
     small = cut(WithExtraState().eval(), x)
-    with pytest.raises(ValueError, match=r"_extra_state: state that is not a tensor, which safetensors cannot hold .*Nothing was written"):
+    with pytest.raises(ValueError, match=r"_extra_state: expected a tensor with values to save, found dict. Nothing was written"):
         save(small, tmp_path / "net")
     assert not (tmp_path / "net").exists()
 
 
-def _failing_replace(at: int) -> Callable[..., None]:
+def _failing_replace(index: int) -> Callable[..., None]:
     real, calls = os.replace, []
 
     def replace(*places: Any) -> None:
         calls.append(places)
-        if len(calls) == at:
+        if len(calls) == index:
             raise OSError("the disk is gone")
         real(*places)
 
@@ -400,7 +401,7 @@ def _failing_save_file(tensors: dict[str, Tensor], path: Path) -> None:
 def test_a_crash_while_saving(
     what: str, first: bool, small: Compressed, tmp_path: Path, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The old network is still there and whole, or none where there was none; no temporary file lies about."""
+    """The old network still loads, or there is still none. No temporary file is left."""
     target = tmp_path / "net"
     if not first:
         save(small, target)
@@ -425,25 +426,28 @@ def test_a_crash_while_saving(
 
 
 def test_a_second_network_over_the_first(folder: Path, small: Compressed, x: Tensor) -> None:
-    """The old weights go; what else lies in the folder stays."""
-    (folder / "notes.txt").write_text("mine")
+    """Only the old weights are removed from the folder, no other files."""
+    others = {"notes.txt", "weights-of-mine.safetensors"}
     old = weights_of(folder).name
+    for name in others:
+        (folder / name).write_text("text")
     other = cut(Net().eval(), x, rank=1)
     save(other, folder)
-    assert weights_of(folder).name != old
-    assert {path.name for path in folder.iterdir()} == {"plan.json", "notes.txt", weights_of(folder).name}
+    new = json.loads((folder / "plan.json").read_text())["weights_file"]
+    assert new != old
+    assert {path.name for path in folder.iterdir()} == {"plan.json", new, *others}
     assert torch.equal(load(Net().eval(), folder)(x), other.model(x))
 
 
 def test_saving_the_same_again_changes_nothing(folder: Path, small: Compressed) -> None:
-    """Content names the file: byte for byte the same folder."""
+    """The weights file is named by its content, so the folder is the same byte for byte."""
     before = contents(folder)
     save(small, folder)
     assert contents(folder) == before
 
 
 def test_a_folder_can_be_moved(folder: Path, small: Compressed, tmp_path: Path, x: Tensor) -> None:
-    """Nothing in it knows where it lies."""
+    """It holds no path."""
     shutil.move(folder, tmp_path / "elsewhere")
     assert torch.equal(load(Net().eval(), str(tmp_path / "elsewhere"))(x), small.model(x))
 

@@ -1,4 +1,4 @@
-"""What comes out needs nothing of this library: in a process that cannot import it, a cut network loads, runs and gives the same."""
+"""A cut network loads, runs and computes the same in a process that cannot import this library."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ torch.save(y, folder + "/y.pt")
 
 
 def elsewhere(folder: Path, body: str) -> Any:
-    """Run `body`, which makes `y` of `x`, in a process without the library, and give back its `y`."""
-    threads = f"torch.set_num_threads({torch.get_num_threads()})\n"  # sums in the same order as here
+    """Run `body`, which computes `y` from `x`, in a process without the library, and return `y`."""
+    threads = f"torch.set_num_threads({torch.get_num_threads()})\n"  # the same order of sums as here
     run = subprocess.run(
         [sys.executable, "-c", PROLOGUE + threads + body + EPILOGUE, str(folder)],
         cwd=folder, env={"PYTHONPATH": str(EXAMPLES), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False,
@@ -52,15 +52,15 @@ def elsewhere(folder: Path, body: str) -> Any:
 
 @pytest.fixture(scope="module")
 def cut() -> nn.Module:
-    """A ResNet-20 with cuts of four schemes and batch norm that has seen something."""
+    """A ResNet-20 with cuts of four schemes and updated BatchNorm statistics."""
     torch.manual_seed(0)
     model = CifarResNet(20)
     with torch.no_grad():
         model(torch.rand(8, 3, 32, 32))
     model.eval()
     plan = make_plan(model, torch.rand(1, 3, 32, 32), schemes=SCHEMES, budget=Budget(macs=0.6), rule="uniform")
-    for at, scheme, rank in (("layer1.0.conv1", "depthwise", 2), ("layer1.0.conv2", "tucker", (4, 5)), ("layer1.1.conv1", "spatial", 6)):
-        plan = plan.replace(at, scheme=scheme, rank=rank)
+    for name, scheme, rank in (("layer1.0.conv1", "depthwise", 2), ("layer1.0.conv2", "tucker", (4, 5)), ("layer1.1.conv1", "spatial", 6)):
+        plan = plan.replace(name, scheme=scheme, rank=rank)
     assert {c.scheme for c in plan.cuts} >= set(SCHEMES[:3])
     return apply_plan(model, plan)
 
@@ -78,13 +78,13 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def test_a_blocked_import_is_noticed(tmp_path: Path, x: Tensor) -> None:
-    """The proof can fail: what needs the library does not run there."""
+    """Code that needs the library fails in the isolated process."""
     with pytest.raises(AssertionError, match="ModuleNotFoundError"):
         elsewhere(tmp_path, "from dsconv_surgery.separable import DepthwiseConv2d\ny = x\n")
 
 
 def test_a_pickled_cut_network_needs_only_its_own_class(cut: nn.Module, tmp_path: Path, x: Tensor) -> None:
-    """torch.save of the whole module; the same bits come out, in evaluation and, with gradients, in training mode."""
+    """After torch.save of the module, outputs are equal bit for bit, and training works."""
     torch.save(cut, tmp_path / "model.pt")
     y = elsewhere(
         tmp_path,
@@ -105,7 +105,7 @@ def test_a_state_dict_holds_tensors_only(cut: nn.Module, tmp_path: Path, x: Tens
 
 
 def test_an_exported_cut_network_needs_no_class_at_all(cut: nn.Module, tmp_path: Path, x: Tensor) -> None:
-    """torch.export, saved and loaded, with a batch dimension that stays free."""
+    """With torch.export and a dynamic batch size."""
     program = torch.export.export(cut, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
     torch.export.save(program, tmp_path / "model.pt2")
     body = (
@@ -120,7 +120,7 @@ def test_an_exported_cut_network_needs_no_class_at_all(cut: nn.Module, tmp_path:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_scripted_cut_network_needs_no_class_at_all(cut: nn.Module, tmp_path: Path, x: Tensor) -> None:
-    """TorchScript, for those who still deploy with it."""
+    """With TorchScript."""
     torch.jit.trace(cut, x).save(str(tmp_path / "model.ts"))
     y = elsewhere(tmp_path, "with torch.no_grad():\n    y = torch.jit.load(folder + '/model.ts')(x)\n")
     torch.testing.assert_close(y, run(cut, x), rtol=1e-6, atol=1e-6)
@@ -128,21 +128,21 @@ def test_a_scripted_cut_network_needs_no_class_at_all(cut: nn.Module, tmp_path: 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_cut_network_compiles(cut: nn.Module, x: Tensor, backend: str) -> None:
-    """In one graph, without a break, forward and backward."""
+    """As one graph, forward and backward."""
     torch.compiler.reset()
     compiled = torch.compile(cut, backend=backend, fullgraph=True)
     torch.testing.assert_close(run(compiled, x), run(cut, x), rtol=1e-6, atol=1e-6)
     grads = [torch.autograd.grad(model(x).square().sum(), list(cut.parameters())) for model in (cut, compiled)]
-    for eager, ours in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+    for eager, compiled_gradient in zip(*grads, strict=True):
+        torch.testing.assert_close(compiled_gradient, eager, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cut_network_quantises(cut: nn.Module, x: Tensor) -> None:
-    """Dynamic quantisation finds the links of a cut linear layer by their type, as it finds any nn.Linear."""
+    """Dynamic quantisation finds the links of a cut linear layer by their type."""
     mlp = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
     small = apply_plan(mlp, make_plan(mlp, x, schemes="bottleneck", budget=Budget(macs=0.5)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.ao is on its way to torchao
+        warnings.simplefilter("ignore")  # torch.ao is deprecated in favour of torchao
         quantised = torch.ao.quantization.quantize_dynamic(small, {nn.Linear})
         kinds = {type(m).__module__ for name, m in quantised.named_modules() if name.endswith(("reduce", "expand"))}
         y = run(quantised, x)

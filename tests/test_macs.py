@@ -1,4 +1,4 @@
-"""The MACs and parameters that a look predicts, against torch's own flop counter and numel: equal as integers, layer by layer."""
+"""MACs and parameters of every layer are equal, as integers, to those that torch counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsconv_surgery.schemes import get_scheme, refusal, scheme_names
 
 models = pytest.importorskip("torchvision.models")
 
-FAMILIES = {  # the smallest member of each family, and a side that it takes
+FAMILIES = {  # a small member of each family, and an image size
     "alexnet": 64,
     "convnext_tiny": 64,
     "densenet121": 64,
@@ -55,7 +55,7 @@ def on_meta(name: str, **settings: Any) -> nn.Module:
 
 
 def counted(model: nn.Module, *inputs: Any) -> tuple[dict[str, int], int]:
-    """MACs by layer name, and in all, as torch's flop counter sees them with gradients on (so that attention takes no fused path)."""
+    """MACs by layer name, and the total, from torch's flop counter, with gradients on to avoid fused attention."""
     with FlopCounterMode(display=False) as counter:
         model(*inputs)
     by_module = counter.get_flop_counts()
@@ -70,33 +70,33 @@ def counted(model: nn.Module, *inputs: Any) -> tuple[dict[str, int], int]:
 
 
 def check(model: nn.Module, *inputs: Any) -> int:
-    """Compare every layer and the totals; returns the remainder."""
-    seen = survey_model(model, *inputs)
+    """Compare every layer and the totals; returns the MACs outside of layers."""
+    survey = survey_model(model, *inputs)
     macs, total = counted(model, *inputs)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
-    assert [layer.name for layer in seen.layers] == list(layers)
-    assert {name: cost.macs for name, cost in seen.costs.items()} == macs
-    assert {name: cost.params for name, cost in seen.costs.items()} == {
+    assert [layer.name for layer in survey.layers] == list(layers)
+    assert {name: cost.macs for name, cost in survey.costs.items()} == macs
+    assert {name: cost.params for name, cost in survey.costs.items()} == {
         name: sum(p.numel() for p in layer.parameters()) for name, layer in layers.items()
     }
-    for layer in seen.layers:  # from geometry alone, what counting says
+    for layer in survey.layers:  # the cost from the geometry is the counted one
         if isinstance(layer, ConvSite):
-            assert layer.cost == seen.costs[layer.name]
-    assert seen.total.params == sum(p.numel() for p in model.parameters())
-    assert seen.total.macs == sum(macs.values())
-    assert seen.total.macs + seen.remainder_macs == total
-    return seen.remainder_macs
+            assert layer.cost == survey.costs[layer.name]
+    assert survey.total.params == sum(p.numel() for p in model.parameters())
+    assert survey.total.macs == sum(macs.values())
+    assert survey.total.macs + survey.remainder_macs == total
+    return survey.remainder_macs
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_predicted_costs_are_the_counted_ones(name: str) -> None:
-    """On one network of every torchvision classifier family; attention's functional products are the remainder, and nothing else is."""
+    """For every torchvision classifier family. Only attention has MACs outside of layers."""
     remainder = check(on_meta(name), torch.empty(2, 3, FAMILIES[name], FAMILIES[name], device="meta"))
     assert (remainder > 0) == (name in ATTENTION)
 
 
 def test_every_family_is_there() -> None:
-    """A family that a later torchvision adds is noticed: its builders come from a module that the table above does not reach."""
+    """Fails if torchvision adds a family, whose builders are in a new module."""
     plain = [name for name in models.list_models(models) if not name.startswith("quantized")]
     modules = {models.get_model_builder(name).__module__ for name in plain}
     assert modules == {models.get_model_builder(name).__module__ for name in FAMILIES}
@@ -104,15 +104,15 @@ def test_every_family_is_there() -> None:
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_auxiliary_heads_count_only_where_they_run(name: str) -> None:
-    """In training mode they do, in evaluation mode they cost nothing and are skips."""
+    """They run in training mode. In evaluation mode they are skips without MACs."""
     x = torch.empty(2, 3, 96, 96, device="meta")
     model = on_meta(name, aux_logits=True)
     heads = [n for n, module in model.named_modules() if isinstance(module, LAYERS) and n.lower().startswith("aux")]
     assert heads
     check(model, x)
-    quiet = survey_model(model, x)
-    assert {layer.name for layer in quiet.layers if isinstance(layer, Skip)} == set(heads)
-    assert all(quiet.costs[head].macs == 0 for head in heads)
+    evaluation = survey_model(model, x)
+    assert {layer.name for layer in evaluation.layers if isinstance(layer, Skip)} == set(heads)
+    assert all(evaluation.costs[head].macs == 0 for head in heads)
     model.train()
     if name == "inception_v3":
         x = torch.empty(2, 3, 299, 299, device="meta")  # its auxiliary head pools 5x5
@@ -121,7 +121,7 @@ def test_auxiliary_heads_count_only_where_they_run(name: str) -> None:
 
 
 def test_a_layer_that_runs_twice_counts_twice() -> None:
-    """And on each call's own size."""
+    """Each call counts with the size of its input."""
 
     class Pyramid(nn.Module):
         def __init__(self) -> None:
@@ -137,7 +137,7 @@ def test_a_layer_that_runs_twice_counts_twice() -> None:
 
 
 def test_transposed_and_one_dimensional_convolutions_count_too() -> None:
-    """They cannot be cut, but belong to the whole network that a budget is a fraction of."""
+    """They cannot be cut, but a budget is a fraction of the whole network."""
     model = nn.Sequential(
         nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.Flatten(2), nn.Conv1d(6, 3, 5, dilation=2), nn.Unflatten(2, (1, -1, 1))
     )
@@ -147,21 +147,21 @@ def test_transposed_and_one_dimensional_convolutions_count_too() -> None:
 
 
 def hand_made(model: nn.Module, x: torch.Tensor, scheme: str) -> Plan:
-    """A plan that cuts all that a scheme can cut, cheaper or not, at half the full rank."""
-    seen = survey_model(model, x)
+    """A plan that cuts every possible layer with a scheme at half the full rank."""
+    survey = survey_model(model, x)
     cuts: list[Cut] = []
-    for layer in seen.layers:
+    for layer in survey.layers:
         if isinstance(layer, ConvSite) and not refusal(get_scheme(scheme), layer.spec):
             full: Any = get_scheme(scheme).full_rank(layer.spec.one_group())
             rank = max(1, full // 2) if isinstance(full, int) else (max(1, full[0] // 2), max(1, full[1] // 3))
             cuts.append(Cut(layer.name, scheme, rank, layer.spec, layer.sizes))
-    return Plan(tuple(cuts), (), (tuple(x.shape),), "by hand", None, seen.total)
+    return Plan(tuple(cuts), (), (tuple(x.shape),), "by hand", None, survey.total)
 
 
 @pytest.mark.parametrize("scheme", scheme_names())
 @pytest.mark.parametrize("name", ["resnext50_32x4d", "mobilenet_v3_small", "convnext_tiny"])
-def test_a_plan_foretells_the_cut_network(name: str, scheme: str) -> None:
-    """What a plan says the cut network costs is what looking at it gives, and what the flop counter counts."""
+def test_a_plan_predicts_the_cost_of_the_cut_network(name: str, scheme: str) -> None:
+    """The predicted cost is that of a survey and that of the flop counter."""
     model, x = on_meta(name), torch.empty(1, 3, 64, 64, device="meta")
     plan = hand_made(model, x, scheme)
     cut = apply_plan(model, plan, init="empty")
@@ -171,8 +171,8 @@ def test_a_plan_foretells_the_cut_network(name: str, scheme: str) -> None:
     assert sum(counted(cut, x)[0].values()) == plan.total_after.macs
 
 
-def test_a_plan_of_make_plan_foretells_the_cut_network() -> None:
-    """With real weights, a rule's own choice among all schemes and the budget kept as counted."""
+def test_make_plan_predicts_the_cost_of_the_cut_network() -> None:
+    """With real weights and several schemes. The counted MACs are within the budget."""
     model, x = models.shufflenet_v2_x0_5(weights=None).eval(), torch.rand(2, 3, 64, 64)
     plan = make_plan(model, x, schemes=["depthwise", "spatial", "channel", "bottleneck"], rule="uniform")
     cut = apply_plan(model, plan)

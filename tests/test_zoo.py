@@ -1,4 +1,4 @@
-"""Whole networks: found, cut, forward, backward, saved, loaded, with equal outputs."""
+"""Whole networks: find, cut, forward, backward, save and load them, with equal outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ models = pytest.importorskip("torchvision.models")
 
 @dataclass(frozen=True)
 class Network:
-    """One of the zoo: how to build it, what to cut it with, how much of its MACs to keep."""
+    """How to build a network, the schemes to cut it with, and the fraction of its MACs to keep."""
 
     builder: Callable[..., nn.Module]
     schemes: tuple[str, ...]
@@ -54,17 +54,17 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def equal(one: Any, other: Any) -> bool:
-    ours, theirs = tensors_of(one), tensors_of(other)
-    return len(ours) == len(theirs) > 0 and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+def equal(output: Any, other: Any) -> bool:
+    tensors, others = tensors_of(output), tensors_of(other)
+    return len(tensors) == len(others) > 0 and all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def graded(model: nn.Module) -> set[str]:
-    """The parameters that a gradient reached."""
+def with_gradient(model: nn.Module) -> set[str]:
+    """The parameters with a gradient."""
     return {name for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -73,40 +73,40 @@ def layer_names(model: nn.Module) -> set[str]:
 
 
 def check_cut(model: nn.Module, cut: nn.Module, plan: Plan) -> None:
-    """Same class and flags; every cut a Sequential of plain layers with the bias on the last; all layers accounted for."""
+    """Class and flags are the same, cuts are chains of plain layers with the bias on the last, and no layer is forgotten."""
     assert type(cut) is type(model)
     assert cut.training == model.training
-    for at in plan.cuts:
-        chain: Any = cut.get_submodule(at.name)
+    for planned in plan.cuts:
+        chain: Any = cut.get_submodule(planned.name)
         assert type(chain) is nn.Sequential
-        assert {type(link) for link in chain} == {type(model.get_submodule(at.name))}
-        assert [link.bias is not None for link in chain] == [False] * (len(chain) - 1) + [at.spec.bias]
-    assert {at.name for at in (*plan.cuts, *plan.skips)} == layer_names(model)
+        assert {type(link) for link in chain} == {type(model.get_submodule(planned.name))}
+        assert [link.bias is not None for link in chain] == [False] * (len(chain) - 1) + [planned.spec.bias]
+    assert {planned.name for planned in (*plan.cuts, *plan.skips)} == layer_names(model)
 
 
 @pytest.mark.parametrize("name", zoo())
 def test_zoo(name: str, tmp_path: Path) -> None:
-    """From a dense network to a loaded cut one, in training mode; outputs compared in evaluation mode, bit for bit."""
+    """Cut in training mode, train a step, save and load. Outputs in evaluation mode are equal bit for bit."""
     network = ZOO[name]
     model, x = network.build(), torch.rand(2, 3, 64, 64)
     before = snapshot(model)
     plan = make_plan(model, x, schemes=network.schemes, exclude=network.exclude, budget=Budget(macs=network.keep), rule="uniform")
     cut = apply_plan(model, plan)
     check_cut(model, cut, plan)
-    assert {at.scheme for at in plan.cuts} == set(network.schemes)
+    assert {planned.scheme for planned in plan.cuts} == set(network.schemes)
     after = survey_model(cut, x).total
     assert after == plan.total_after
     assert after.macs <= network.keep * plan.total.macs
     assert sum(p.numel() for p in cut.parameters()) == after.params
 
     dense_shapes = [t.shape for t in tensors_of(model(x))]
-    model.load_state_dict(before)  # batch norm counted
+    model.load_state_dict(before)  # undo the BatchNorm updates
     outputs = tensors_of(cut(x))
     assert [t.shape for t in outputs] == dense_shapes
     sum(t.square().mean() for t in outputs).backward()
-    assert graded(cut) == {n for n, _ in cut.named_parameters()}
+    assert with_gradient(cut) == {n for n, _ in cut.named_parameters()}
     assert all(bool(p.grad.isfinite().all()) for p in cut.parameters())
-    assert not graded(model)
+    assert not with_gradient(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     save(cut, tmp_path, plan)
@@ -117,11 +117,11 @@ def test_zoo(name: str, tmp_path: Path) -> None:
     loaded.eval()
     with torch.no_grad():
         assert equal(loaded(x), cut(x))
-        assert not equal(loaded(x), model.eval()(x))  # so that the line above says something
+        assert not equal(loaded(x), model.eval()(x))  # the cut changed the outputs
 
 
 def test_geometry_of_the_special_ones() -> None:
-    """The zoo has what it is there for: groups in ResNeXt, dilation in DeepLab, depthwise layers in MobileNet."""
+    """ResNeXt has groups, DeepLab dilation, MobileNet depthwise layers."""
     x = torch.rand(2, 3, 64, 64)
     specs = {
         name: [layer.spec for layer in find_convs(ZOO[name].build(), x) if isinstance(layer, ConvSite)]
@@ -133,11 +133,11 @@ def test_geometry_of_the_special_ones() -> None:
 
 
 def test_googlenet_keeps_its_auxiliary_heads() -> None:
-    """A plan made in training mode cuts them and they still answer; one made in evaluation mode says that they never run."""
+    """In training mode they are cut and still run. In evaluation mode they are skipped, because they do not run."""
     model, x = ZOO["googlenet"].build(), torch.rand(2, 3, 64, 64)
     heads = {name for name in layer_names(model) if name.startswith("aux")}
     plan = make_plan(model, x, schemes="bottleneck", include=["aux*", "fc"], budget=Budget(macs=0.999), rule="uniform")
-    assert {at.name for at in plan.cuts} > heads
+    assert {planned.name for planned in plan.cuts} > heads
     cut = apply_plan(model, plan)
     logits, aux2, aux1 = cut(x)
     assert logits.shape == aux2.shape == aux1.shape == (2, 1000)
@@ -145,14 +145,14 @@ def test_googlenet_keeps_its_auxiliary_heads() -> None:
     model.eval()
     skips = {layer.name: layer.reason for layer in find_convs(model, x) if isinstance(layer, Skip)}
     assert set(skips) == heads
-    assert all("never called" in reason for reason in skips.values())
-    quiet = apply_plan(model, make_plan(model, x, schemes="bottleneck", include="inception3a*", budget=Budget(macs=0.99), rule="uniform"))
-    assert isinstance(quiet(x), Tensor)
-    assert len(quiet.train()(x)) == 3  # the heads are still there for training
+    assert all(reason == "it is never called on the example inputs in evaluation mode." for reason in skips.values())
+    small = apply_plan(model, make_plan(model, x, schemes="bottleneck", include="inception3a*", budget=Budget(macs=0.99), rule="uniform"))
+    assert isinstance(small(x), Tensor)
+    assert len(small.train()(x)) == 3  # training runs the heads
 
 
 def detector() -> nn.Module:
-    """Faster R-CNN with few proposals, so that one image takes a moment."""
+    """Faster R-CNN with few proposals, for speed."""
     return models.detection.fasterrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64,
         rpn_pre_nms_top_n_train=50, rpn_pre_nms_top_n_test=50, rpn_post_nms_top_n_train=20, rpn_post_nms_top_n_test=20,
@@ -164,28 +164,26 @@ def detector() -> nn.Module:
 @pytest.mark.usefixtures("nms")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torchvision's own
 def test_faster_rcnn(tmp_path: Path) -> None:
-    """A network that neither traces nor runs on fake tensors, whose heads run at five sizes."""
+    """A network that can be neither traced nor run on fake tensors, and calls its heads with five sizes."""
     model, images = detector().eval(), [torch.rand(3, 64, 64)]
     before = snapshot(model)
-    seen = survey_model(model, images)
-    assert seen.how == "real"
-    sites = {layer.name: layer for layer in seen.layers if isinstance(layer, ConvSite)}
+    sites = {layer.name: layer for layer in survey_model(model, images).layers if isinstance(layer, ConvSite)}
     assert set(sites) == layer_names(model)
     assert sites["rpn.head.conv.0.0"].sizes == tuple((1, side, side) for side in (16, 8, 4, 2, 1))
 
     plan = make_plan(model, images, schemes=["spatial", "bottleneck"], budget=Budget(macs=0.6), rule="uniform")
     cut = apply_plan(model, plan)
     check_cut(model, cut, plan)
-    assert "rpn.head.conv.0.0" in {at.name for at in plan.cuts}
+    assert "rpn.head.conv.0.0" in {planned.name for planned in plan.cuts}
     assert survey_model(cut, images).total.params == plan.total_after.params
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     targets = [{"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]), "labels": torch.tensor([1])}]
     for network in (model, cut):
         sum(network.train()(images, targets).values()).backward()
-    reached = graded(model)
+    reached = with_gradient(model)
     assert reached
-    chains = {at.name: list(at.chain) for at in plan.cuts}
+    chains = {planned.name: list(planned.chain) for planned in plan.cuts}
     expected: set[str] = set()
     for name in reached:
         layer, _, kind = name.rpartition(".")
@@ -194,14 +192,14 @@ def test_faster_rcnn(tmp_path: Path) -> None:
             expected.add(name)
         else:
             expected |= {f"{layer}.{link}.weight" for link in links} if kind == "weight" else {f"{layer}.{links[-1]}.bias"}
-    assert graded(cut) == expected
+    assert with_gradient(cut) == expected
 
     save(cut, tmp_path, plan)
     torch.manual_seed(1)
     loaded = load(detector(), tmp_path).eval()
     cut.eval()
     with torch.no_grad():
-        assert tensors_of(cut(images))[0].numel()  # boxes were found, so that equality says something
+        assert tensors_of(cut(images))[0].numel()  # there are boxes to compare
         assert equal(loaded(images), cut(images))
 
 
@@ -210,18 +208,18 @@ def targets_of(graph: fx.GraphModule) -> list[str]:
 
 
 def test_a_graph_module_is_cut_node_by_node(tmp_path: Path) -> None:
-    """Links become nodes, the graph holds, outputs are those of the cut eager network; fold_back collapses, load rebuilds."""
+    """Links become nodes, outputs are those of the cut eager network, and fold_back restores the graph."""
     model, x = models.resnet18(weights=None).eval(), torch.rand(2, 3, 64, 64)
     graph = fx.symbolic_trace(model)
     original = targets_of(graph)
     plan = make_plan(graph, x, schemes=["depthwise", "bottleneck"], rule="uniform")
     assert plan == make_plan(model, x, schemes=["depthwise", "bottleneck"], rule="uniform")
     plan = plan.replace("layer1.0.conv1", scheme="tucker", rank=(20, 30)).replace("layer1.0.conv2", scheme="spatial", rank=40)
-    assert {at.scheme for at in plan.cuts} == {"tucker", "depthwise", "spatial", "bottleneck"}
+    assert {planned.scheme for planned in plan.cuts} == {"tucker", "depthwise", "spatial", "bottleneck"}
     cut = apply_plan(graph, plan)
     assert isinstance(cut, fx.GraphModule)
     cut.graph.lint()
-    chains = {at.name: [f"{at.name}.{link}" for link in at.chain] for at in plan.cuts}
+    chains = {planned.name: [f"{planned.name}.{link}" for link in planned.chain] for planned in plan.cuts}
     assert targets_of(cut) == [link for target in original for link in chains.get(target, [target])]
     assert targets_of(graph) == original
     eager = apply_plan(model, plan)
@@ -245,8 +243,8 @@ def test_a_graph_module_is_cut_node_by_node(tmp_path: Path) -> None:
         torch.testing.assert_close(fold_back(eager, plan)(x), dense(x))
 
 
-class Asking(nn.Module):
-    """A forward that asks its layers for what their replacements would not have, and any parameter for its dtype."""
+class ReadsAttributes(nn.Module):
+    """The forward reads attributes of layers, and the dtype of a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,14 +259,14 @@ class Asking(nn.Module):
         return self.fc(x.reshape(-1, self.fc.in_features))
 
 
-def test_layers_that_a_forward_asks_about_stay() -> None:
-    """An nn.Sequential has no `in_features`, so such a layer is a skip; asking for a dtype costs nothing."""
-    model, x = Asking().eval(), torch.rand(2, 3, 8, 8)
+def test_layers_whose_attributes_are_read_stay() -> None:
+    """An nn.Sequential has no `in_features`, so the layer is a skip. Reading a dtype does not make a skip."""
+    model, x = ReadsAttributes().eval(), torch.rand(2, 3, 8, 8)
     conv, other, fc = find_convs(model, x)
     assert isinstance(conv, ConvSite)
-    assert other == Skip("other", "its bias is read outside its own call, which needs the dense tensor.")
-    assert fc == Skip("fc", "its in_features is read outside its own call, which needs the dense layer.")
-    assert type(model.fc) is nn.Linear  # what watches is a copy
+    assert other == Skip("other", "its bias is read outside its own call, so the layer must stay.")
+    assert fc == Skip("fc", "its in_features is read outside its own call, so the layer must stay.")
+    assert type(model.fc) is nn.Linear  # only a copy is watched
     plan = make_plan(model, x, schemes="spatial", budget=Budget(macs=0.95), rule="uniform")
-    assert [at.name for at in plan.cuts] == ["conv"]
+    assert [planned.name for planned in plan.cuts] == ["conv"]
     assert apply_plan(model, plan)(x).shape == (2, 64)

@@ -1,30 +1,27 @@
-"""Shapes and what they cost: integers only, no tensors and no modules."""
+"""Geometry and cost of convolutions: plain integers, no tensors and no modules."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-if TYPE_CHECKING:
-    from torch import nn
-
+from typing import Any, ClassVar, Literal
 
 Pair = tuple[int, int]
-Rank = int | Pair  # per group; a pair for Tucker
-Size = tuple[int, int, int]  # one call's input: batch, height, width; a Linear's is (rows, 1, 1)
+Rank = int | Pair  # of each group; a pair for Tucker
+# The input of one call: (batch, height, width). For a linear layer: (rows, 1, 1).
+Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, multiply-accumulates (MACs) and, where it was measured, time of a layer or a network.
+    """Parameters, multiply-accumulates (MACs) and latency of a layer or a network.
 
-    MACs count convolutions and linear layers as called, for the whole example batch; a bias adds parameters and no MACs.
+    MACs count every call of convolutions and linear layers, for the whole example batch. A bias adds parameters, but no MACs.
     """
 
     params: int
     macs: int
-    latency: float = 0.0  # milliseconds
+    latency: float = 0.0  # milliseconds; zero if not measured
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.params + other.params, self.macs + other.macs, self.latency + other.latency)
@@ -35,7 +32,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """The geometry of one nn.Conv2d, or of one nn.Linear seen as a 1x1 convolution; pairs are (height, width)."""
+    """The geometry of an nn.Conv2d, or of an nn.Linear as a 1x1 convolution; pairs are (height, width)."""
 
     in_channels: int
     out_channels: int
@@ -51,57 +48,46 @@ class ConvSpec:
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     @classmethod
-    def of(cls, module: nn.Module) -> ConvSpec:
+    def of(cls, layer: Any) -> ConvSpec:
         """The spec of an nn.Conv2d or nn.Linear."""
-        layer: Any = module
         bias = layer.bias is not None
         if hasattr(layer, "in_features"):
             return cls(layer.in_features, layer.out_features, bias=bias, kind="linear")
-        padding: Any = (0, 0) if layer.padding == "valid" else layer.padding
-        return cls(
-            in_channels=layer.in_channels,
-            out_channels=layer.out_channels,
-            kernel=tuple(layer.kernel_size),
-            stride=tuple(layer.stride),
-            padding=padding if padding == "same" else tuple(padding),
-            dilation=tuple(layer.dilation),
-            groups=layer.groups,
-            bias=bias,
-            padding_mode=layer.padding_mode,
-        )
+        kernel, stride, dilation = tuple(layer.kernel_size), tuple(layer.stride), tuple(layer.dilation)
+        padding: Any = {"same": "same", "valid": (0, 0)}[layer.padding] if isinstance(layer.padding, str) else tuple(layer.padding)
+        return cls(layer.in_channels, layer.out_channels, kernel, stride, padding, dilation, layer.groups, bias, layer.padding_mode)
 
     @property
     def taps(self) -> int:
+        """Kernel positions: height times width."""
         return self.kernel[0] * self.kernel[1]
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
-        """Of the kernel as a convolution holds it: (out, in per group, height, width)."""
+        """(out channels, in channels of one group, height, width)."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel)
 
     @property
     def params(self) -> int:
-        """Weights, and the bias where there is one."""
+        """Entries of the weight and of the bias."""
         return math.prod(self.weight_shape) + (self.out_channels if self.bias else 0)
 
     def out_size(self, size: Size) -> Size:
-        """The size of one call's output, which may be zero or less where the input is too small for the kernel."""
+        """The output size of one call: zero or less if the input is too small for the kernel."""
         if self.padding == "same":
             return size
-        batch, *space = size
-        height, width = (
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, p, d, k, s in zip(space, self.padding, self.dilation, self.kernel, self.stride, strict=True)
-        )
-        return batch, height, width
+        axes = zip(size[1:], self.padding, self.dilation, self.kernel, self.stride, strict=True)
+        height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in axes)
+        return size[0], height, width
 
     def macs(self, size: Size) -> int:
-        """Multiply-accumulates of one call: taps x (in / groups) x out x output pixels x batch."""
+        """MACs of one call: `taps * (in / groups) * out * output pixels * batch`."""
         return math.prod(self.weight_shape) * math.prod(self.out_size(size))
 
     def one_group(self) -> ConvSpec:
-        """The geometry of a single group, of which a grouped convolution's kernel holds `groups` as diagonal blocks."""
-        return replace(self, in_channels=self.in_channels // self.groups, out_channels=self.out_channels // self.groups, groups=1)
+        """The geometry of one group, without the bias."""
+        _, inputs, *_ = self.weight_shape
+        return replace(self, in_channels=inputs, out_channels=self.out_channels // self.groups, groups=1, bias=False)
 
     def __str__(self) -> str:
         if self.kind == "linear":
@@ -116,7 +102,7 @@ class ConvSpec:
 
 
 def chain_cost(chain: dict[str, ConvSpec], sizes: tuple[Size, ...]) -> Cost:
-    """The cost of links that run one after the other, called once for each of `sizes`."""
+    """The cost of a chain of links that is called once for each input size."""
     macs = 0
     for size in sizes:
         for link in chain.values():

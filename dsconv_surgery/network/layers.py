@@ -1,4 +1,4 @@
-"""Which layers a model has, and which of them may be replaced at all."""
+"""The convolutions and linear layers of a model, and reasons why a layer cannot be replaced."""
 
 from __future__ import annotations
 
@@ -10,37 +10,36 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+# Classes of torch that hide or copy a model's modules, and what to do instead.
 _WRAPPERS = {
-    "OptimizedModule": "a compiled model: pass the model that was given to torch.compile (`model._orig_mod`) and compile the result",
-    "DistributedDataParallel": "wrapped in DistributedDataParallel: pass `model.module` and wrap the result",
-    "DataParallel": "wrapped in DataParallel: pass `model.module` and wrap the result",
-    "FullyShardedDataParallel": "wrapped in FullyShardedDataParallel: cut the model before it is sharded",
+    "OptimizedModule": "Pass the model from before torch.compile (`model._orig_mod`), then compile the result.",
+    "DistributedDataParallel": "Pass `model.module`, then wrap the result.",
+    "DataParallel": "Pass `model.module`, then wrap the result.",
+    "FullyShardedDataParallel": "Cut the model before you shard it.",
+    "ScriptModule": "Pass the eager model, then script the result.",
 }
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Raise TypeError for a model inside a wrapper that hides or copies its modules, with the way out."""
+    """Raise TypeError for a compiled, scripted or distributed model, ValueError for a lazy one."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an nn.Module, found {type(model).__name__}.")
+        raise TypeError(f"expected an nn.Module, found {type(model).__name__}. Pass the model itself.")
     for name, module in model.named_modules():
-        where = f"{name}: " if name else "the model is "
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"{where}a TorchScript module, which cannot be edited. Pass the eager model and script the result.")
         for kind in type(module).__mro__:
             if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch"):
-                raise TypeError(f"{where}{_WRAPPERS[kind.__name__]}.")
+                raise TypeError(f"{name or 'model'}: expected a plain module, found {kind.__name__}. {_WRAPPERS[kind.__name__]}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
-            raise ValueError(f"{name}: not initialised yet (a lazy module). Run one forward pass first.")
+            raise ValueError(f"{name}: expected an initialised tensor, found one of a lazy module. Run one forward pass first.")
 
 
 def is_layer(module: nn.Module) -> bool:
-    """A convolution of any kind, or a linear layer."""
+    """Whether a module is a convolution of any kind or a linear layer."""
     return isinstance(module, _ConvNd | nn.Linear)
 
 
 def named_layers(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """Every layer, with all the names under which it is reached, in module order."""
+    """Every layer with all its names, in module order."""
     names: dict[nn.Module, tuple[str, ...]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if is_layer(module):
@@ -49,59 +48,55 @@ def named_layers(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
 
 def irreplaceable_layers(model: nn.Module) -> dict[nn.Module, str]:
-    """The layers that cannot be replaced whatever they are called with, and why, in a sentence."""
-    tied = _tied(model)
-    fast = {layer for parent in model.modules() if isinstance(parent, nn.TransformerEncoderLayer) for layer in parent.modules()}
-    reasons: dict[nn.Module, str] = {}
-    for layer in named_layers(model):
-        reason = _why_not(layer, tied.get(layer))
-        if reason is None and layer in fast:
-            reason = "it is inside an nn.TransformerEncoderLayer, whose fast path reads its weights directly."
-        if reason:
-            reasons[layer] = reason
-    return reasons
+    """The layers that cannot be replaced, each with the reason."""
+    tied = _tied_layers(model)
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    in_encoder = {layer for encoder in encoders for layer in encoder.modules()}
+    reasons = {layer: _reason(layer, tied.get(layer), layer in in_encoder) for layer in named_layers(model)}
+    return {layer: reason for layer, reason in reasons.items() if reason}
 
 
-def _why_not(layer: Any, tied: str | None) -> str | None:
+def _reason(layer: Any, tied: str | None, in_encoder: bool) -> str | None:
+    """Why a layer cannot be replaced, or None."""
     if parametrize.is_parametrized(layer):
-        return "its weight is parametrised: remove_parametrizations first, so that there is a plain weight to replace."
+        return "its weight is parametrised. Call torch.nn.utils.parametrize.remove_parametrizations first."
     if "weight" not in layer._parameters:
-        return "its weight is computed by a hook (old-style weight norm, spectral norm or pruning): remove the hook first."
+        return "its weight is computed by a hook (old-style weight norm, spectral norm or pruning). Remove the hook first."
     if type(layer) not in (nn.Conv2d, nn.Linear):
         return f"{type(layer).__name__} is not a plain nn.Conv2d or nn.Linear."
     weight = layer.weight
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return f"its weights are {getattr(weight, 'dtype', type(weight).__name__)}; only floating point can be factorised."
+        return f"its weights are {getattr(weight, 'dtype', type(weight).__name__)}, and only floating-point weights can be factorised."
     if weight.numel() == 0:
         return f"it has no weights (shape {tuple(weight.shape)})."
     if tied:
-        return f"its weight or bias is tied to {tied}: cutting one would untie them."
+        return f"its weight or bias is tied to {tied}, and cutting the layer would untie them."
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return "it carries hooks of its own, which would be lost: remove them first."
+        return "it has hooks, which would be lost. Remove them first."
+    if in_encoder:
+        return "it is inside an nn.TransformerEncoderLayer, whose fast path reads its weights directly."
     return None
 
 
-def _tied(model: nn.Module) -> dict[nn.Module, str]:
-    """For each layer that shares a parameter's memory with another parameter, the other one's name."""
-    owners: dict[Any, list[tuple[nn.Module, str]]] = {}
+def _tied_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """For each layer that shares memory with another parameter, the name of that parameter."""
+    groups: dict[Any, list[tuple[nn.Module, str]]] = {}
     for name, module in model.named_modules():
         for kind, parameter in module._parameters.items():
             if parameter is not None and parameter.numel():
-                storage = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
-                place = (storage, parameter.storage_offset()) if storage else id(parameter)
-                owners.setdefault(place, []).append((module, f"{name}.{kind}".removeprefix(".")))
-    others: dict[nn.Module, str] = {}
-    for group in owners.values():
-        for at, (module, _) in enumerate(group):
+                address = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
+                memory = (address, parameter.storage_offset()) if address else id(parameter)
+                groups.setdefault(memory, []).append((module, f"{name}.{kind}".removeprefix(".")))
+    tied: dict[nn.Module, str] = {}
+    for group in groups.values():
+        for index, (module, _) in enumerate(group):
             if len(group) > 1 and is_layer(module):
-                others[module] = group[at - 1][1]
-    return others
+                tied[module] = group[index - 1][1]
+    return tied
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raise ValueError unless all entries of a layer's weight are finite."""
+    """Raise ValueError if an entry of a layer's weight is NaN or infinite."""
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
-        raise ValueError(
-            f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, expected finite ones. Repair them, or exclude the layer."
-        )
+        raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite. Repair them, or exclude the layer.")

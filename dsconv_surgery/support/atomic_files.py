@@ -1,4 +1,4 @@
-"""Files that are there whole, or not at all."""
+"""Write files so that a crash leaves the old file or the new one, never a part of one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def temporary_file(folder: Path) -> Iterator[Path]:
-    """A new file in a folder, removed at the end unless it was renamed."""
+    """A new, empty file in a folder. It is removed at the end of the block, unless it was renamed."""
     handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
     os.close(handle)
     try:
@@ -22,13 +22,13 @@ def temporary_file(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
-    """A file to write to, renamed into place at the end unless something was raised; `durable`: on the disk before that."""
+    """A file to write to, renamed to `path` at the end unless the block raised; `durable` flushes it to disk first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_file(path.parent) as written:
-        yield written
+    with temporary_file(path.parent) as temporary:
+        yield temporary
         if durable:
-            flush_to_disk(written)
-        os.replace(written, path)
+            flush_to_disk(temporary)
+        os.replace(temporary, path)
         if durable:
             flush_to_disk(path.parent)
 

@@ -88,7 +88,8 @@ def parse_json(cls: type[T], text: str | bytes, what: str) -> T:
     try:
         return _adapter(cls).validate_json(text, strict=True)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
+        # Another format version explains all other problems.
+        problem = min(error.errors(include_url=False), key=lambda problem: problem["loc"][-1:] != ("format_version",))
     place = ".".join(str(part) for part in problem["loc"]) or "the whole file"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         key = str(problem["loc"][-1])
