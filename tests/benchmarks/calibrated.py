@@ -1,13 +1,13 @@
-"""CIFAR networks and torchvision's, factorised for data without training: everything that README and notes say of calibration.
+"""Measure calibrated factorisation, without training, on CIFAR and torchvision networks.
 
 python tests/benchmarks/calibrated.py accuracy --data ../shared/data     ResNet-20 and -56, three draws of 1,024 images, whole test set
-python tests/benchmarks/calibrated.py ablation --data ../shared/data     one step after the other
-python tests/benchmarks/calibrated.py images --data ../shared/data       16 to 2,048 images; written to recipes/
-python tests/benchmarks/calibrated.py layers --data ../shared/data       every scheme, every layer, on images not calibrated on
+python tests/benchmarks/calibrated.py ablation --data ../shared/data     one step of calibration after the other
+python tests/benchmarks/calibrated.py images --data ../shared/data       16 to 2,048 images
+python tests/benchmarks/calibrated.py layers --data ../shared/data       every scheme and layer, on other images than those of calibration
 python tests/benchmarks/calibrated.py cost --network resnet18            time and peak memory at 224 px (or vgg16, resnet20)
 
-Calibration images are training images; every convolution but the first is cut, each to the same fraction of its cost. Results are
-added to the JSON as they come, and what is there already is not run again.
+Calibration images are training images. Every convolution but the first is cut, each to the same fraction of its cost. Each result is
+added to results/calibrated_*.json when it is ready. Results that are there already are not measured again.
 """
 
 from __future__ import annotations
@@ -283,8 +283,7 @@ def main() -> None:
     parser.add_argument("--exclude", nargs="*", default=["conv1", "fc"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    home = HERE.parents[1] / "recipes" if options.what == "images" else HERE
-    path = options.json or home / ("images_curve.json" if options.what == "images" else f"calibrated_{options.what}.json")
+    path = options.json or HERE / "results" / f"calibrated_{options.what}.json"
     add = recorder(path, f"calibrated.py {options.what}")
     runs[options.what](options, add)
 

@@ -1,12 +1,11 @@
-"""Our factorisation against the obvious rival, side by side in one run, on every 3x3 and larger convolution of torchvision's resnet18.
+"""Compare our factorisation with public ones in one run, on the convolutions of torchvision's resnet18 that are 3x3 or larger.
 
-python tests/benchmarks/factorize.py [--threads 2] [--weights FILE] [--json FILE]
+python tests/benchmarks/factorize.py --json tests/benchmarks/results/factorize.json [--threads 2] [--weights FILE]
 
-Each scheme is cut at half of every layer's MACs, without data. Rivals: for spatial, channel and depthwise a plain float32
-`torch.linalg.svd` of the same unfolding; for Tucker tensorly's `partial_tucker`, for CP tensorly's `parafac(init="svd",
-n_iter_max=50)` on three
-modes with the einsum back end and opt_einsum, its fastest (a hundred times slower without). For CP ours is timed until it
-reaches the rival's error, layer by layer. "ours, whole" is make_plan + apply_plan of the whole network through `compress`.
+Each scheme keeps half of every layer's MACs, without data. Rivals: for spatial, channel and depthwise a plain float32
+`torch.linalg.svd` of the same unfolding; for Tucker tensorly's `partial_tucker`; for CP tensorly's `parafac(init="svd",
+n_iter_max=50)` on three modes with the einsum back end and opt_einsum, its fastest (a hundred times slower without). Our CP is timed
+until it reaches the rival's error, layer by layer. "ours, whole" is the time of `compress` for the whole network.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""One cut and one fine-tuning, against other ways of spending about as many steps.
+"""Compare one cut and one fine-tuning with other schedules of about as many steps.
 
 python tests/benchmarks/stages.py --data ../shared/data
 
 ResNet-20 at a quarter of its parameters, calibrated on 1,024 images, trained on 45,000 training images and judged on the other 5,000
-(see finetune.py). Ways: cut once; cut, tune, cut again, tune (`stages = 2` in a recipe); after the cut bring block after block nearer
-to what the dense network has there, given what the cut network feeds it, then tune. Results in recipes/finetune_stages.json.
+(see finetune.py). Schedules: cut once; cut, tune, cut again, tune (`stages = 2` in a recipe); cut, fit each block's outputs to those of
+the dense network, then tune. Results are in results/finetune_stages.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from calibrated import draw, recorder
 from cifar import Batches, cifar10
-from finetune import CASES, RECIPES, base_of, cut, judged, training
+from finetune import CASES, RESULTS, base_of, cut, judged, training
 from torch import Tensor, nn
 
 from dsconv_surgery import FineTune, fine_tune
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, default={}, help='other FineTune settings, as {"lr": 0.002}')
     parser.add_argument("--batch", type=int, default=128, help="images to a step")
     parser.add_argument("--steps", type=int, default=150, help="of each block, at most an epoch")
-    parser.add_argument("--json", type=Path, default=RECIPES / "finetune_stages.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "finetune_stages.json")
     options = parser.parse_args()
     if options.epochs < 2 or options.epochs % 2 or "epochs" in options.settings:
         parser.error("--epochs: expected an even number, 2 or more, and none in --settings")
