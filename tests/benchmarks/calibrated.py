@@ -43,9 +43,9 @@ HERE = Path(__file__).parent
 Add = Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None]
 SHAPES = ((1, 3, 32, 32),)
 CASES: list[tuple[int, str, dict[str, Any]]] = [
-    *((20, "cp", {"budget": Budget(params=keep)}) for keep in (0.4, 0.27, 0.14)),
+    *((20, "cp", {"budget": Budget(params=keep), "rule": "uniform"}) for keep in (0.4, 0.27, 0.14)),
     *((20, "depthwise", {"rule": "fixed", "rank": m}) for m in (3, 2, 1)),
-    *((56, "cp", {"budget": Budget(params=keep)}) for keep in (0.4, 0.27, 0.14)),
+    *((56, "cp", {"budget": Budget(params=keep), "rule": "uniform"}) for keep in (0.4, 0.27, 0.14)),
 ]
 ABLATION: dict[str, Steps | None] = {
     "data-free": None,
@@ -143,7 +143,7 @@ def run_ablation(options: argparse.Namespace, add: Callable[..., None]) -> None:
         count = 512 if depth == 20 else 256
         batches = draw(train, count, 0).split(128)
         wanted = outputs(model, x)
-        for scheme, settings in (("cp", {"budget": Budget(params=0.27)}), ("depthwise", {"rule": "fixed", "rank": 2})):
+        for scheme, settings in (("cp", {"budget": Budget(params=0.27), "rule": "uniform"}), ("depthwise", {"rule": "fixed", "rank": 2})):
             if scheme not in options.schemes:
                 continue
             plan = make_plan(model, x[:1], schemes=scheme, exclude=("conv1", "linear"), **settings)
@@ -171,7 +171,7 @@ def run_images(options: argparse.Namespace, add: Callable[..., None]) -> None:
     train, (test, labels) = cifar10(options.data / "cifar10", "train")[0], cifar10(options.data / "cifar10", "test")
     x, y = to_input(test), torch.from_numpy(labels)
     model = network(options.data, 20)
-    for scheme, settings in (("cp", {"budget": Budget(params=0.27)}), ("depthwise", {"rule": "fixed", "rank": 2})):
+    for scheme, settings in (("cp", {"budget": Budget(params=0.27), "rule": "uniform"}), ("depthwise", {"rule": "fixed", "rank": 2})):
         plan = make_plan(model, x[:1], schemes=scheme, exclude=("conv1", "linear"), **settings)
         key = {"network": "ResNet-20", "scheme": scheme, "setting": describe(settings)}
         add(
@@ -256,6 +256,7 @@ def run_cost(options: argparse.Namespace, add: Callable[..., None]) -> None:
             model,
             batches[0][:1],
             budget=Budget(macs=0.5),
+            rule="uniform",
             schemes=options.schemes,
             exclude=options.exclude,
             calibration=batches,

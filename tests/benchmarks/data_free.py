@@ -51,7 +51,7 @@ def main() -> None:
                 for common in options.common if scheme.startswith("cp") else [0.0]:
                     als.COMMON = common
                     start = time.perf_counter()
-                    small = compress(model, x[:1], budget=Budget(params=keep), schemes=scheme, exclude="conv1")
+                    small = compress(model, x[:1], budget=Budget(params=keep), schemes=scheme, rule="uniform", exclude="conv1")
                     row = {
                         "network": network,
                         "scheme": scheme,

@@ -110,9 +110,9 @@ def main() -> None:
     sites = {s.name: s for s in find_convs(model, x) if isinstance(s, ConvSite)}
     table: dict[str, dict[str, float]] = {}
     for name in options.only:
-        plan = make_plan(model, x, schemes=name, budget=Budget(macs=0.5))
+        plan = make_plan(model, x, schemes=name, rule="uniform", budget=Budget(macs=0.5))
         start = time.perf_counter()
-        compress(model, x, schemes=name, budget=Budget(macs=0.5))
+        compress(model, x, schemes=name, rule="uniform", budget=Budget(macs=0.5))
         whole = time.perf_counter() - start
         ours = rival = worst = 0.0
         for cut in plan.cuts:
