@@ -31,17 +31,16 @@ def network_name(recipe: Path) -> str:
 def table_row(recipe: Path, results: list[dict[str, Any]]) -> list[str]:
     """The cells of one row, averaged over the results of all seeds."""
 
-    def mean(key: str, number_format: str) -> str:
-        return number_format.format(fmean(result[key] for result in results)) if key in results[0] else ""
+    def mean(key: str, digits: int, unit: str, scale: float = 1.0) -> str:
+        return f"{scale * fmean(result[key] for result in results):.{digits}f}{unit}" if key in results[0] else ""
 
     if "batch" in results[0]:
         setting = f"batch {results[0]['batch']}, {results[0]['memory_format']}"
     else:
         setting = f"mean of {len(results)} seeds" if len(results) > 1 else "1 seed"
-    savings = (mean("params_saved", "{:.1%}"), mean("macs_saved", "{:.1%}"))
-    accuracies = (mean(key, "{:.2f} %") for key in ("dense", "cut", "tuned"))
-    cells = (recipe.stem, network_name(recipe), setting, *savings, mean("faster", "{:.2f}x"), *accuracies)
-    return [cell.replace("%", " %").replace("  %", " %") for cell in cells]
+    savings = (mean(key, 1, " %", scale=100) for key in ("params_saved", "macs_saved"))
+    accuracies = (mean(key, 2, " %") for key in ("dense", "cut", "tuned"))
+    return [recipe.stem, network_name(recipe), setting, *savings, mean("faster", 2, "x"), *accuracies]
 
 
 def results_table(recipes: Path = RECIPES) -> str:
