@@ -1,4 +1,7 @@
-"""What the CIFAR-10 examples share: the ResNet of He et al. (2016), images kept as lossless sheets, and the accuracy."""
+"""Shared by the CIFAR-10 examples: the ResNet of He et al. (2016), loading of images and weights, and the accuracy.
+
+Images are stored as sheets: lossless pictures with many images of 32 x 32 pixels, row by row.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; the shortcut takes every second pixel and pads channels with zeros, so it has no parameters."""
+    """Two 3x3 convolutions. The shortcut has no parameters: it takes every second pixel and pads the channels with zeros."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -24,19 +27,19 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.stride = stride
-        self.new_channels = out_channels - in_channels
+        self.added_channels = out_channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        if self.stride != 1 or self.new_channels:
-            half = self.new_channels // 2
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.new_channels - half))
+        if self.stride != 1 or self.added_channels:
+            before = self.added_channels // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.added_channels - before))
         return F.relu(out + x)
 
 
 class CifarResNet(nn.Module):
-    """ResNet-20 has `depth=20`, ResNet-56 `depth=56`: three stages of (depth - 2) / 6 blocks, 16, 32 and 64 channels wide."""
+    """ResNet-20 (`depth=20`), ResNet-56 (`depth=56`) and so on: three stages of (depth - 2) / 6 blocks with 16, 32 and 64 channels."""
 
     def __init__(self, depth: int = 20, classes: int = 10) -> None:
         super().__init__()
@@ -60,32 +63,33 @@ class CifarResNet(nn.Module):
 
 
 def load_resnet(path: Path, depth: int = 20) -> CifarResNet:
-    """A ResNet in evaluation mode with the weights of a safetensors file, whatever precision they are stored in."""
+    """A ResNet in evaluation mode, with float32 weights from a safetensors file of any precision."""
     model = CifarResNet(depth)
-    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()})
+    state = load_file(path)
+    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
     return model.eval()
 
 
 def demo_resnet20() -> CifarResNet:
-    """The network that this repository ships, trained by examples/train_cifar.py."""
+    """The ResNet-20 in examples/assets, trained by examples/train_cifar.py."""
     return load_resnet(ASSETS / "resnet20_cifar10.safetensors")
 
 
 def read_sheet(path: Path) -> np.ndarray:
-    """The 32 x 32 tiles of one sheet, row by row, as uint8 of shape (n, 32, 32, 3)."""
+    """The images of one sheet as uint8 of shape (n, 32, 32, 3)."""
     sheet = np.asarray(Image.open(path).convert("RGB"))
     rows, columns = sheet.shape[0] // 32, sheet.shape[1] // 32
     return sheet.reshape(rows, 32, columns, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3)
 
 
 def to_input(images: np.ndarray) -> Tensor:
-    """uint8 (n, 32, 32, 3) -> normalised float32 (n, 3, 32, 32)."""
+    """Convert uint8 of shape (n, 32, 32, 3) to normalised float32 of shape (n, 3, 32, 32)."""
     x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float().div_(255)
     return x.sub_(torch.tensor(MEAN).view(3, 1, 1)).div_(torch.tensor(STD).view(3, 1, 1))
 
 
 def augment(x: Tensor) -> Tensor:
-    """Pad by 4, crop each image at random, mirror half of them."""
+    """Pad images by 4 pixels, crop each at random and mirror half of them."""
     n, _, height, width = x.shape
     padded = F.pad(x, (4, 4, 4, 4))
     top, left = (torch.randint(0, 9, (n, 1), device=x.device) for _ in range(2))
@@ -96,7 +100,7 @@ def augment(x: Tensor) -> Tensor:
 
 
 class Batches:
-    """Shuffled, augmented training batches of images and labels, anew each time they are gone through."""
+    """Batches of augmented images, with labels if there are some, in a new random order for each iteration."""
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, size: int = 128) -> None:
         self.images, self.labels, self.size = images, labels, size
@@ -106,19 +110,19 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order = torch.randperm(len(self.images))[: len(self) * self.size]
-        for chosen in order.split(self.size):
-            x = augment(self.images[chosen])
-            yield (x,) if self.labels is None else (x, self.labels[chosen])
+        for indices in order.split(self.size):
+            x = augment(self.images[indices])
+            yield (x,) if self.labels is None else (x, self.labels[indices])
 
 
 def demo_images(split: str) -> tuple[Tensor, Tensor]:
-    """The shipped images, normalised, and their labels: `split` is "train" (5,000) or "test" (1,000)."""
+    """Normalised images in examples/assets and their labels; `split` is "train" (5,000 images) or "test" (1,000)."""
     labels = np.load(ASSETS / "labels.npz")[split]
     return to_input(read_sheet(ASSETS / f"{split}.webp")), torch.from_numpy(labels.astype(np.int64))
 
 
 def cifar10(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """All of CIFAR-10's "train" or "test" images and labels, from sheets in `folder` or else through torchvision (downloads once)."""
+    """All "train" or "test" images of CIFAR-10 and their labels, from sheets in `folder`, or else downloaded there by torchvision."""
     if (folder / "labels.npz").exists():
         images = np.concatenate([read_sheet(sheet) for sheet in sorted(folder.glob(f"{split}*.webp"))])
         return images, np.load(folder / "labels.npz")[split].astype(np.int64)
@@ -130,7 +134,7 @@ def cifar10(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:
-    """Top-1 accuracy in percent, in evaluation mode; the model's mode is put back."""
+    """Top-1 accuracy in percent, computed in evaluation mode; the mode of the model is restored."""
     training = model.training
     model.eval()
     hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(batch), labels.split(batch), strict=True))

@@ -1,8 +1,8 @@
-"""Compress the shipped ResNet-20, with and without images, look at what it cost, fine-tune it, keep it, bring it back.
+"""Compress a ResNet-20 with and without images, compare, fine-tune, save and load it.
 
 python examples/quickstart.py
 
-Everything it needs is in examples/assets; no downloads, under three minutes on two CPU cores.
+Everything it needs is in examples/assets. It downloads nothing and takes about three minutes on two CPU cores.
 """
 
 import tempfile
@@ -15,34 +15,34 @@ from dsconv_surgery import Budget, FineTune, compare, compress, fine_tune, load,
 
 def main() -> None:
     model = demo_resnet20()
-    images, labels = demo_images("test")
-
-    unlabelled, their_labels = demo_images("train")
+    test_images, test_labels = demo_images("test")
+    train_images, train_labels = demo_images("train")
+    x = test_images[:1]  # an example input
+    calibration = train_images[:512].split(128)  # batches without labels
     settings = {"schemes": "cp", "exclude": ("conv1", "linear")}
-    batches = unlabelled[:512].split(128)
 
-    from_weights = compress(model, images[:1], budget=Budget(params=0.27), **settings, rule="uniform")
-    calibrated = compress(model, images[:1], budget=Budget(params=0.27), **settings, calibration=batches, progress=True)
-    print(compare(model, calibrated.model, images[:1], plan=calibrated.plan, data=images.split(250)))
-    dense, without, within = (accuracy(m, images, labels) for m in (model, from_weights.model, calibrated.model))
-    print(f"accuracy on 1,000 test images: {dense:.1f} % -> {without:.1f} % from the weights alone")
-    print(f"accuracy on 1,000 test images: {dense:.1f} % -> {within:.1f} % calibrated on 512 unlabelled images")
+    from_weights = compress(model, x, budget=Budget(params=0.27), **settings, rule="uniform")
+    calibrated = compress(model, x, budget=Budget(params=0.27), **settings, calibration=calibration, progress=True)
+    print(compare(model, calibrated.model, x, plan=calibrated.plan, data=test_images.split(250)))
+    dense, data_free, with_images = (accuracy(m, test_images, test_labels) for m in (model, from_weights.model, calibrated.model))
+    print(f"accuracy on 1,000 test images: {dense:.1f} % -> {data_free:.1f} % from the weights alone")
+    print(f"accuracy on 1,000 test images: {dense:.1f} % -> {with_images:.1f} % calibrated on 512 unlabelled images")
 
-    small = compress(model, images[:1], budget=Budget(params=0.12), **settings, calibration=batches, progress=True)
+    small = compress(model, x, budget=Budget(params=0.12), **settings, calibration=calibration, progress=True)
     print("\n".join(str(small.report).splitlines()[-2:]))
-    cut = accuracy(small.model, images, labels)
-    tuning = FineTune(epochs=4, lr=5e-4, channels_last=True)
-    history = fine_tune(small.model, Batches(unlabelled, their_labels), teacher=model, settings=tuning, progress=True)
-    tuned = accuracy(small.model, images, labels)
+    cut = accuracy(small.model, test_images, test_labels)
+    fine_tuning = FineTune(epochs=4, lr=5e-4, channels_last=True)
+    history = fine_tune(small.model, Batches(train_images, train_labels), teacher=model, settings=fine_tuning, progress=True)
+    tuned = accuracy(small.model, test_images, test_labels)
     print(history)
     print(f"accuracy on 1,000 test images: {dense:.1f} % -> {cut:.1f} % cut deeper")
-    print(f"accuracy on 1,000 test images: {dense:.1f} % -> {tuned:.1f} % and fine-tuned for {tuning.epochs} epochs on 5,000 images")
+    print(f"accuracy on 1,000 test images: {dense:.1f} % -> {tuned:.1f} % and fine-tuned for {fine_tuning.epochs} epochs on 5,000 images")
 
     with tempfile.TemporaryDirectory() as folder:
         save(small, folder)
-        again = load(CifarResNet(20).eval(), folder)
+        loaded = load(CifarResNet(20).eval(), folder)
     with torch.inference_mode():
-        same = torch.equal(again(images[:100]), small.model(images[:100]))
+        same = torch.equal(loaded(test_images[:100]), small.model(test_images[:100]))
     print(f"saved, reloaded, same outputs: {same}")
     if not same:
         raise SystemExit("the reloaded network gives other outputs")

@@ -1,9 +1,9 @@
-"""Compress a torchvision classifier to half its MACs and keep it.
+"""Compress a torchvision classifier to half of its MACs, compare, save and load it.
 
 python examples/torchvision_resnet.py --name resnet18 --weights DEFAULT --out resnet18-half
 
---weights DEFAULT downloads pretrained ones; `none` takes random ones (cost and time are right, accuracy means nothing); a PATH is a
-state_dict in safetensors or torch's own format, of any number of classes.
+--weights DEFAULT downloads pretrained weights. With `none` they are random: costs and times are right, outputs have no meaning. A path
+names a state_dict in the format of safetensors or torch, with any number of classes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from dsconv_surgery import Budget, compare, compress, load, save
 
 
 def import_torchvision() -> Any:
-    """torchvision's models; where its compiled operators do not load beside a CPU build of torch, with stand-ins for their schemas."""
+    """The module torchvision.models. If the compiled operators do not load beside a CPU build of torch, their schemas are defined first."""
     try:
         return importlib.import_module("torchvision.models")
     except RuntimeError:
@@ -33,6 +33,7 @@ def import_torchvision() -> Any:
 
 
 def build(models: Any, name: str, weights: str) -> nn.Module:
+    """A torchvision model with the weights that --weights names."""
     if weights in ("DEFAULT", "none"):
         return models.get_model(name, weights=None if weights == "none" else "DEFAULT").eval()
     path = Path(weights)
@@ -46,12 +47,12 @@ def build(models: Any, name: str, weights: str) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="resnet18")
+    parser.add_argument("--name", default="resnet18", help="a torchvision classifier")
     parser.add_argument("--weights", default="DEFAULT", help="DEFAULT, none or a path")
     parser.add_argument("--size", type=int, default=224, help="side of the input images")
     parser.add_argument("--macs", type=float, default=0.5, help="fraction of the MACs to keep")
     parser.add_argument("--schemes", nargs="*", default=["spatial", "channel", "tucker", "bottleneck"])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the cut network")
     options = parser.parse_args()
 
     models = import_torchvision()
@@ -61,9 +62,9 @@ def main() -> None:
     print(compare(model, small.model, x, plan=small.plan, latency=True))
     save(small, options.out)
 
-    again = load(model, options.out)
+    loaded = load(model, options.out)
     with torch.inference_mode():
-        print(f"saved to {options.out}, reloaded, same outputs: {torch.equal(again(x), small.model(x))}")
+        print(f"saved to {options.out}, reloaded, same outputs: {torch.equal(loaded(x), small.model(x))}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Train a CIFAR ResNet from scratch: the network that this repository ships came from this script.
+"""Train a ResNet for CIFAR-10 from scratch, as the one in examples/assets was trained.
 
 python examples/train_cifar.py --data FOLDER --out resnet20.safetensors
 
-FOLDER holds CIFAR-10 as sheets (see cifar.py), else torchvision downloads it there. All 50,000 training images are used (but
-those that --hold-out leaves for choosing settings of fine-tuning by: a network knows by heart those that it was trained on),
-nothing is chosen on the test images, which are looked at once, after the last epoch. Under an hour on two CPU cores
-with bfloat16 matrix units and --compile, minutes on a GPU.
+FOLDER holds CIFAR-10 as sheets (see cifar.py); if it does not, torchvision downloads CIFAR-10 there. --hold-out leaves out training
+images on which settings can be chosen later. The test images are used once, after the last epoch. Training takes less than an hour
+on two CPU cores with bfloat16 matrix units and --compile, and minutes on a GPU.
 """
 
 import argparse
@@ -22,35 +21,35 @@ from tqdm import tqdm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10")
+    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write; a log is written beside it")
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
-    parser.add_argument("--hold-out", type=int, default=0, help="leave the last so many training images out")
+    parser.add_argument("--hold-out", type=int, default=0, help="number of training images to leave out, at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network: twice as fast on a CPU")
+    parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile: twice as fast on a CPU")
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
     images, labels = (part[: len(part) - options.hold_out] for part in cifar10(options.data, "train"))
     x, y = to_input(images).to(options.device), torch.from_numpy(labels).to(options.device)
     model = CifarResNet(options.depth).to(options.device, memory_format=torch.channels_last)
-    step = torch.compile(model) if options.compile else model
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim == 1]
+    forward = torch.compile(model) if options.compile else model
+    kernels = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and BatchNorm weights
     optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        [{"params": kernels, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=options.lr,
         momentum=0.9,
         nesterov=True,
     )
-    per_epoch = len(x) // options.batch
+    steps = len(x) // options.batch  # of an epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, total_steps=options.epochs * per_epoch, pct_start=0.1, cycle_momentum=False
+        optimizer, options.lr, total_steps=options.epochs * steps, pct_start=0.1, cycle_momentum=False
     )
     log: dict[str, object] = {"settings": {k: str(v) for k, v in vars(options).items() if k not in ("data", "out")}}
     epochs: list[dict[str, float]] = []
@@ -59,24 +58,24 @@ def main() -> None:
     start = time.perf_counter()
     for epoch in range(options.epochs):
         order = torch.randperm(len(x), device=options.device)
-        total, hits = 0.0, 0
-        for chosen in tqdm(order[: per_epoch * options.batch].split(options.batch), desc=f"epoch {epoch + 1}", leave=False):
-            batch = augment(x[chosen]).contiguous(memory_format=torch.channels_last)
+        loss_sum, hits = 0.0, 0
+        for indices in tqdm(order[: steps * options.batch].split(options.batch), desc=f"epoch {epoch + 1}", leave=False):
+            batch = augment(x[indices]).contiguous(memory_format=torch.channels_last)
             with torch.autocast(x.device.type, torch.bfloat16):
-                scores = step(batch)
-            loss = F.cross_entropy(scores.float(), y[chosen])
+                logits = forward(batch)
+            loss = F.cross_entropy(logits.float(), y[indices])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += float(loss.detach()) * len(chosen)
-            hits += int((scores.argmax(1) == y[chosen]).sum())
-        seen = per_epoch * options.batch
+            loss_sum += float(loss.detach()) * len(indices)
+            hits += int((logits.argmax(1) == y[indices]).sum())
+        images_used = steps * options.batch
         epochs.append(
             {
                 "epoch": epoch + 1,
-                "train_loss": round(total / seen, 4),
-                "train_accuracy": round(100 * hits / seen, 2),
+                "train_loss": round(loss_sum / images_used, 4),
+                "train_accuracy": round(100 * hits / images_used, 2),
                 "seconds": round(time.perf_counter() - start, 1),
             }
         )

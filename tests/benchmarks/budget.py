@@ -1,18 +1,18 @@
-"""One budget for the whole network: what README and recipes say of it.
+"""Measure plans under one budget for the whole network.
 
 python tests/benchmarks/budget.py accuracy --data ../shared/data     ResNet-20 and -56, MACs and parameters, three draws of images
 python tests/benchmarks/budget.py rivals --data ../shared/data       the same budgets by other rules, on the same tables
-python tests/benchmarks/budget.py weightings --data ../shared/data   how damage is estimated, judged on held-out training images
+python tests/benchmarks/budget.py weightings --data ../shared/data   estimates of damage, on held-out training images
 python tests/benchmarks/budget.py resnet18 --data ../shared/data     torchvision's resnet18 trained on CIFAR-10 at 64 px: MACs and latency
-python tests/benchmarks/budget.py latency                            half the time at 224 px, and the clock against MACs
-python tests/benchmarks/budget.py planning                           time of the first plan and of the next
+python tests/benchmarks/budget.py latency                            half the time at 224 px: a latency budget against a MACs budget
+python tests/benchmarks/budget.py planning                           time to make the first plan and the next ones
 python tests/benchmarks/budget.py torchvision                        the recipes for torchvision's networks: cost and time
-    ... --channels-last                                              `resnet18` and `torchvision` in that memory format, see `timed`
-python tests/benchmarks/budget.py recipes                            what `accuracy` and `torchvision` found, beside each recipe
-python tests/benchmarks/budget.py plot                               what `rivals` found, as recipes/rivals.png
+    ... --channels-last                                              `resnet18` and `torchvision` in this memory format, see `timed`
+python tests/benchmarks/budget.py recipes                            copy rows of `accuracy` and `torchvision` beside each recipe
 
-No training; calibration images are training images, accuracies are of the whole test set (`weightings`: held-out training images).
-Results are added to recipes/budget_*.json as they come, and what is there already is not run again.
+Nothing is trained. Calibration images are training images. Accuracies are on the whole test set (`weightings`: on held-out training
+images). Each result is added to results/budget_*.json when it is ready. Results that are there already are not measured again.
+README.md beside this file explains the numbers; picture.py draws those of `rivals`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from dsconv_surgery.support.cache import Cache
 from dsconv_surgery.support.copies import channels_last_copy
 from dsconv_surgery.support.latency import measure_latency
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RESULTS = Path(__file__).resolve().with_name("results")
 GOALS = {20: {"macs": (0.5, 0.4, 0.3), "params": (0.4, 0.25)}, 56: {"macs": (0.5, 0.4, 0.3)}}
 RIVAL_GOALS = {"macs": (0.5, 0.4, 0.3), "params": (0.5, 0.4, 0.25)}
 
@@ -352,7 +352,7 @@ def run_planning(options: argparse.Namespace, add: Add) -> None:
     torch.manual_seed(0)
     cases: dict[str, tuple[Any, list[Tensor]]] = {
         "resnet20": (
-            load_resnet(RECIPES.parent / "examples" / "assets" / "resnet20_cifar10.safetensors"),
+            load_resnet(RESULTS.parents[2] / "examples" / "assets" / "resnet20_cifar10.safetensors"),
             [torch.randn(128, 3, 32, 32) for _ in range(8)],
         ),
         "resnet18": (torchvision.models.resnet18(weights=None).eval(), [torch.randn(32, 3, 224, 224) for _ in range(4)]),
@@ -379,7 +379,7 @@ def run_recipes(_options: argparse.Namespace, _: Add) -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     settings: dict[str, Any] = {}
     for source in ("accuracy", "torchvision"):
-        path = RECIPES / f"budget_{source}.json"
+        path = RESULTS / f"budget_{source}.json"
         found = json.loads(path.read_text()) if path.exists() else {"rows": [], "settings": {}}
         for row in found["rows"]:
             network_name = row.get("network", "").lower().replace("-", "")
@@ -389,28 +389,6 @@ def run_recipes(_options: argparse.Namespace, _: Add) -> None:
     for name, path in Recipe.known().items():
         if name in rows:
             path.with_suffix(".json").write_text(json.dumps({"settings": settings[name], "result": rows[name]}, indent=1) + "\n")
-
-
-def run_plot(options: argparse.Namespace, _: Add) -> None:
-    from matplotlib.figure import Figure
-
-    rows = json.loads((RECIPES / "budget_rivals.json").read_text())["rows"]
-    networks = sorted({row["network"] for row in rows})
-    figure = Figure(figsize=(9, 3.4 * len(networks)), layout="constrained")
-    grid = figure.subplots(len(networks), 2, squeeze=False)
-    for line, name in zip(grid, networks, strict=True):
-        for axes, measure in zip(line, ("macs", "params"), strict=True):
-            for rule in RIVALS:
-                points = sorted((r["keep"], r["drop"]) for r in rows if (r["network"], r["measure"], r["rule"]) == (name, measure, rule))
-                axes.plot(*zip(*points, strict=True), marker="o", label=rule) if points else None
-            axes.set_title(name)
-            axes.set_xlabel(f"{'MACs' if measure == 'macs' else 'parameters'} kept")
-            axes.set_ylabel("points of accuracy lost")
-            axes.set_yscale("symlog", linthresh=0.1)
-            axes.set_xticks(RIVAL_GOALS[measure])
-            axes.grid(alpha=0.3)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
-    figure.savefig(RECIPES / "rivals.png", dpi=110)
 
 
 def main() -> None:
@@ -424,7 +402,6 @@ def main() -> None:
         "planning": run_planning,
         "torchvision": run_torchvision,
         "recipes": run_recipes,
-        "plot": run_plot,
     }
     parser.add_argument("what", choices=list(runs))
     parser.add_argument("--data", type=Path, help="folder with cifar10/ and weights/")
@@ -437,7 +414,7 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    path = options.json or RECIPES / f"budget_{options.what}.json"
+    path = options.json or RESULTS / f"budget_{options.what}.json"
     add = recorder(path, f"budget.py {options.what}")
     runs[options.what](options, add)
 

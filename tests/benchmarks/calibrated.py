@@ -1,13 +1,13 @@
-"""Measure calibration: CIFAR-10 ResNets and torchvision networks, factorised for images without training.
+"""Measure calibrated factorisation, without training, on CIFAR and torchvision networks.
 
 python tests/benchmarks/calibrated.py accuracy --data ../shared/data     ResNet-20 and -56, three draws of 1,024 images, whole test set
 python tests/benchmarks/calibrated.py ablation --data ../shared/data     the parts of calibration, added one after the other
-python tests/benchmarks/calibrated.py images --data ../shared/data       16 to 2,048 images; written to recipes/
-python tests/benchmarks/calibrated.py layers --data ../shared/data       all schemes and layers, on images that were not fitted to
+python tests/benchmarks/calibrated.py images --data ../shared/data       16 to 2,048 images
+python tests/benchmarks/calibrated.py layers --data ../shared/data       every scheme and layer, on other images than those of calibration
 python tests/benchmarks/calibrated.py cost --network resnet18            time and peak memory at 224 px (or vgg16, resnet20)
 
-Calibration images are training images. All convolutions but the first are cut, each to the same fraction of its cost. Results are
-added to the JSON file one by one; results that are in the file are not measured again.
+Calibration images are training images. Every convolution but the first is cut, each to the same fraction of its cost. Each result is
+added to results/calibrated_*.json when it is ready. Results that are there already are not measured again.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ HERE = Path(__file__).parent
 Add = Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None]
 SHAPES = ((1, 3, 32, 32),)
 CASES: list[tuple[int, str, dict[str, Any]]] = [
-    *((20, "cp", {"budget": Budget(params=fraction)}) for fraction in (0.4, 0.27, 0.14)),
+    *((20, "cp", {"budget": Budget(params=fraction), "rule": "uniform"}) for fraction in (0.4, 0.27, 0.14)),
     *((20, "depthwise", {"rule": "fixed", "rank": m}) for m in (3, 2, 1)),
-    *((56, "cp", {"budget": Budget(params=fraction)}) for fraction in (0.4, 0.27, 0.14)),
+    *((56, "cp", {"budget": Budget(params=fraction), "rule": "uniform"}) for fraction in (0.4, 0.27, 0.14)),
 ]
 PLAIN_FIT = _LayerFit._fit
 WITHOUT = {  # the parts of calibration in the order of the ablation, each with a patch that leaves it out
@@ -160,7 +160,7 @@ def run_ablation(options: argparse.Namespace, add: Callable[..., None]) -> None:
         count = 512 if depth == 20 else 256
         batches = draw(train, count, 0).split(128)
         target = outputs(model, x)
-        for scheme, settings in (("cp", {"budget": Budget(params=0.27)}), ("depthwise", {"rule": "fixed", "rank": 2})):
+        for scheme, settings in (("cp", {"budget": Budget(params=0.27), "rule": "uniform"}), ("depthwise", {"rule": "fixed", "rank": 2})):
             if scheme not in options.schemes:
                 continue
             plan = make_plan(model, x[:1], schemes=scheme, exclude=("conv1", "linear"), **settings)
@@ -182,7 +182,7 @@ def run_images(options: argparse.Namespace, add: Callable[..., None]) -> None:
     train, (test, labels) = cifar10(options.data / "cifar10", "train")[0], cifar10(options.data / "cifar10", "test")
     x, y = to_input(test), torch.from_numpy(labels)
     model = network(options.data, 20)
-    for scheme, settings in (("cp", {"budget": Budget(params=0.27)}), ("depthwise", {"rule": "fixed", "rank": 2})):
+    for scheme, settings in (("cp", {"budget": Budget(params=0.27), "rule": "uniform"}), ("depthwise", {"rule": "fixed", "rank": 2})):
         plan = make_plan(model, x[:1], schemes=scheme, exclude=("conv1", "linear"), **settings)
         key = {"network": "ResNet-20", "scheme": scheme, "setting": describe(settings)}
         add(
@@ -267,6 +267,7 @@ def run_cost(options: argparse.Namespace, add: Callable[..., None]) -> None:
             model,
             batches[0][:1],
             budget=Budget(macs=0.5),
+            rule="uniform",
             schemes=options.schemes,
             exclude=options.exclude,
             calibration=batches,
@@ -294,8 +295,7 @@ def main() -> None:
     parser.add_argument("--exclude", nargs="*", default=["conv1", "fc"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    home = HERE.parents[1] / "recipes" if options.what == "images" else HERE
-    path = options.json or home / ("images_curve.json" if options.what == "images" else f"calibrated_{options.what}.json")
+    path = options.json or HERE / "results" / f"calibrated_{options.what}.json"
     add = recorder(path, f"calibrated.py {options.what}")
     runs[options.what](options, add)
 

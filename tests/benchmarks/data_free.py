@@ -1,10 +1,11 @@
-"""Accuracy of CIFAR ResNets cut without data and without training, dense and cut in one run.
+"""Measure the accuracy of CIFAR ResNets cut without data and without training, dense and cut in one run.
 
-python tests/benchmarks/data_free.py --data ../shared/data --split test --schemes cp depthwise --json tests/benchmarks/data_free.json
+python tests/benchmarks/data_free.py --data ../shared/data --split test --schemes cp depthwise
+    --json tests/benchmarks/results/data_free.json
 python tests/benchmarks/data_free.py --data ../shared/data --split train --images 2500 --common 0 0.05 0.1 0.2
 
-Every convolution but the first keeps the same fraction of its parameters. The second line is how COMMON, the share of the inputs'
-second moment that CP takes all channels to have in common, was chosen: on training images.
+Every convolution but the first keeps the same fraction of its parameters. The second command chose COMMON on training images: CP
+assumes that all input channels have this share of the second moment in common.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
                 for common in options.common if scheme.startswith("cp") else [0.0]:
                     als.COMMON = common
                     start = time.perf_counter()
-                    small = compress(model, x[:1], budget=Budget(params=keep), schemes=scheme, exclude="conv1")
+                    small = compress(model, x[:1], budget=Budget(params=keep), schemes=scheme, rule="uniform", exclude="conv1")
                     row = {
                         "network": network,
                         "scheme": scheme,

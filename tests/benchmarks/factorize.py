@@ -1,11 +1,11 @@
-"""Time and error of our factorisations against common alternatives, on the 3x3 and larger convolutions of torchvision's resnet18.
+"""Compare our factorisation with public ones in one run, on the convolutions of torchvision's resnet18 that are 3x3 or larger.
 
-python tests/benchmarks/factorize.py [--threads 2] [--weights FILE] [--json FILE]
+python tests/benchmarks/factorize.py --json tests/benchmarks/results/factorize.json [--threads 2] [--weights FILE]
 
-Each scheme halves the MACs of every layer, without data. The alternatives ("rival"): for spatial, channel and depthwise a float32
+Each scheme keeps half of every layer's MACs, without data. Rivals: for spatial, channel and depthwise a plain float32
 `torch.linalg.svd` of the same unfolding; for Tucker tensorly's `partial_tucker`; for CP tensorly's `parafac(init="svd",
-n_iter_max=50)` on three modes with its einsum back end and opt_einsum, which is its fastest (a hundred times slower without). Our
-CP is timed until it reaches the rival's error, layer by layer. "whole" is `compress` for the whole network.
+n_iter_max=50)` on three modes with the einsum back end and opt_einsum, its fastest (a hundred times slower without). Our CP is timed
+until it reaches the rival's error, layer by layer. "ours, whole" is the time of `compress` for the whole network.
 """
 
 from __future__ import annotations
@@ -111,9 +111,9 @@ def main() -> None:
     sites = {s.name: s for s in find_convs(model, x) if isinstance(s, ConvSite)}
     table: dict[str, dict[str, float]] = {}
     for name in options.only:
-        plan = make_plan(model, x, schemes=name, budget=Budget(macs=0.5))
+        plan = make_plan(model, x, schemes=name, rule="uniform", budget=Budget(macs=0.5))
         start = time.perf_counter()
-        compress(model, x, schemes=name, budget=Budget(macs=0.5))
+        compress(model, x, schemes=name, rule="uniform", budget=Budget(macs=0.5))
         whole = time.perf_counter() - start
         ours = rival = worst = 0.0
         for cut in plan.cuts:

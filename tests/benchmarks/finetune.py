@@ -1,17 +1,17 @@
-"""Fine-tuning after surgery: the measurements in README and recipes.
+"""Measure fine-tuning after surgery.
 
-python tests/benchmarks/finetune.py accuracy --data ../shared/data   cut and fine-tune ResNet-20 and -56; whole test set, last weights
-python tests/benchmarks/finetune.py ablation --data ../shared/data   change one setting at a time; scored on held-out training images
-python tests/benchmarks/finetune.py starts --data ../shared/data     calibrated, data-free and random factors, and training from scratch
-python tests/benchmarks/finetune.py plot                             plot the results of `starts` to recipes/finetune_starts.png
-python tests/benchmarks/finetune.py recipes                          write the results of `accuracy` beside each recipe
-python tests/benchmarks/finetune.py cost                             time of a step, compared with a plain training loop
+python tests/benchmarks/finetune.py accuracy --data ../shared/data   ResNet-20 and -56 cut and tuned, whole test set, last weights
+python tests/benchmarks/finetune.py ablation --data ../shared/data   one setting after the other, judged on held-out training images
+python tests/benchmarks/finetune.py starts --data ../shared/data     calibrated factors against random and data-free ones, and scratch
+python tests/benchmarks/finetune.py plot                             draw `starts` as results/finetune_starts.png
+python tests/benchmarks/finetune.py recipes                          copy rows of `accuracy` beside each recipe
+python tests/benchmarks/finetune.py cost                             time of a step against a plain training loop
 python tests/benchmarks/finetune.py kills                            kill -9 at random moments, then resume
 
-Cut networks are calibrated on 1,024 unlabelled training images and cached in --work. Results are added to recipes/finetune_*.json one by
-one; results that are already there are not measured again. Settings are never chosen on test images but on the last 5,000 training
-images. For this, `ablation` and `starts` use `resnet20-45000.safetensors`, a ResNet-20 trained without them (examples/train_cifar.py
---hold-out 5000 --epochs 40). The networks in --data, and networks cut from them, have memorised these images (99.8 %).
+Cut networks are calibrated on 1,024 unlabelled training images and saved in --work. Each result is added to results/finetune_*.json when
+it is ready. Results that are there already are not measured again. Settings are chosen on the last 5,000 training images, never on test
+images: `ablation` and `starts` use `resnet20-45000.safetensors`, a ResNet-20 trained without them (examples/train_cifar.py --hold-out 5000
+--epochs 40). The networks in --data have memorised their training images (99.8 %), and so have networks cut from them.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from dsconv_surgery import Budget, FineTune, Recipe, apply_plan, compare, compre
 from dsconv_surgery.checkpoint import read_plan
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RESULTS = Path(__file__).resolve().with_name("results")
 JUDGE = Path(__file__).with_name("resnet20-45000.safetensors")
 RECIPE_OF = {
     "resnet20-alds": "resnet20-cifar10-params-25-tuned",
@@ -259,7 +260,7 @@ def run_starts(options: argparse.Namespace, add: Add) -> None:
 def run_plot(_options: argparse.Namespace, _: Add) -> None:
     from matplotlib.figure import Figure
 
-    rows = json.loads((RECIPES / "finetune_starts.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "finetune_starts.json").read_text())["rows"]
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for row in rows:
@@ -267,11 +268,11 @@ def run_plot(_options: argparse.Namespace, _: Add) -> None:
     axes.set(xlabel="epochs", ylabel="accuracy on held-out training images, %", title="ResNet-20, parameters -75 %, MACs -71 %")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(RECIPES / "finetune_starts.png", dpi=110)
+    figure.savefig(RESULTS / "finetune_starts.png", dpi=110)
 
 
 def run_recipes(_options: argparse.Namespace, _: Add) -> None:
-    results = json.loads((RECIPES / "finetune_accuracy.json").read_text())
+    results = json.loads((RESULTS / "finetune_accuracy.json").read_text())
     for case, name in RECIPE_OF.items():
         rows = [row for row in results["rows"] if row["case"] == case and not row.get("changed")]
         if rows:
@@ -406,7 +407,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    runs[options.what](options, recorder(options.json or RECIPES / f"finetune_{options.what}.json", f"finetune.py {options.what}"))
+    runs[options.what](options, recorder(options.json or RESULTS / f"finetune_{options.what}.json", f"finetune.py {options.what}"))
 
 
 if __name__ == "__main__":

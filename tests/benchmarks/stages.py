@@ -1,10 +1,10 @@
-"""One cut and one fine-tuning, compared with other ways to spend about the same number of steps.
+"""Compare one cut and one fine-tuning with other schedules of about as many steps.
 
 python tests/benchmarks/stages.py --data ../shared/data
 
-ResNet-20 with a quarter of its parameters, calibrated on 1,024 images, trained on 45,000 training images and scored on the other 5,000
-(see finetune.py). The ways: cut once; cut, fine-tune, cut again, fine-tune (`stages = 2` in a recipe); cut, train block after block
-towards the outputs of the dense network's blocks, then fine-tune. Results are in recipes/finetune_stages.json.
+ResNet-20 at a quarter of its parameters, calibrated on 1,024 images, trained on 45,000 training images and judged on the other 5,000
+(see finetune.py). Schedules: cut once; cut, tune, cut again, tune (`stages = 2` in a recipe); cut, fit each block's outputs to those of
+the dense network, then tune. Results are in results/finetune_stages.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from calibrated import draw, recorder
 from cifar import Batches, cifar10
-from finetune import CASES, RECIPES, base_settings, cut, scores, training
+from finetune import CASES, RESULTS, base_settings, cut, scores, training
 from torch import Tensor, nn
 
 from dsconv_surgery import FineTune, fine_tune
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, default={}, help='other FineTune settings, as {"lr": 0.002}')
     parser.add_argument("--batch", type=int, default=128, help="images per step")
     parser.add_argument("--steps", type=int, default=150, help="steps for each block, at most an epoch")
-    parser.add_argument("--json", type=Path, default=RECIPES / "finetune_stages.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "finetune_stages.json")
     options = parser.parse_args()
     if options.epochs < 2 or options.epochs % 2 or "epochs" in options.settings:
         parser.error("--epochs: expected an even number, 2 or more, and none in --settings")
