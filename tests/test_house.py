@@ -102,27 +102,28 @@ def test_readme_names_every_scheme() -> None:
 
 
 def test_quickstart_prints_what_the_readme_shows() -> None:
-    """Totals are equal to the digit, accuracies to one point, the layers of the report by name and scheme; the last line is equal.
+    """Every line of the README is printed: totals to the digit, accuracies to one point, other lines up to their numbers.
 
-    Errors and ranks of single layers are not compared: their last digits differ between machines.
+    Errors and ranks of single layers are not compared, as their last digits differ between machines.
     """
     block = re.search(r"<!-- quickstart -->\n```\n(.*?)```", README, re.S)
     assert block is not None
+    shown = block[1].splitlines()
     printed = run(sys.executable, "examples/quickstart.py").splitlines()
-    compared = {"accuracy": 0, "total": 0, "layer": 0}
-    for line in block[1].splitlines():
+    assert len(shown) > 25
+    for line in shown:
+        matches = [other for other in printed if without_numbers(other) == without_numbers(line)]
+        assert matches, line
         if line.startswith("accuracy"):
-            (match,) = (other for other in printed if other.startswith("accuracy") and other.split("%")[-1] == line.split("%")[-1])
-            expected, values = ([float(text) for text in re.findall(r"([\d.]+) %", one)] for one in (line, match))
-            assert values == pytest.approx(expected, abs=1.0)
-            compared["accuracy"] += 1
+            accuracies = [[float(text) for text in re.findall(r"([\d.]+) %", other)] for other in (line, *matches)]
+            assert all(accuracies[0] == pytest.approx(values, abs=1.0) for values in accuracies[1:]), line
         elif line.startswith(("parameters", "MACs", "saved")):
-            assert line in printed
-            compared["total"] += 1
-        elif line.startswith(("layer", "conv1", "linear")):
-            assert line.split()[:2] in [other.split()[:2] for other in printed]
-            compared["layer"] += 1
-    assert compared == {"accuracy": 4, "total": 4, "layer": 21}
+            assert line in matches
+
+
+def without_numbers(line: str) -> str:
+    """A line with # for every number; digits in names of layers stay."""
+    return " ".join(re.sub(r"(?<![\w.])\d[\d,.]*", "#", line).split())
 
 
 def test_python_code_in_the_readme_runs(tmp_path: Path) -> None:
