@@ -54,10 +54,10 @@ def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     scripts = folder / "bin"
     run(sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--quiet", "--no-deps", "--no-index", wheel)
-    home = run(scripts / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    site_packages = run(scripts / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
     running = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *(path for path in sys.path if "-packages" in path)})
     blocked = f"import sys; sys.modules.update(dict.fromkeys({EXTRA_MODULES}))"  # None in sys.modules makes an import fail
-    (Path(home) / "dependencies.pth").write_text("\n".join([*running, blocked]) + "\n")
+    (Path(site_packages) / "dependencies.pth").write_text("\n".join([*running, blocked]) + "\n")
     return scripts
 
 
@@ -85,13 +85,13 @@ def test_command_line_works_without_the_extras(bare: Path, tmp_path: Path) -> No
     """In a folder that has nothing but a module with a small network."""
     (tmp_path / "small_net.py").write_text(SMALL_NET)
     command, network = bare / "dsconv-surgery", ("small_net:build", "--input", "1,3,12,12")
-    place = run(bare / "python", "-c", "import dsconv_surgery; print(dsconv_surgery.__file__)", cwd=tmp_path).stdout
-    assert str(bare.parent) in place
+    file = run(bare / "python", "-c", "import dsconv_surgery; print(dsconv_surgery.__file__)", cwd=tmp_path).stdout
+    assert str(bare.parent) in file
     assert "compress" in run(command, "--help", cwd=tmp_path).stdout
     assert "resnet20-cifar10-macs-50" in run(command, "recipes", cwd=tmp_path).stdout
     assert "3x3 8 -> 12" in run(command, "inspect", *network, cwd=tmp_path).stdout
-    rest = ("--macs", "0.6", "--scheme", "channel", "--rule", "uniform", "--out", "small")
-    assert "MACs" in run(command, "compress", *network, *rest, cwd=tmp_path).stdout
+    settings = ("--macs", "0.6", "--scheme", "channel", "--rule", "uniform", "--out", "small")
+    assert "MACs" in run(command, "compress", *network, *settings, cwd=tmp_path).stdout
     assert read_plan(tmp_path / "small").cuts
 
 
