@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from dsconv_surgery.network.geometry import ConvSpec, Size
 from dsconv_surgery.schemes import make_layer
@@ -55,6 +54,8 @@ class LayerTimer:
         if self.conditions.memory_format == "channels_last" and x.ndim == 4:
             layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             x = x.contiguous(memory_format=torch.channels_last)
+        from torch.utils.benchmark import Timer  # here, as it takes long to import
+
         timer = Timer("layers(x)", globals={"layers": layers, "x": x}, num_threads=self.conditions.threads)
         with torch.inference_mode():
             timer.timeit(3)  # warm-up; Timer synchronises CUDA itself
