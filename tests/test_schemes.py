@@ -334,7 +334,7 @@ def test_defaults_of_the_base_class() -> None:
 
 
 def test_degeneracy_is_the_energy_of_terms_that_cancel() -> None:
-    """One for a single term; two terms that sum to half of one of them have ten times the energy of their sum."""
+    """One for a single term; a term and minus half of it have five times the energy of their sum."""
     spec = ConvSpec(2, 2, (3, 3))
     for name, taps in (("cp", {"depthwise": torch.rand(1, 1, 1, 3, 3)}), ("cp_split", None)):
         scheme = schemes.get_scheme(name)
@@ -342,7 +342,8 @@ def test_degeneracy_is_the_energy_of_terms_that_cancel() -> None:
         single = {"reduce": torch.rand(1, 1, 2, 1, 1), **taps, "expand": torch.rand(1, 2, 1, 1, 1)}
         assert schemes.degeneracy(scheme, spec, single) == pytest.approx(1.0)
         pair = {link: factor.repeat_interleave(2, 2 if link == "expand" else 1) for link, factor in single.items()}
-        pair["expand"][:, :, 1] *= -0.5
+        pair["reduce"][:, 1] *= 2
+        pair["expand"][:, :, 1] *= -0.25
         assert schemes.degeneracy(scheme, spec, pair) == pytest.approx((1 + 0.25) / 0.25)
     assert schemes.degeneracy(schemes.get_scheme("channel"), spec, {}) is None
 

@@ -25,7 +25,7 @@ class Tucker(Scheme):
     tensorly's `partial_tucker` (0.10) does the same, but uses the SVD that it is passed for the start alone, always makes three
     sweeps, takes no batch of groups and pads ranks above a dimension. Measured on 3x3 kernels at half the channels, one thread,
     with our eigenvalue solver as its SVD: 1.6 times our time at 64 and 128 channels, 1.9 at 256, 4.4 to 20 for 32 groups of 32 to
-    4 channels, and 0.02 to 0.06 % more error. Our HOOI written with its `unfold` and `multi_mode_dot` finds the same errors in 0.8
+    4 channels, and 0.01 to 0.06 % more error. Our HOOI written with its `unfold` and `multi_mode_dot` finds the same errors in 0.8
     to 1.2 times our time for one group, but in 1.8 to 10 times for 32, as it takes one group after the other.
     """
 
