@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dsconv_surgery import schemes
 from dsconv_surgery.calibration.batchnorm import reestimate_batchnorm
 from dsconv_surgery.calibration.images import Calibration, Images
-from dsconv_surgery.calibration.reconstruct import Steps, reconstruct, set_bias
+from dsconv_surgery.calibration.reconstruct import reconstruct, set_bias
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.network.graph_rewrite import collapse_calls, expand_calls
 from dsconv_surgery.network.layers import check_finite, check_unwrapped, irreplaceable_layers, is_layer, named_layers
@@ -73,25 +73,23 @@ def apply_plan(
 
 
 def cut_calibrated(
-    model: nn.Module, plan: Plan, images: Images, starts: Mapping[str, Factors], progress: bool, steps: Steps | None = None
+    model: nn.Module, plan: Plan, images: Images, starts: Mapping[str, Factors], progress: bool
 ) -> tuple[nn.Module, dict[str, float]]:
     """A model cut for calibration images, and by layer the output's squared relative error on them; `starts`: factors to begin with."""
-    steps = steps or Steps()
     check_unwrapped(model)
     _check_fit(model, plan)
     for cut in plan.cuts:
         _check_weight(cut, model.get_submodule(cut.name).get_parameter("weight"))
     dense = evaluation_copy(model)
-    fitted = reconstruct(dense, plan.cuts, images, starts, progress, steps)
+    fitted = reconstruct(dense, plan.cuts, images, starts, progress)
     result = build_cut_model(model, plan, "factorize", {name: found.factors for name, found in fitted.items()}, progress=False)
     for name, found in fitted.items():
         if found.bias is not None:
             set_bias(result.get_submodule(name), found.bias)
-        if found.norm is not None and found.shift is not None:
-            norm: Any = result.get_submodule(found.norm)
+        if found.batchnorm is not None and found.shift is not None:
+            norm: Any = result.get_submodule(found.batchnorm)
             norm.running_mean -= found.shift.to(norm.running_mean)
-    if steps.norms != "never":
-        reestimate_batchnorm(dense, result, images, always=steps.norms == "always")
+    reestimate_batchnorm(dense, result, images)
     return result, {name: found.error for name, found in fitted.items()}
 
 

@@ -724,15 +724,16 @@ sys.path[:0] = sys.argv[1:3]
 import torch.distributed as dist
 import test_finetune as t
 from dsconv_surgery import Calibration, FineTune, fine_tune
+from dsconv_surgery.calibration import reconstruct
 from dsconv_surgery.calibration.images import Images
-from dsconv_surgery.calibration.reconstruct import Steps
 from dsconv_surgery.surgery import cut_calibrated
 from torch.utils.checkpoint import checkpoint
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")
 dense, model, plan = t.cut_net(schemes="channel")  # in closed form: no search that magnifies the last bits
 images = Images(Calibration(list(t.Labelled(95, 20)), patches=2**22), ((1, 3, 8, 8),))
-calibrated, errors = cut_calibrated(dense, plan, images, {}, False, Steps(metric=False))
+reconstruct.output_metrics = lambda *_: {}  # its random draws depend on how the images are split
+calibrated, errors = cut_calibrated(dense, plan, images, {}, False)
 losses = [e.loss for e in fine_tune(model, t.Labelled(95, 20), teacher=dense, settings=FineTune(epochs=3, accumulate=2, mix=0.7)).epochs]
 def network():
     model = t.cut_net(schemes="channel")[1]

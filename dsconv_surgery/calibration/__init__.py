@@ -1,1 +1,1 @@
-"""calibration"""
+"""Fit factors to calibration images: the layer outputs of the dense network are the targets, layer by layer."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dsconv_surgery.calibration.images import ENOUGH, Images, held_out
+from dsconv_surgery.calibration.images import MIN_TO_HOLD_OUT, Images, held_out
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import model_device, run_model, to_device
 from dsconv_surgery.support.fidelity import OutputComparison
@@ -34,7 +34,7 @@ def reestimate_batchnorm(dense: nn.Module, cut: nn.Module, images: Images, alway
     """
     trial: Any = copy.deepcopy(cut)
     norms = {name: module for name, module in trial.named_modules() if isinstance(module, _BatchNorm) and module.running_mean is not None}
-    if not norms or images.count < ENOUGH:
+    if not norms or images.count < MIN_TO_HOLD_OUT:
         return False
     with collecting_statistics(trial), torch.no_grad():
         for first, inputs in images:

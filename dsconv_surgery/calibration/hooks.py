@@ -1,113 +1,90 @@
-"""What calibration is fed with: the dense and the cut network side by side, and here any network, by hooks, in several passes."""
+"""Observe layers by hooks, and so run any dense and cut network in step, in several passes over the images."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dsconv_surgery.calibration.images import Images
-from dsconv_surgery.support.copies import model_device, run_model, to_device
+from dsconv_surgery.support.copies import run_model
 
-TOGETHER = 8  # layers handled in one pass
+LAYERS_PER_PASS = 8
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer on some images: its input in both networks, the dense layer's output, and what that is added to, in both."""
+    """One call of a layer on a few images."""
 
     name: str
-    first: int  # number of the first image
-    dense: Tensor
-    cut: Tensor
-    wanted: Tensor
-    shortcut: tuple[Tensor, Tensor] | None
+    first_image: int
+    dense_input: Tensor  # in the dense network
+    cut_input: Tensor  # in the network cut so far
+    target: Tensor  # the output in the dense network
+    shortcut: tuple[Tensor, Tensor] | None  # the other addend of a sum with the output, in the dense and in the cut network
 
 
 @dataclass(frozen=True)
 class Following:
-    """What becomes of a layer's output, if that is used once: a BatchNorm in evaluation mode, a sum with something else, a ReLU."""
+    """The operations after a layer, in this order, as long as each value has a single user."""
 
-    norm: str | None = None
-    other: Any = None  # the graph's node
+    batchnorm: str | None = None  # the name of a BatchNorm in evaluation mode
+    addend: Any = None  # the graph node that is added
     relu: bool = False
 
 
-class NetworkPair(Protocol):
-    """Two networks alike but for layers replaced so far, and what reaches a layer in them."""
-
-    @property
-    def after(self) -> Mapping[str, Following]: ...
-
-    def groups(self) -> Iterator[list[str]]:
-        """The layers to replace in running order, those together that are to be handled in one pass."""
-        ...
-
-    def calls(self, names: Sequence[str]) -> Iterator[LayerCall]:
-        """Every call of these layers on all images, a few images at a time."""
-        ...
-
-    def install(self, name: str, layer: nn.Module, norm: nn.Module | None) -> None:
-        """From here on the cut network runs another module in the place of a layer, and of the BatchNorm after it."""
-        ...
-
-    def outputs(self) -> Iterator[tuple[int, Any, Any]]:
-        """First image's number, and what the dense and the cut network give."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class HookedPair:
-    """Any network, with hooks: several layers in each pass over the images."""
+    """A dense network and a copy that is cut layer by layer, observed by hooks: one pass over the images for a few layers.
+
+    It serves models that cannot be traced; what follows a layer is not known. It has the methods of `SideBySide`.
+    """
 
     def __init__(self, model: nn.Module, images: Images, names: Sequence[str]) -> None:
-        self.images, self.names = images, names
+        self._images, self._names = images, names
         self._dense, self._cut = model, copy.deepcopy(model)
-        self.after = {name: Following() for name in names}
+        self.following = {name: Following() for name in names}
 
     def groups(self) -> Iterator[list[str]]:
-        seen: dict[str, None] = {}
-        _, inputs = next(iter(self.images))
-        observe_layers(self._dense, self.names, lambda name, *_: seen.setdefault(name), inputs)
-        order = list(seen)
-        return (order[at : at + TOGETHER] for at in range(0, len(order), TOGETHER))
+        called: dict[str, None] = {}
+        _, inputs = next(iter(self._images))
+        observe_layers(self._dense, self._names, lambda name, *_: called.setdefault(name), inputs)
+        order = list(called)
+        return (order[start : start + LAYERS_PER_PASS] for start in range(0, len(order), LAYERS_PER_PASS))
 
     def calls(self, names: Sequence[str]) -> Iterator[LayerCall]:
-        for first, inputs in self.images:
-            sides: list[list[tuple[str, Tensor, Tensor]]] = [[], []]
-            for side, model in zip(sides, (self._dense, self._cut), strict=True):
+        for first_image, inputs in self._images:
+            dense_calls, cut_calls = (_observed(model, names, inputs) for model in (self._dense, self._cut))
+            for (name, dense_input, target), (_, cut_input, _) in zip(dense_calls, cut_calls, strict=True):
+                yield LayerCall(name, first_image, dense_input, cut_input, target, None)
 
-                def saw(name: str, x: Tensor, y: Tensor, side: list[tuple[str, Tensor, Tensor]] = side) -> None:
-                    side.append((name, x.clone(), y.clone()))
+    def install(self, name: str, layer: nn.Module, batchnorm: nn.Module | None) -> None:
+        def replaced(_module: nn.Module, args: Any, kwargs: Any, _output: Tensor) -> Tensor:
+            return layer(*args, **kwargs)
 
-                observe_layers(model, names, saw, inputs)
-            for (name, dense, wanted), (_, cut, _) in zip(*sides, strict=True):
-                yield LayerCall(name, first, dense, cut, wanted, None)
-
-    def install(self, name: str, layer: nn.Module, norm: nn.Module | None) -> None:
-        self._cut.get_submodule(name).register_forward_hook(lambda _module, args, _output: layer(*args))
-
-    def outputs(self) -> Iterator[tuple[int, Any, Any]]:
-        with torch.no_grad():
-            for first, inputs in self.images:
-                inputs = to_device(inputs, model_device(self._dense))
-                yield first, self._dense(*copy.deepcopy(inputs)), self._cut(*inputs)
+        self._cut.get_submodule(name).register_forward_hook(replaced, with_kwargs=True)
 
     def close(self) -> None: ...
 
 
-def observe_layers(model: nn.Module, names: Sequence[str], saw: Callable[[str, Tensor, Tensor], Any], inputs: tuple[Any, ...]) -> None:
+def _observed(model: nn.Module, names: Sequence[str], inputs: tuple[Any, ...]) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, input and output of every call of these layers, in running order."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    observe_layers(model, names, lambda name, x, y: calls.append((name, x.clone(), y.clone())), inputs)
+    return calls
+
+
+def observe_layers(model: nn.Module, names: Sequence[str], observe: Callable[[str, Tensor, Tensor], Any], inputs: tuple[Any, ...]) -> None:
+    """Run a model, and call `observe` with name, input and output at every call of these layers."""
     with ExitStack() as hooks, torch.no_grad():
         for name in names:
 
-            def hook(_module: nn.Module, args: Any, kwargs: Any, y: Tensor, name: str = name) -> None:
-                saw(name, args[0] if args else kwargs["input"], y)
+            def hook(_module: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
+                observe(name, args[0] if args else kwargs["input"], output)
 
             handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)

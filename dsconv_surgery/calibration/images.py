@@ -1,10 +1,9 @@
-"""Calibration images: checked once, and given a few at a time."""
+"""Calibration images: checked in the first pass, then given to the networks a few at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,29 +11,30 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dsconv_surgery.support import distributed
+from dsconv_surgery.support.batch import batch_inputs
 from dsconv_surgery.support.cache import digest
 from dsconv_surgery.support.copies import run_model
 
-HELD = 4  # every fourth image is held out to choose by,
-ENOUGH = 4 * HELD  # given so many
-PROBE_IMAGES, PROBE_NUMBERS = 256, 2**23  # limits on images, and on the numbers in them, for measurements that repeat
-NUMBERS_AT_ONCE = 2**21  # input numbers sent through the networks at a time
+HELD_OUT_EVERY = 4  # one image of four is held out
+MIN_TO_HOLD_OUT = 4 * HELD_OUT_EVERY  # no image is held out of fewer
+PROBE_IMAGES, PROBE_VALUES = 256, 2**23  # limits of images and of their values for measurements that repeat
+CHUNK_IMAGES, CHUNK_VALUES = 128, 2**21  # limits of images and of their values for one forward pass
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Unlabelled images to factorise for, and how much of them to use.
+    """Unlabelled images to fit factors to, and how many patches and how much memory the fit uses.
 
     Args:
-        batches: any iterable of batches that gives the same ones again (a list, a DataLoader that does not shuffle): tensors, or
-            tuples of the model's inputs, what comes after them (labels) ignored. A few hundred images of the kind that the network
-            will see.
-        patches: of each layer's input at most so many are looked at, drawn evenly from all images.
-        memory: bytes of activations to keep in memory; more are kept in temporary files.
-        seed: of the draws.
+        batches: an iterable of batches that yields the same batches in every pass (a list, or a DataLoader that does not shuffle).
+            A batch is a tensor, or a tuple of the model's inputs; items after the inputs, such as labels, are ignored. A few hundred
+            images of the kind that the network will see are enough.
+        patches: the largest number of patches of a layer's input to use; they are drawn evenly from all images.
+        memory: bytes of activations to hold in memory; further activations go to temporary files.
+        seed: of all random draws.
 
     Raises:
-        ValueError: patches or memory are not positive.
+        ValueError: `patches` or `memory` is not positive.
 
     Example:
         >>> Calibration([torch.rand(64, 3, 32, 32) for _ in range(4)], memory=2**30)
@@ -52,31 +52,37 @@ class Calibration:
 
 
 def input_shapes(inputs: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-    """Of every tensor among a model's inputs."""
+    """The shapes of all tensors among a model's inputs."""
     return tuple(tuple(t.shape) for t in pytree.tree_leaves(tuple(inputs)) if isinstance(t, Tensor))
 
 
 class Images:
-    """Calibration batches as the model takes them, checked once, a few images at a time; by default the same in every pass."""
+    """Calibration batches as the model takes them, checked in the first pass; iteration yields a few images at a time.
+
+    Args:
+        calibration: the settings, or only the batches.
+        shapes: of the plan's example inputs; those of a batch may differ in the number and the size of images only.
+        same: raise ValueError if a later pass yields other images.
+    """
 
     def __init__(self, calibration: Calibration | Iterable[Any], shapes: tuple[tuple[int, ...], ...], same: bool = True) -> None:
         self.settings = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
         self.shapes = shapes
-        self.example = max(1, shapes[0][0] if shapes and shapes[0] else 1)  # images that a plan's sizes are for
-        batches = self.settings.batches
+        self.example = max(1, shapes[0][0] if shapes and shapes[0] else 1)  # images in the plan's example input
+        batches: Any = self.settings.batches
         if isinstance(batches, Tensor):
             raise ValueError("calibration: found a tensor, expected an iterable of batches. Pass [images], or images.split(64).")
         if not isinstance(batches, Iterable):
-            raise TypeError(f"calibration: expected an iterable of batches, found {type(batches).__name__}.")
+            raise TypeError(f"calibration: found {type(batches).__name__}, expected an iterable of batches.")
         if iter(batches) is batches:
             raise ValueError(
-                "calibration: found an iterator, which can be gone through only once; several passes are needed. "
+                "calibration: found an iterator, which yields its batches only once; several passes are needed. "
                 "Pass a list (list(...)), a DataLoader, or any object that can be iterated again."
             )
-        self._prints: list[str] = []  # of the batches, by which later passes know them
-        self._passed, self._same = False, same
-        self.count = sum(inputs[0].shape[0] for inputs in self._checked())
-        self._passed = True
+        self._fingerprints: list[str] = []  # of the first pass
+        self._first_pass, self._same = True, same
+        self.count = sum(inputs[0].shape[0] for inputs in self._checked_batches())
+        self._first_pass = False
         if not self.count:
             raise ValueError("calibration: no images. Pass at least one batch; a few hundred images are a good start.")
         _, world_size = distributed.process_and_world_size()
@@ -84,74 +90,70 @@ class Images:
             raise ValueError(f"calibration: every batch has fewer images than there are processes ({world_size}). Pass larger batches.")
 
     def __iter__(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        """The number of the first image, and inputs, as many at a time as fit; with several processes this one's part of each batch."""
-        first, (rank, count) = 0, distributed.process_and_world_size()
-        for inputs in self._checked():
-            lead = inputs[0]
-            size = max(1, min(128, NUMBERS_AT_ONCE // max(lead[0].numel(), 1)))
-            begin, end = rank * lead.shape[0] // count, (rank + 1) * lead.shape[0] // count
-            for at in range(begin, end, size):
-                part = slice(at, min(at + size, end))
-                yield first + at, pytree.tree_map_only(Tensor, partial(_part, part), inputs)
-            first += lead.shape[0]
+        """The number of the first image, and the inputs; with several processes, this process's part of each batch."""
+        process, world_size = distributed.process_and_world_size()
+        first_of_batch = 0
+        for inputs in self._checked_batches():
+            count = inputs[0].shape[0]
+            size = max(1, min(CHUNK_IMAGES, CHUNK_VALUES // max(inputs[0][0].numel(), 1)))
+            begin, end = process * count // world_size, (process + 1) * count // world_size
+            for start in range(begin, end, size):
+                yield first_of_batch + start, tuple(tensor[start : min(start + size, end)] for tensor in inputs)
+            first_of_batch += count
 
     def probe_batches(self) -> Iterator[tuple[Any, ...]]:
         """The first images only: few enough to run a network on them many times."""
-        for first, inputs in self:
-            limit = max(1, min(PROBE_IMAGES, PROBE_NUMBERS // inputs[0][0].numel())) - first
+        for first_image, inputs in self:
+            limit = max(1, min(PROBE_IMAGES, PROBE_VALUES // inputs[0][0].numel())) - first_image
             if limit <= 0:
                 return
-            yield pytree.tree_map_only(Tensor, partial(_part, slice(limit)), inputs)
+            yield tuple(tensor[:limit] for tensor in inputs)
 
-    def _checked(self) -> Iterator[tuple[Any, ...]]:
+    def _checked_batches(self) -> Iterator[tuple[Any, ...]]:
         number = -1
         for number, batch in enumerate(self.settings.batches):
-            inputs = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            inputs = inputs[: len(self.shapes)]
             where = f"calibration: batch {number}"
-            if len(inputs) < len(self.shapes) or not all(isinstance(t, Tensor) for t in inputs):
-                found = ", ".join(type(t).__name__ for t in inputs)
-                raise ValueError(f"{where} holds {found or 'nothing'}, expected {len(self.shapes)} tensor(s), as the model takes them.")
-            for tensor, shape in zip(inputs, self.shapes, strict=True):
-                if tensor.ndim != len(shape) or (len(shape) > 1 and tensor.shape[1] != shape[1]):
-                    raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected one like the example input's, {shape}.")
-                if tensor.shape[:1] != inputs[0].shape[:1]:
-                    raise ValueError(f"{where}: inputs of {inputs[0].shape[0]} and {tensor.shape[0]} images, expected equally many.")
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    bad = int((~torch.isfinite(tensor)).sum())
-                    raise ValueError(f"{where}: {bad} of {tensor.numel()} numbers are NaN or infinite. Leave out or repair those images.")
-            self._know(number, digest(*map(_few, inputs)))
+            inputs = batch_inputs(batch, len(self.shapes), where)
+            _check_inputs(inputs, self.shapes, where)
+            self._check_same(number, digest(*map(_sample, inputs)))
             if inputs[0].shape[0]:
                 yield inputs
-        self._know(number + 1, "the end")
+        self._check_same(number + 1, "no more batches")
 
-    def _know(self, number: int, print_: str) -> None:
-        """Take note of a batch in the first pass; ValueError if it is another one later."""
-        if not self._passed:
-            self._prints.append(print_)
-        elif self._same and (number >= len(self._prints) or self._prints[number] != print_):
+    def _check_same(self, number: int, fingerprint: str) -> None:
+        """Record a batch of the first pass; raise ValueError if a batch of a later pass differs."""
+        if self._first_pass:
+            self._fingerprints.append(fingerprint)
+        elif self._same and (number >= len(self._fingerprints) or self._fingerprints[number] != fingerprint):
             raise ValueError(
-                f"calibration: batch {number} is not what it was in the pass before; several passes are needed over the same images in "
-                "the same order. Pass a DataLoader without shuffle=True and without random transforms, or a list: list(loader)."
+                f"calibration: batch {number} differs from batch {number} of the first pass; several passes need the same images in the "
+                "same order. Pass a DataLoader without shuffle=True and without random transforms, or a list: list(loader)."
             )
 
 
-def _few(tensor: Tensor) -> Tensor:
-    """Up to eight of the numbers along every dimension but the first."""
+def _check_inputs(inputs: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...], where: str) -> None:
+    for tensor, shape in zip(inputs, shapes, strict=True):
+        if tensor.ndim != len(shape) or (len(shape) > 1 and tensor.shape[1] != shape[1]):
+            raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected one like the example input's, {shape}.")
+        if tensor.shape[:1] != inputs[0].shape[:1]:
+            raise ValueError(f"{where}: inputs of {inputs[0].shape[0]} and {tensor.shape[0]} images, expected equally many.")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(f"{where}: {bad} of {tensor.numel()} numbers are NaN or infinite. Leave out or repair those images.")
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Of every image, up to eight values along each dimension."""
     return tensor[(slice(None), *(slice(None, None, max(1, -(-size // 8))) for size in tensor.shape[1:]))]
 
 
-def _part(part: slice, tensor: Tensor) -> Tensor:
-    return tensor[part]
-
-
-def held_out(first: int, count: int) -> Tensor:
-    """Which of so many images, the first of this number, are held out to choose by."""
-    return torch.arange(first, first + count) % HELD == HELD - 1
+def held_out(first_image: int, count: int) -> Tensor:
+    """For `count` images from number `first_image` on, whether each is held out: (count,)."""
+    return torch.arange(first_image, first_image + count) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
 def check_model_runs(model: nn.Module, images: Images) -> Any:
-    """What a network gives for the first few images; ValueError if it does not take them."""
+    """The model's output for the first few images; ValueError if the model does not run on them."""
     _, inputs = next(iter(images))
     try:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Factorise for the data: layer after layer in running order, on what the network already cut sees, towards what the dense one gives."""
+"""How strongly each layer's output moves the network's output: a second moment of gradients."""
 
 from __future__ import annotations
 
@@ -7,44 +7,42 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.support import distributed
-from dsconv_surgery.support.copies import model_device, to_device
+from dsconv_surgery.support.copies import run_model
+from dsconv_surgery.support.fidelity import output_tensors
 
 
 def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> dict[str, Tensor]:
-    """For each layer the second moment (out, out) of the gradients that random directions of the network's outputs send to its own.
+    """For each layer the second moment `sum g g^T` over output positions, (out, out), of the gradients g at the layer's output.
 
-    An error of a layer's output counts as much as it moves the network's: `E[g g^T]` with g the gradient of `v . f(x)`, v drawn
-    from a normal distribution, is the mean of `J^T J` for the Jacobian J (Gauss-Newton, as in K-FAC, Martens & Grosse 2015).
+    g is the gradient of `v . f(x)`, with f the network and v drawn from a normal distribution. `E[g g^T]` is then the mean of
+    `J^T J` over output positions, with J the Jacobian of f (Gauss-Newton, as in K-FAC, Martens & Grosse 2015): an error of the
+    layer's output counts as much as it moves the network's output. No layer is in the result if the output has no gradient.
     """
     probe = copy.deepcopy(model).requires_grad_()
     sums: dict[str, Tensor] = {}
     draws = torch.Generator().manual_seed(images.settings.seed)
-
-    def note(name: str, linear: bool, gradient: Tensor) -> None:
-        rows = (gradient if linear else gradient.movedim(1, -1)).flatten(0, -2).double()
-        sums[name] = sums.get(name, torch.zeros(())) + rows.mT @ rows
-
-    def watch(name: str, layer: nn.Module, output: Tensor) -> None:
-        output.register_hook(lambda gradient: note(name, isinstance(layer, nn.Linear), gradient))
-
     for name in names:
-        layer = probe.get_submodule(name)
-        layer.register_forward_hook(lambda _module, _args, output, name=name, layer=layer: watch(name, layer, output))
+
+        def watch(layer: nn.Module, _args: object, output: Tensor, name: str = name) -> None:
+            def add(gradient: Tensor) -> None:
+                rows = (gradient if isinstance(layer, nn.Linear) else gradient.movedim(1, -1)).flatten(0, -2).double()
+                sums[name] = sums.get(name, torch.zeros(())) + rows.mT @ rows
+
+            output.register_hook(add)
+
+        probe.get_submodule(name).register_forward_hook(watch)
     with torch.enable_grad():
         for inputs in images.probe_batches():
-            outputs = [
-                t for t in pytree.tree_leaves(probe(*to_device(inputs, model_device(probe)))) if isinstance(t, Tensor) and t.requires_grad
-            ]
+            outputs = [tensor for tensor in output_tensors(run_model(probe, inputs)) if tensor.requires_grad]
             if not outputs:
                 return {}
-            probes = [torch.randn(t.shape, generator=draws).to(t) for t in outputs]
-            torch.autograd.backward(outputs, probes)
+            torch.autograd.backward(outputs, [torch.randn(tensor.shape, generator=draws).to(tensor) for tensor in outputs])
             probe.zero_grad(set_to_none=True)
     if distributed.process_and_world_size()[1] > 1:
-        zeros = {name: torch.zeros(2 * model.get_submodule(name).get_parameter("weight").shape[:1], dtype=torch.float64) for name in names}
-        sums = {name: distributed.all_reduce_sum(sums.get(name, zeros[name])) for name in names}
+        for name in names:
+            size = model.get_submodule(name).get_parameter("weight").shape[0]
+            sums[name] = distributed.all_reduce_sum(sums.get(name, torch.zeros(size, size, dtype=torch.float64)))
     return sums

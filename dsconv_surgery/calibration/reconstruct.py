@@ -1,249 +1,236 @@
-"""Factorise for the data: layer after layer in running order, on what the network already cut sees, towards what the dense one gives."""
+"""Fit the factors of all cuts to calibration images, layer by layer in running order."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dsconv_surgery import schemes
-from dsconv_surgery.calibration.hooks import Following, LayerCall, NetworkPair
+from dsconv_surgery.calibration.hooks import Following, LayerCall
 from dsconv_surgery.calibration.images import Images, held_out
 from dsconv_surgery.calibration.moments import moments_for
 from dsconv_surgery.calibration.output_metric import output_metrics
-from dsconv_surgery.calibration.side_by_side import network_pair
+from dsconv_surgery.calibration.side_by_side import NetworkPair, network_pair
 from dsconv_surgery.plan import Cut
 from dsconv_surgery.schemes import Factors, Objective
 from dsconv_surgery.support import distributed
 
-RIDGES = (1.0, 0.1, 0.01)  # of the inputs' mean square, from strong to weak, as long as held-out images gain; the first if there are none
-TRIAL, WIDE_TRIAL = 30, 6  # iterations of the search while choosing by held-out images, and where a patch is longer than
-WIDE_SIDE = 1024
+# Strengths of the pull towards the weights, in units of the inputs' mean square. They are tried in this order for as long as the
+# error on held-out images falls; without held-out images the first is used.
+RIDGES = (1.0, 0.1, 0.01)
+WIDE_LENGTH = 1024  # layers with longer patches are wide: a fit takes long
+TRIAL, WIDE_TRIAL = 30, 6  # iterations of a fit that held-out images judge; wide layers take WIDE_TRIAL in their last fit, too
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What calibration found for one layer."""
+    """The fit of one layer."""
 
     factors: Factors
-    bias: Tensor | None  # new values for the layer's bias
-    norm: str | None  # the BatchNorm after it whose running mean ...
-    shift: Tensor | None  # ... is lowered by this
-    error: float  # squared relative error of the output on the calibration images, given what the cut network feeds the layer
+    bias: Tensor | None  # new values of the layer's bias
+    batchnorm: str | None  # without a bias, the name of the BatchNorm after the layer ...
+    shift: Tensor | None  # ... and the vector to subtract from its running mean
+    error: float  # squared relative error of the output on all calibration images, for inputs from the cut network
 
 
-@dataclass
-class Steps:
-    """The parts of a calibrated cut; all of them unless an ablation says otherwise."""
+def reconstruct(model: nn.Module, cuts: Iterable[Cut], images: Images, starts: Mapping[str, Factors], progress: bool) -> dict[str, Fitted]:
+    """Factors and biases of all cuts, fitted to calibration images; the model is not changed.
 
-    sequential: bool = True
-    shortcut: bool = True
-    relu: bool = True
-    metric: bool = True
-    bias: bool = True
-    norms: Literal["better", "never", "always"] = "better"
-    iterations: int | None = None
-    ridges: Sequence[float] = field(default=RIDGES)
-
-
-def reconstruct(
-    model: nn.Module, cuts: Iterable[Cut], images: Images, starts: Mapping[str, Factors], progress: bool, steps: Steps | None = None
-) -> dict[str, Fitted]:
-    """Factors and biases of every cut for a network's calibration images; the model is not changed.
-
-    For each layer `E |t - V p|^2 + ridge |V - W|^2` is lowered over the kernels V that the scheme can write: p are patches of the
-    layer's input in the network cut so far, t what the dense network has there - its own output, plus what a shortcut that is
-    added later has lost (asymmetric reconstruction, Zhang et al. 2015). The ridge is chosen by held-out images. Then, where a ReLU
-    follows, outputs that it cuts off anyway are no longer asked for.
+    For each layer, over the kernels V that its scheme can write, minimise `E |t - V p|^2 + ridge |V - W|^2`. The patches p are of
+    the layer's input in the network cut so far. The target t is the layer's output in the dense network plus the error of a
+    shortcut that is added later (asymmetric reconstruction, Zhang et al. 2015). Held-out images choose the ridge. Where a ReLU
+    follows, a second fit ignores differences that the ReLU removes.
 
     Args:
         model: in evaluation mode.
-        cuts: what to cut.
-        images: to calibrate on.
-        starts: factors to begin with, by layer, where there are some.
+        cuts: of which layers, with scheme and rank.
+        images: to fit to.
+        starts: factors to start from, for some of the layers.
         progress: show a bar over layers.
-        steps: parts to leave out.
+
+    Raises:
+        ValueError: no image reaches one of the layers.
     """
-    steps = steps or Steps()
     by_name = {cut.name: cut for cut in cuts}
-    source = network_pair(model, images, list(by_name))
-    found: dict[str, Fitted] = {}
-    try:
-        metrics = output_metrics(model, images, list(by_name)) if steps.metric else {}
+    results: dict[str, Fitted] = {}
+    with closing(network_pair(model, images, list(by_name))) as pair:
+        metrics = output_metrics(model, images, list(by_name))
         with tqdm(total=len(by_name), desc="calibrate", unit="layer", disable=not progress) as bar:
-            for names in source.groups():
-                fits: dict[str, _Fit] = {}
-                for name in names:
-                    after = source.after[name]
-                    norm = None if after.norm is None else model.get_submodule(after.norm)
-                    fits[name] = _Fit(by_name[name], model.get_submodule(name), after, norm, images, metrics.get(name), steps)
-                for call in source.calls(names):
+            for names in pair.groups():
+                fits = {name: _LayerFit(by_name[name], model, pair.following[name], images, metrics.get(name)) for name in names}
+                for call in pair.calls(names):
                     fits[call.name].add(call)
                 for name, fit in fits.items():
-                    found[name] = fit.solve(source, starts.get(name))
-                    source.install(name, *fit.modules(found[name]))
+                    results[name] = fit.solve(pair, starts.get(name))
+                    pair.install(name, *fit.modules(results[name]))
                     bar.update()
-    finally:
-        source.close()
-    if missed := [name for name in by_name if name not in found]:
+    if missing := [name for name in by_name if name not in results]:
         raise ValueError(
-            f"{missed[0]}: not called on the calibration images, so there is nothing to fit it to ({len(missed)} such layers). "
+            f"{missing[0]}: not called on the calibration images, so there is nothing to fit it to ({len(missing)} such layers). "
             "Leave it out with plan.without(...), or calibrate on images that reach it."
         )
-    return found
+    return results
 
 
-class _Fit:
-    """One layer's way from moments to factors."""
+class _LayerFit:
+    """The moments of one layer, and the fit of its factors."""
 
-    def __init__(
-        self, cut: Cut, layer: nn.Module, after: Following, norm: Any, images: Images, metric: Tensor | None, steps: Steps
-    ) -> None:
-        self.cut, self.layer, self.after, self.steps = cut, layer, after, steps
+    def __init__(self, cut: Cut, model: nn.Module, following: Following, images: Images, metric: Tensor | None) -> None:
+        self.cut, self.following = cut, following
+        self.layer = model.get_submodule(cut.name)
+        self.batchnorm: Any = None if following.batchnorm is None else model.get_submodule(following.batchnorm)
         self.scheme = schemes.get_scheme(cut.scheme)
-        self.weight = schemes.kernel_tensor(cut.spec, layer.get_parameter("weight"))
-        self.moments = moments_for(cut.spec, self.weight, cut.sizes, images, hold=True)
-        self.wide = self.moments.side > WIDE_SIDE
+        weight = schemes.kernel_tensor(cut.spec, self.layer.get_parameter("weight"))
+        self.moments = moments_for(cut.spec, weight, cut.sizes, images, hold=True)
+        self.wide = self.moments.length > WIDE_LENGTH
         self.metric = None if metric is None else _root(metric, cut.spec.groups)
-        self.norm = norm
-        # Without a bias and a BatchNorm to take it up, the mean of the error is not free: moments stay uncentred.
-        self.centred = steps.bias and (cut.spec.bias or after.norm is not None)
+        self.per_channel = (-1,) if cut.spec.kind == "linear" else (-1, 1, 1)  # shape of a value per channel
 
-    def add(self, call: LayerCall, target: Tensor | None = None) -> None:
-        x = call.cut if self.steps.sequential else call.dense
-        self.moments.add(x, self._wanted(call) if target is None else target, call.first)
+    @property
+    def centred(self) -> bool:
+        """Whether a bias or a BatchNorm takes up the mean of the error."""
+        return self.cut.spec.bias or self.batchnorm is not None
 
-    def solve(self, source: NetworkPair, start: Factors | None) -> Fitted:
-        """Choose the ridge, fit, fit with the ReLU in mind, and last of all on the held-out images, too."""
-        self.moments.sum_over_ranks()
+    def add(self, call: LayerCall) -> None:
+        self.moments.add(self._input(call), self._target(call), call.first_image)
+
+    def solve(self, pair: NetworkPair, start: Factors | None) -> Fitted:
+        """Choose the ridge and consider the ReLU on held-out images, then fit to all images."""
+        self.moments.all_reduce()
         plain = self.moments.objective("all", self.centred)
-        held = self.moments.objective("held", self.centred) if self.moments.holds_out else None
-        ridge, factors = self._ridge(start, held)
-        if self.after.relu and self.steps.relu and held is not None and factors is not None:
-            factors = self._through_relu(source, ridge, factors)
-        iterations = WIDE_TRIAL if self.wide and held is not None and self.steps.iterations is None else self.steps.iterations
+        held = self.moments.objective("held", self.centred) if min(map(self.moments.count, ("fit", "held"))) > 0 else None
+        ridge, factors = self._choose_ridge(start, held)
+        if self.following.relu and held is not None and factors is not None:
+            factors = self._fit_behind_relu(pair, ridge, factors)
+        iterations = WIDE_TRIAL if self.wide and held is not None else None
         factors = self._fit(self.moments.objective("all", self.centred), ridge, factors, iterations)
-        bias, own = self._bias(factors), self.cut.spec.bias
-        error = plain.value(self.scheme.kernel(self.cut.spec.one_group(), factors))
-        return Fitted(factors, bias if own else None, None if own else self.after.norm, None if own else bias, error)
+        bias, has_bias = self._bias(factors), self.cut.spec.bias
+        batchnorm, shift = (None, None) if has_bias else (self.following.batchnorm, bias)
+        return Fitted(factors, bias if has_bias else None, batchnorm, shift, plain.value(self._kernel(factors)))
 
     def modules(self, fitted: Fitted) -> tuple[nn.Module, nn.Module | None]:
-        """The chain, and the BatchNorm after it with its mean shifted, as the cut network is to run them."""
+        """The chain, and the BatchNorm after it with its running mean shifted."""
         chain = schemes.build(self.cut.chain, self.layer, fitted.factors)
         if fitted.bias is not None:
             set_bias(chain, fitted.bias)
         if fitted.shift is None:
             return chain, None
-        norm = copy.deepcopy(self.norm)
-        norm.running_mean -= fitted.shift.to(norm.running_mean)
-        return chain, norm
+        batchnorm = copy.deepcopy(self.batchnorm)
+        batchnorm.running_mean -= fitted.shift.to(batchnorm.running_mean)
+        return chain, batchnorm
+
+    def _input(self, call: LayerCall) -> Tensor:
+        return call.cut_input
+
+    def _target(self, call: LayerCall) -> Tensor:
+        """The dense layer's output, plus the error of the shortcut."""
+        if call.shortcut is None:
+            return call.target
+        gain, _ = self._affine(call.target)
+        return call.target + _divided(call.shortcut[0] - call.shortcut[1], gain, torch.zeros_like(call.target))
+
+    def _kernel(self, factors: Factors) -> Tensor:
+        return self.scheme.kernel(self.cut.spec.one_group(), factors)
 
     def _fit(self, objective: Objective, ridge: float, start: Factors | None, iterations: int | None) -> Factors:
-        pulled = objective.ridged(ridge * max(objective.scale, 1e-12))
-        weight = self.layer.get_parameter("weight")
-        return schemes.fit(
-            self.scheme, self.cut.spec, weight, self.cut.rank, pulled, start=start, metric=self.metric, iterations=iterations
-        )
+        spec, weight, ridged = self.cut.spec, self.layer.get_parameter("weight"), objective.ridged(ridge * max(objective.scale, 1e-12))
+        return schemes.fit(self.scheme, spec, weight, self.cut.rank, ridged, start=start, metric=self.metric, iterations=iterations)
 
-    def _ridge(self, start: Factors | None, held: Objective | None) -> tuple[float, Factors | None]:
-        """The ridge under which held-out images are reproduced best, and the factors fitted with it."""
-        if held is None or len(self.steps.ridges) == 1:
-            return self.steps.ridges[0], start
+    def _choose_ridge(self, start: Factors | None, held: Objective | None) -> tuple[float, Factors | None]:
+        """The ridge of least error on held-out images, and the factors fitted with it."""
+        if held is None:
+            return RIDGES[0], start
         objective = self.moments.objective("fit", self.centred)
-        factors, chosen, least, kept = start, self.steps.ridges[0], math.inf, start
-        for ridge in self.steps.ridges:
-            if self.wide:  # by the best kernel of any structure, one linear solve
+        factors, best_ridge, least, best_factors = start, RIDGES[0], math.inf, start
+        for ridge in RIDGES:
+            if self.wide:  # judged by the best kernel of any structure, which is one linear solve
                 error = held.value(objective.ridged(ridge * objective.scale).target())
             else:
                 factors = self._fit(objective, ridge, factors, TRIAL)
-                error = held.value(self.scheme.kernel(self.cut.spec.one_group(), factors))
+                error = held.value(self._kernel(factors))
             if error >= least:
                 break
-            chosen, least, kept = ridge, error, factors
-        return chosen, self._fit(objective, chosen, start, WIDE_TRIAL) if self.wide else kept
+            best_ridge, least, best_factors = ridge, error, factors
+        return best_ridge, self._fit(objective, best_ridge, start, WIDE_TRIAL) if self.wide else best_factors
 
     def _bias(self, factors: Factors) -> Tensor | None:
-        """What brings the mean of the output where it should be: (out,)."""
+        """The vector that added to the chain's output makes the mean error zero, (out,); None if nothing takes it up."""
         if not self.centred:
             return None
-        mean, wanted = self.moments.means()
-        kernel = self.scheme.kernel(self.cut.spec.one_group(), factors).flatten(2).double()
-        return (wanted - (kernel @ mean.unsqueeze(2)).squeeze(2)).flatten()
+        mean, target_mean = self.moments.means()
+        return (target_mean - (self._kernel(factors).flatten(2).double() @ mean.unsqueeze(2)).squeeze(2)).flatten()
 
-    def _affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """The BatchNorm after the layer as `gain y + offset`."""
-        if self.norm is None:
-            return 1.0, 0.0
-        norm = self.norm
-        gain = (norm.running_var + norm.eps).rsqrt()
-        offset = -gain * norm.running_mean
-        if norm.weight is not None:
-            gain, offset = gain * norm.weight, offset * norm.weight + norm.bias
-        shape = (-1,) if self.cut.spec.kind == "linear" else (-1, 1, 1)
-        return gain.detach().to(like).reshape(shape), offset.detach().to(like).reshape(shape)
+    def _fit_behind_relu(self, pair: NetworkPair, ridge: float, factors: Factors) -> Factors:
+        """Factors for the outputs behind the ReLU, if they lower the error on held-out images; else the same factors.
 
-    def _wanted(self, call: LayerCall) -> Tensor:
-        """The dense layer's output, and what the shortcut beside it has lost."""
-        if call.shortcut is None or not self.steps.shortcut or not self.steps.sequential:
-            return call.wanted
-        gain, _ = self._affine(call.wanted)
-        return call.wanted + _divided(call.shortcut[0] - call.shortcut[1], gain, torch.zeros_like(call.wanted))
-
-    def _through_relu(self, source: NetworkPair, ridge: float, factors: Factors) -> Factors:
-        """Ask for the outputs after the ReLU only: where the dense one is cut off, any negative value will do.
-
-        The target `t' = t where t > 0, min(V p, 0) elsewhere` makes a quadratic that bounds the error behind the ReLU (Zhang et
-        al. 2015 solve for an auxiliary variable instead). Kept only if held-out images, behind the ReLU, are the better for it.
+        With s the dense network's value before the ReLU and y the cut network's, the new target is `s where s > 0, min(y, 0)
+        elsewhere`: its squared error bounds the error behind the ReLU from above. (Zhang et al. 2015 solve for an auxiliary
+        variable instead.)
         """
-        before = self._running(factors)
-        linear = self.moments.retarget()
-        for call in source.calls([self.cut.name]):
-            gain, offset = self._affine(call.wanted)
-            lost, aside = call.shortcut or (0.0, 0.0)
-            asked, given = gain * call.wanted + offset + lost, gain * before(call) + offset + aside
-            target = torch.where(asked > 0, asked, given.clamp(max=0))
-            self.add(call, _divided(target - offset - aside, gain, call.wanted))
-        self.moments.sum_over_ranks()
-        better = self._fit(self.moments.objective("fit", self.centred), ridge, factors, WIDE_TRIAL if self.wide else TRIAL)
-        after = self._running(better)
+        output, linear = self._output(factors), self.moments.target_sums
+        self.moments.start_targets()
+        for call in pair.calls([self.cut.name]):
+            dense, cut = self._before_relu(call.target, call, 0), self._before_relu(output(call), call, 1)
+            gain, offset = self._affine(call.target)
+            added = 0.0 if call.shortcut is None else call.shortcut[1]
+            target = torch.where(dense > 0, dense, cut.clamp(max=0)) - offset - added
+            self.moments.add(self._input(call), _divided(target, gain, call.target), call.first_image)
+        self.moments.all_reduce()
+        trial = self._fit(self.moments.objective("fit", self.centred), ridge, factors, WIDE_TRIAL if self.wide else TRIAL)
+        outputs = [output, self._output(trial)]
         errors = torch.zeros(2, dtype=torch.float64)
-        for call in source.calls([self.cut.name]):
-            held = held_out(call.first, call.wanted.shape[0])
-            gain, offset = self._affine(call.wanted)
-            lost, aside = call.shortcut or (0.0, 0.0)
-            asked = (gain * call.wanted + offset + lost)[held].relu()
-            for at, run in enumerate((before, after)):
-                errors[at] += float((asked - (gain * run(call) + offset + aside)[held].relu()).square().sum())
+        for call in pair.calls([self.cut.name]):
+            held = held_out(call.first_image, call.target.shape[0])
+            dense = self._before_relu(call.target, call, 0)[held].relu()
+            for index, output in enumerate(outputs):
+                errors[index] += float((dense - self._before_relu(output(call), call, 1)[held].relu()).square().sum())
         if float(distributed.all_reduce_sum(errors).diff()) < 0:
-            return better
-        self.moments.retarget(linear)
+            return trial
+        self.moments.target_sums = linear
         return factors
 
-    def _running(self, factors: Factors) -> Callable[[LayerCall], Tensor]:
-        """The layer's output with these factors, its bias set or its mean shifted as it will be."""
+    def _affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """The BatchNorm after the layer as `gain y + offset`, with the type and device of another tensor."""
+        if self.batchnorm is None:
+            return 1.0, 0.0
+        gain = (self.batchnorm.running_var + self.batchnorm.eps).rsqrt()
+        offset = -gain * self.batchnorm.running_mean
+        if self.batchnorm.weight is not None:
+            gain, offset = gain * self.batchnorm.weight, offset * self.batchnorm.weight + self.batchnorm.bias
+        return gain.detach().to(like).reshape(self.per_channel), offset.detach().to(like).reshape(self.per_channel)
+
+    def _before_relu(self, output: Tensor, call: LayerCall, side: int) -> Tensor:
+        """A layer's output behind the BatchNorm and the sum, with the addend of the dense (0) or the cut network (1)."""
+        gain, offset = self._affine(output)
+        return gain * output + offset + (0.0 if call.shortcut is None else call.shortcut[side])
+
+    def _output(self, factors: Factors) -> Callable[[LayerCall], Tensor]:
+        """The output of the chain with these factors, its mean corrected by the bias or the shift of the BatchNorm."""
         chain = schemes.build(self.cut.chain, self.layer, factors).eval()
         bias = self._bias(factors)
         shift: Tensor | float = 0.0
         if bias is not None and self.cut.spec.bias:
             set_bias(chain, bias)
         elif bias is not None:
-            shift = bias.to(self.layer.get_parameter("weight")).reshape((-1,) if self.cut.spec.kind == "linear" else (-1, 1, 1))
+            shift = bias.to(self.layer.get_parameter("weight")).reshape(self.per_channel)
 
         def run(call: LayerCall) -> Tensor:
             with torch.no_grad():
-                return chain(call.cut if self.steps.sequential else call.dense) + shift
+                return chain(self._input(call)) + shift
 
         return run
 
 
 def _divided(value: Tensor, gain: Tensor | float, otherwise: Tensor) -> Tensor:
-    """value / gain, something else where a gain is too small to make up for anything."""
+    """`value / gain`; `otherwise` for channels with a gain near zero, which no output could compensate."""
     if isinstance(gain, float):
         return value / gain
     usable = gain.abs() > 1e-2 * gain.abs().max()
@@ -251,16 +238,16 @@ def _divided(value: Tensor, gain: Tensor | float, otherwise: Tensor) -> Tensor:
 
 
 def _root(metric: Tensor, groups: int) -> Tensor:
-    """A symmetric root of each group's block of an (out, out) second moment, kept away from zero, (g, o, o)."""
+    """The symmetric square root of each group's block of a second moment (out, out), regularised: (g, o, o)."""
     side = metric.shape[0] // groups
-    blocks = torch.stack([metric[at : at + side, at : at + side] for at in range(0, metric.shape[0], side)])
+    blocks = torch.stack([metric[start : start + side, start : start + side] for start in range(0, metric.shape[0], side)])
     mean = blocks.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)[:, None, None]
     values, vectors = torch.linalg.eigh(blocks / mean)
     return (vectors * (values.clamp(min=0) + 1e-3).sqrt().unsqueeze(1)) @ vectors.mT
 
 
 def set_bias(chain: nn.Module, bias: Tensor) -> None:
-    """Give a chain's last link another bias."""
+    """Set the bias of a chain's last link."""
     last: Any = list(chain.children())[-1]
     with torch.no_grad():
         last.bias.copy_(bias)

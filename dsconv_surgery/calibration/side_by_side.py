@@ -1,10 +1,10 @@
-"""Run the dense and the cut network side by side over calibration images, halting where layers are to be replaced."""
+"""Run the dense and the cut network in step over calibration images, and stop before each layer to be cut."""
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,181 +13,195 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dsconv_surgery.calibration.activation_store import ActivationStore, Values
-from dsconv_surgery.calibration.hooks import Following, HookedPair, LayerCall, NetworkPair
+from dsconv_surgery.calibration.hooks import Following, HookedPair, LayerCall
 from dsconv_surgery.calibration.images import Images, check_model_runs
 from dsconv_surgery.network.graph_rewrite import trace
 from dsconv_surgery.network.layers import is_layer, named_layers
-from dsconv_surgery.support.copies import model_device, to_device
+from dsconv_surgery.support.copies import model_device, run_model, to_device
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _ADDITIONS: frozenset[Any] = frozenset((operator.add, operator.iadd, torch.add, "add", "add_"))
 _RELUS: frozenset[Any] = frozenset((F.relu, torch.relu, torch.relu_, "relu", "relu_"))
 
 
-def network_pair(model: nn.Module, images: Images, names: Sequence[str]) -> NetworkPair:
-    """A walk where the model can be traced and its trace does as it does, passes with hooks elsewhere."""
-    graph = _checked_trace(model, images)
-    return HookedPair(model, images, names) if graph is None else SideBySide(model, graph, images, names)
-
-
-def _checked_trace(model: nn.Module, images: Images) -> fx.GraphModule | None:
-    """The model's graph, if it can be traced and computes what the model does."""
-    expected = pytree.tree_leaves(check_model_runs(model, images))
-    if is_layer(model):  # tracing would go into it
-        return None
-    _, inputs = next(iter(images))
-    try:
-        with torch.no_grad():
-            graph = trace(model)
-            found = pytree.tree_leaves(graph(*to_device(inputs, model_device(model))))
-    except Exception:  # whatever stands against tracing, or a graph that took another turn than these images would
-        return None
-    same = (torch.allclose(a, b, equal_nan=True) if isinstance(a, Tensor) else a == b for a, b in zip(expected, found, strict=False))
-    return graph if len(expected) == len(found) and all(same) else None
-
-
 class _Side(fx.Interpreter):
-    """One of the two networks; `instead` holds modules that stand in for those of the graph."""
+    """One of the two networks; `replacements` run in the place of the graph's modules of the same name."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph, garbage_collect_values=False)
-        self.instead: dict[str, nn.Module] = {}
+        self.replacements: dict[str, nn.Module] = {}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.instead[target](*args, **kwargs) if target in self.instead else super().call_module(target, args, kwargs)
+        return self.replacements[target](*args, **kwargs) if target in self.replacements else super().call_module(target, args, kwargs)
 
 
 class SideBySide:
-    """A traced network walked node by node over all images at once: one pass for all layers.
+    """A traced dense network and the network cut so far, run node by node over all images: one pass for all layers.
 
-    Values live from the node that makes them to the last that uses them, in memory up to the calibration's limit, in temporary
-    files beyond.
+    A value lives from the node that computes it to the last node that uses it.
     """
 
     def __init__(self, model: nn.Module, graph: fx.GraphModule, images: Images, names: Sequence[str]) -> None:
-        self.graph, self.images = graph, images
+        self._graph, self._images = graph, images
         self._dense, self._cut = _Side(graph), _Side(graph)
-        known = {name: next((n for n in every if n in names), None) for every in named_layers(model).values() for name in every}
-        self._nodes: dict[str, list[fx.Node]] = {}
-        for node in graph.graph.nodes:
-            name = known.get(str(node.target)) if node.op == "call_module" else None
-            if name is not None:
-                self._nodes.setdefault(name, []).append(node)
-        self.after = {name: _following(graph, nodes[0]) if len(nodes) == 1 else Following() for name, nodes in self._nodes.items()}
-        self._order = self._ordered()
-        self._place = {node: at for at, node in enumerate(self._order)}
-        self._last_use = {value: at for at, node in enumerate(self._order) for value in node.all_input_nodes}
-        self._at, self._store = 0, ActivationStore(images.settings.memory, graph)
+        self._nodes = _layer_nodes(model, graph, names)
+        self.following = {name: _following(graph, nodes[0]) if len(nodes) == 1 else Following() for name, nodes in self._nodes.items()}
+        addends = {nodes[0]: self.following[name].addend for name, nodes in self._nodes.items()}
+        self._order = _running_order(graph, {node: addend for node, addend in addends.items() if addend is not None})
+        self._position = {node: index for index, node in enumerate(self._order)}
+        self._last_use = {value: index for index, node in enumerate(self._order) for value in node.all_input_nodes}
+        self._next = 0  # position of the node to run next
+        self._store = ActivationStore(images.settings.memory, graph)
 
     def groups(self) -> Iterator[list[str]]:
-        for name in sorted(self._nodes, key=lambda name: self._place[self._nodes[name][0]]):
-            self._advance(self._place[self._nodes[name][0]])
+        """The layers in running order, in groups that are handled in one pass: here each alone."""
+        for name in sorted(self._nodes, key=lambda name: self._position[self._nodes[name][0]]):
+            self._advance(self._position[self._nodes[name][0]])
             yield [name]
 
     def calls(self, names: Sequence[str]) -> Iterator[LayerCall]:
+        """Every call of the layers of a group on all images, a few images at a time."""
         for name in names:
-            nodes, other = self._nodes[name], self.after[name].other
-            for first, dense, cut in self._store:
-                if len(nodes) > 1:  # later calls depend on the first: run ahead, on copies, the layer still dense
+            nodes, addend = self._nodes[name], self.following[name].addend
+            for first_image, dense, cut in self._store:
+                if len(nodes) > 1:  # a later call needs the outputs of earlier ones: run on with copies, this layer still dense
                     dense, cut = _copied(dense), _copied(cut)
-                at = self._at
+                position = self._next
                 for node in nodes:
                     with torch.no_grad():
-                        self._run(dense, cut, at, self._place[node])
-                        at = self._place[node]
+                        self._run(dense, cut, position, self._position[node])
+                        position = self._position[node]
                         x = dense[node.all_input_nodes[0]]
-                        wanted = self.graph.get_submodule(str(node.target))(x)
-                    shortcut = (dense[other], cut[other]) if other is not None and other in dense else None
-                    yield LayerCall(name, first, x, cut[node.all_input_nodes[0]], wanted, shortcut)
+                        target = self._graph.get_submodule(str(node.target))(x)
+                    shortcut = (dense[addend], cut[addend]) if addend is not None and addend in dense else None
+                    yield LayerCall(name, first_image, x, cut[node.all_input_nodes[0]], target, shortcut)
 
-    def install(self, name: str, layer: nn.Module, norm: nn.Module | None) -> None:
-        self._cut.instead.update({str(node.target): layer for node in self._nodes[name]})
-        if norm is not None:
-            self._cut.instead[str(self.after[name].norm)] = norm
-
-    def outputs(self) -> Iterator[tuple[int, Any, Any]]:
-        self._advance(len(self._order))
-        return ((first, dense[self._order[-1]], cut[self._order[-1]]) for first, dense, cut in self._store)
+    def install(self, name: str, layer: nn.Module, batchnorm: nn.Module | None) -> None:
+        """Replace a layer of the cut network, and the BatchNorm after it if there is one."""
+        self._cut.replacements.update({str(node.target): layer for node in self._nodes[name]})
+        if batchnorm is not None:
+            self._cut.replacements[str(self.following[name].batchnorm)] = batchnorm
 
     def close(self) -> None:
+        """Delete temporary files."""
         self._store.close()
 
     def _advance(self, stop: int) -> None:
-        """Run both networks up to a node, for all images."""
-        store = ActivationStore(self.images.settings.memory, self.graph)
+        """Run both networks up to a position, for all images."""
+        store = ActivationStore(self._images.settings.memory, self._graph)
         with torch.no_grad():
-            if self._at == 0:  # up to the first cut the two are one
-                for first, inputs in self.images:
+            if self._next == 0:  # both networks are the same up to the first cut
+                for first_image, inputs in self._images:
                     dense: Values = {}
-                    self._dense.args_iter = iter(to_device(inputs, model_device(self.graph)))
+                    self._dense.args_iter = iter(copy.deepcopy(to_device(inputs, model_device(self._graph))))  # may change in place
                     self._run(dense, None, 0, stop)
-                    store.keep(first, dense, _copied(dense))
+                    store.add(first_image, dense, _copied(dense))
             else:
-                for first, dense, cut in self._store.drain():
-                    self._run(dense, cut, self._at, stop)
-                    store.keep(first, dense, cut)
+                for first_image, dense, cut in self._store.drain():
+                    self._run(dense, cut, self._next, stop)
+                    store.add(first_image, dense, cut)
         self._store.close()
-        self._at, self._store = stop, store
+        self._next, self._store = stop, store
 
     def _run(self, dense: Values, cut: Values | None, start: int, stop: int) -> None:
-        for at in range(start, stop):
-            node = self._order[at]
+        """Run the nodes from `start` up to `stop` on some images' values, and drop the values that no later node uses."""
+        for index in range(start, stop):
+            node = self._order[index]
             for side, values in ((self._dense, dense), (self._cut, cut)):
                 if values is not None:
                     side.env = values
                     values[node] = side.run_node(node)
                     for value in (node, *node.all_input_nodes):
-                        if self._last_use.get(value, -1) <= at and node.op != "output":
+                        if self._last_use.get(value, -1) <= index:
                             values.pop(value, None)
                     side.env = {}
 
-    def _ordered(self) -> list[fx.Node]:
-        """The graph's nodes, the shortcut's before the layer that closes the branch beside it where nothing speaks against it."""
-        order: dict[fx.Node, None] = {}
-        closing = {nodes[0]: other for name, nodes in self._nodes.items() if (other := self.after[name].other) is not None}
 
-        begun: set[fx.Node] = set()  # both sides of a sum may be layers to cut, each the other's shortcut
-
-        def place(node: fx.Node) -> None:
-            if node in closing and node not in begun:
-                begun.add(node)
-                first = [n for n in _ancestors(closing[node]) if n not in order]
-                if node not in first and not any(self._in_place(n) for n in first):
-                    for earlier in first:
-                        place(earlier)
-            order.setdefault(node)
-
-        for node in self.graph.graph.nodes:
-            if node not in order:
-                place(node)
-        return list(order)
-
-    def _in_place(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return bool(getattr(self.graph.get_submodule(str(node.target)), "inplace", False))
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
-        operators = name.startswith("i") and hasattr(operator, f"__{name}__")  # iadd and the like
-        return operators or name.endswith("_") or any(value is True for value in (*node.args, *node.kwargs.values()))
+NetworkPair = SideBySide | HookedPair
 
 
-def _following(graph: fx.GraphModule, node: fx.Node) -> Following:
-    norm, other = None, None
-    following = _only_user(node)
-    if following is not None and following.op == "call_module":
-        module: Any = graph.get_submodule(str(following.target))
-        once = sum(n.target == following.target for n in graph.graph.nodes) == 1
-        if type(module) in _NORMS and once and not module.training and module.running_mean is not None:
-            norm, following = str(following.target), _only_user(following)
-    if following is not None and following.target in _ADDITIONS and not following.kwargs and len(following.args) == 2:
-        addends = [n for n in following.all_input_nodes if node not in _ancestors(n)]
-        if len(following.all_input_nodes) == 2 and len(addends) == 1:
-            other, following = addends[0], _only_user(following)
-        else:
-            following = None
-    relu = following is not None and (
-        following.target in _RELUS if following.op != "call_module" else type(graph.get_submodule(str(following.target))) is nn.ReLU
-    )
-    return Following(norm, other, relu)
+def network_pair(model: nn.Module, images: Images, names: Sequence[str]) -> NetworkPair:
+    """A dense network and its copy to be cut at these layers: by its graph where there is a correct one, else by hooks."""
+    graph = _checked_trace(model, images)
+    return HookedPair(model, images, names) if graph is None else SideBySide(model, graph, images, names)
+
+
+def _checked_trace(model: nn.Module, images: Images) -> fx.GraphModule | None:
+    """The model's graph, if the model can be traced and the graph's output on the first images is the same."""
+    expected = pytree.tree_leaves(check_model_runs(model, images))
+    if is_layer(model):  # its graph would hold the layer's operations
+        return None
+    _, inputs = next(iter(images))
+    try:
+        with torch.no_grad():
+            graph = trace(model)
+            outputs = pytree.tree_leaves(run_model(graph, inputs))
+    except Exception:  # tracing fails in many ways; a graph fails where the trace took another branch than these images
+        return None
+    same = (torch.allclose(a, b, equal_nan=True) if isinstance(a, Tensor) else a == b for a, b in zip(expected, outputs, strict=False))
+    return graph if len(expected) == len(outputs) and all(same) else None
+
+
+def _layer_nodes(model: nn.Module, graph: fx.GraphModule, names: Sequence[str]) -> dict[str, list[fx.Node]]:
+    """The graph's calls of each layer, by its aliases as well, in running order."""
+    known = {alias: name for aliases in named_layers(model).values() for name in aliases if name in names for alias in aliases}
+    nodes: dict[str, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and str(node.target) in known:
+            nodes.setdefault(known[str(node.target)], []).append(node)
+    return nodes
+
+
+def _running_order(graph: fx.GraphModule, addends: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    """The graph's nodes, each layer after the other addend of its sum unless an operation in place forbids it.
+
+    Where both addends come from layers to cut, the layer that is first in the graph stays first.
+    """
+    order: dict[fx.Node, None] = {}
+    started: set[fx.Node] = set()  # two layers may each come from the addend of the other
+
+    def place(node: fx.Node) -> None:
+        if node in addends and node not in started:
+            started.add(node)
+            earlier = [other for other in _ancestors(addends[node]) if other not in order]
+            if node not in earlier and not any(_in_place(graph, other) for other in earlier):
+                for other in earlier:
+                    place(other)
+        order.setdefault(node)
+
+    for node in graph.graph.nodes:
+        if node not in order:
+            place(node)
+    return list(order)
+
+
+def _in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node may change its input."""
+    if node.op == "call_module":
+        return bool(getattr(graph.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+    augmented = name.startswith("i") and hasattr(operator, f"__{name}__")  # operator.iadd and others
+    return augmented or name.endswith("_") or any(value is True for value in (*node.args, *node.kwargs.values()))
+
+
+def _following(graph: fx.GraphModule, layer: fx.Node) -> Following:
+    batchnorm, addend = None, None
+    node = _only_user(layer)
+    if node is not None and node.op == "call_module":
+        module: Any = graph.get_submodule(str(node.target))
+        called_once = sum(other.target == node.target for other in graph.graph.nodes) == 1
+        if type(module) in _BATCHNORMS and called_once and not module.training and module.running_mean is not None:
+            batchnorm, node = str(node.target), _only_user(node)
+    if node is not None and node.target in _ADDITIONS and not node.kwargs and len(node.args) == 2:
+        addends = [other for other in node.all_input_nodes if layer not in _ancestors(other)]
+        if len(node.all_input_nodes) != 2 or len(addends) != 1:
+            return Following(batchnorm)
+        addend, node = addends[0], _only_user(node)
+    return Following(batchnorm, addend, node is not None and _is_relu(graph, node))
+
+
+def _is_relu(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return type(graph.get_submodule(str(node.target))) is nn.ReLU if node.op == "call_module" else node.target in _RELUS
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -195,14 +209,14 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:
-    """A node and all that it is computed from, in the graph's order."""
-    found, open_ends = {node}, [node]
-    while open_ends:
-        for earlier in open_ends.pop().all_input_nodes:
-            if earlier not in found:
-                found.add(earlier)
-                open_ends.append(earlier)
-    return [n for n in node.graph.nodes if n in found]
+    """A node and all nodes that it is computed from, in the graph's order."""
+    ancestors, open_nodes = {node}, [node]
+    while open_nodes:
+        for earlier in open_nodes.pop().all_input_nodes:
+            if earlier not in ancestors:
+                ancestors.add(earlier)
+                open_nodes.append(earlier)
+    return [other for other in node.graph.nodes if other in ancestors]
 
 
 def _copied(values: Values) -> Values:

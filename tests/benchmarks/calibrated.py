@@ -1,13 +1,13 @@
-"""CIFAR networks and torchvision's, factorised for data without training: everything that README and notes say of calibration.
+"""Measure calibration: CIFAR-10 ResNets and torchvision networks, factorised for images without training.
 
 python tests/benchmarks/calibrated.py accuracy --data ../shared/data     ResNet-20 and -56, three draws of 1,024 images, whole test set
-python tests/benchmarks/calibrated.py ablation --data ../shared/data     one step after the other
+python tests/benchmarks/calibrated.py ablation --data ../shared/data     the parts of calibration, added one after the other
 python tests/benchmarks/calibrated.py images --data ../shared/data       16 to 2,048 images; written to recipes/
-python tests/benchmarks/calibrated.py layers --data ../shared/data       every scheme, every layer, on images not calibrated on
+python tests/benchmarks/calibrated.py layers --data ../shared/data       all schemes and layers, on images that were not fitted to
 python tests/benchmarks/calibrated.py cost --network resnet18            time and peak memory at 224 px (or vgg16, resnet20)
 
-Calibration images are training images; every convolution but the first is cut, each to the same fraction of its cost. Results are
-added to the JSON as they come, and what is there already is not run again.
+Calibration images are training images. All convolutions but the first are cut, each to the same fraction of its cost. Results are
+added to the JSON file one by one; results that are in the file are not measured again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -30,37 +32,60 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - makes torchvision importable beside a CPU build of torch
 from cifar import accuracy, cifar10, load_resnet, to_input
 
-from dsconv_surgery import Budget, Calibration, apply_plan, compress, make_plan
-from dsconv_surgery.calibration.batchnorm import reestimate_batchnorm
-from dsconv_surgery.calibration.images import Images
+from dsconv_surgery import Budget, Calibration, Plan, apply_plan, compress, make_plan, surgery
+from dsconv_surgery.calibration import reconstruct
+from dsconv_surgery.calibration.batchnorm import collecting_statistics
+from dsconv_surgery.calibration.images import Images, held_out
 from dsconv_surgery.calibration.moments import Moments, positions_of
-from dsconv_surgery.calibration.reconstruct import Steps
+from dsconv_surgery.calibration.reconstruct import _LayerFit
 from dsconv_surgery.network.geometry import ConvSpec, chain_cost
 from dsconv_surgery.schemes import chain_of, factorize, fit, get_scheme, kernel_of, kernel_tensor, refusal, scheme_names
-from dsconv_surgery.surgery import cut_calibrated
 
 HERE = Path(__file__).parent
 Add = Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None]
 SHAPES = ((1, 3, 32, 32),)
 CASES: list[tuple[int, str, dict[str, Any]]] = [
-    *((20, "cp", {"budget": Budget(params=keep)}) for keep in (0.4, 0.27, 0.14)),
+    *((20, "cp", {"budget": Budget(params=fraction)}) for fraction in (0.4, 0.27, 0.14)),
     *((20, "depthwise", {"rule": "fixed", "rank": m}) for m in (3, 2, 1)),
-    *((56, "cp", {"budget": Budget(params=keep)}) for keep in (0.4, 0.27, 0.14)),
+    *((56, "cp", {"budget": Budget(params=fraction)}) for fraction in (0.4, 0.27, 0.14)),
 ]
-ABLATION: dict[str, Steps | None] = {
-    "data-free": None,
-    "data-free, BatchNorm re-estimated": None,
-    "last factor refitted": Steps(False, False, False, False, False, "never", 0, (0.1,)),
-    "+ sweeps": Steps(False, False, False, False, False, "never", None, (0.1,)),
-    "+ sequential": Steps(True, False, False, False, False, "never", None, (0.1,)),
-    "+ bias": Steps(True, False, False, False, True, "never", None, (0.1,)),
-    "+ ridge by held-out images": Steps(True, False, False, False, True, "never"),
-    "+ shortcut": Steps(True, True, False, False, True, "never"),
-    "+ ReLU": Steps(True, True, True, False, True, "never"),
-    "+ output metric": Steps(True, True, True, True, True, "never"),
-    "BatchNorm re-estimated if better (default)": Steps(),
-    "BatchNorm re-estimated always": Steps(norms="always"),
+PLAIN_FIT = _LayerFit._fit
+WITHOUT = {  # the parts of calibration in the order of the ablation, each with a patch that leaves it out
+    "+ sweeps": patch.object(_LayerFit, "_fit", lambda fit, objective, ridge, start, _: PLAIN_FIT(fit, objective, ridge, start, 0)),
+    "+ sequential": patch.object(_LayerFit, "_input", lambda _, call: call.dense_input),
+    "+ bias": patch.object(_LayerFit, "centred", False),
+    "+ ridge by held-out images": patch.object(_LayerFit, "_choose_ridge", lambda _fit, start, _held: (0.1, start)),
+    "+ shortcut": patch.object(_LayerFit, "_target", lambda _, call: call.target),
+    "+ ReLU": patch.object(_LayerFit, "_fit_behind_relu", lambda _fit, _pair, _ridge, factors: factors),
+    "+ output metric": patch.object(reconstruct, "output_metrics", lambda *_: {}),
+    "BatchNorm re-estimated if better (default)": patch.object(surgery, "reestimate_batchnorm", lambda *_: False),
 }
+DATA_FREE = ("data-free", "data-free, BatchNorm re-estimated")
+ABLATION = (*DATA_FREE, "last factor refitted", *WITHOUT, "BatchNorm re-estimated always")
+
+
+def ablated_cut(model: nn.Module, plan: Plan, images: Images, step: str) -> nn.Module:
+    """A cut network with the parts of calibration up to a step of the ablation."""
+    always = step in (DATA_FREE[1], ABLATION[-1])
+    if step in DATA_FREE:
+        cut = apply_plan(model, plan)
+    else:
+        left_out = [part for part in WITHOUT if ABLATION.index(part) > ABLATION.index(step) or (always and part == ABLATION[-2])]
+        with ExitStack() as patches:
+            for part in left_out:
+                patches.enter_context(WITHOUT[part])
+            cut = surgery.cut_calibrated(model, plan, images, {}, False)[0]
+    if always:
+        estimate_batchnorm(cut, images)
+    return cut
+
+
+@torch.no_grad()
+def estimate_batchnorm(model: nn.Module, images: Images) -> None:
+    """Estimate the BatchNorm statistics from the fit images, whether or not that lowers the error."""
+    with collecting_statistics(model):
+        for first_image, (x,) in images:
+            model(x[~held_out(first_image, len(x))])
 
 
 def network(data: Path, depth: int) -> nn.Module:
@@ -73,18 +98,18 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([model(part) for part in x.split(500)]).log_softmax(1)
 
 
-def divergence(wanted: Tensor, given: Tensor) -> float:
-    """Kullback-Leibler, of one network's outputs from another's, in nats: it differs where accuracies only differ by noise."""
-    return round(float((wanted.exp() * (wanted - given)).sum(1).mean()), 4)
+def divergence(target: Tensor, output: Tensor) -> float:
+    """The mean Kullback-Leibler divergence of log-probabilities, in nats: it differs where accuracies differ by noise only."""
+    return round(float((target.exp() * (target - output)).sum(1).mean()), 4)
 
 
 def draw(images: np.ndarray, count: int, seed: int) -> Tensor:
-    """Of the first 45,000 training images; the last 5,000 are what choices were made on."""
+    """Some of the first 45,000 training images; design choices were made on the last 5,000."""
     return to_input(images[np.random.default_rng(seed).permutation(45000)[:count]])
 
 
 def recorder(path: Path, command: str) -> Add:
-    """A function that runs what a key describes and adds it to a file, unless it is there already."""
+    """A function that measures what a key describes and adds the result to a file, unless the file has it already."""
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
 
     def add(key: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
@@ -117,10 +142,10 @@ def run_accuracy(options: argparse.Namespace, add: Callable[..., None]) -> None:
                 seed: int = seed, settings: dict[str, Any] = settings, model: nn.Module = model, scheme: str = scheme
             ) -> dict[str, Any]:
                 batches = draw(train, 1024, seed).split(128)
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 exclude = ("conv1", "linear")
                 small = compress(model, x[:1], schemes=scheme, exclude=exclude, calibration=Calibration(batches, seed=seed), **settings)
-                seconds = time.perf_counter() - begun
+                seconds = time.perf_counter() - start
                 dense, cut = accuracy(model, x, y), accuracy(small.model, x, y)
                 return {
                     "params_saved": round(small.report.params_saved, 4),
@@ -142,27 +167,21 @@ def run_ablation(options: argparse.Namespace, add: Callable[..., None]) -> None:
         model = network(options.data, depth)
         count = 512 if depth == 20 else 256
         batches = draw(train, count, 0).split(128)
-        wanted = outputs(model, x)
+        target = outputs(model, x)
         for scheme, settings in (("cp", {"budget": Budget(params=0.27)}), ("depthwise", {"rule": "fixed", "rank": 2})):
             if scheme not in options.schemes:
                 continue
             plan = make_plan(model, x[:1], schemes=scheme, exclude=("conv1", "linear"), **settings)
-            for step, steps in ABLATION.items():
+            for step in ABLATION:
                 key = {"network": f"ResNet-{depth}", "scheme": scheme, "setting": describe(settings), "images": count, "step": step}
                 images = Images(batches, SHAPES)
 
                 def run(
-                    steps: Any = steps, step: str = step, plan: Any = plan, model: Any = model, images: Any = images, wanted: Any = wanted
+                    step: str = step, plan: Any = plan, model: Any = model, images: Any = images, target: Any = target
                 ) -> dict[str, Any]:
-                    if steps is None:
-                        cut = apply_plan(model, plan)
-                        if "BatchNorm" in step:
-                            reestimate_batchnorm(model, cut, images, always=True)
-                    else:
-                        cut = cut_calibrated(model, plan, images, {}, False, steps)[0]
-                    given = outputs(cut, x)
-                    right = [100 * float((its.argmax(1) == y).double().mean()) for its in (wanted, given)]
-                    return {"dense": round(right[0], 2), "cut": round(right[1], 2), "divergence": divergence(wanted, given)}
+                    output = outputs(ablated_cut(model, plan, images, step), x)
+                    correct = [100 * float((side.argmax(1) == y).double().mean()) for side in (target, output)]
+                    return {"dense": round(correct[0], 2), "cut": round(correct[1], 2), "divergence": divergence(target, output)}
 
                 add(key, run)
 
@@ -182,17 +201,17 @@ def run_images(options: argparse.Namespace, add: Callable[..., None]) -> None:
             for seed in options.seeds:
 
                 def run(count: int = count, seed: int = seed, plan: Any = plan) -> dict[str, Any]:
-                    begun = time.perf_counter()
+                    start = time.perf_counter()
                     batches = draw(train, count, seed).split(128)
                     cut = apply_plan(model, plan, calibration=Calibration(batches, seed=seed) if count else None)
-                    seconds = round(time.perf_counter() - begun, 1)
+                    seconds = round(time.perf_counter() - start, 1)
                     return {"dense": accuracy(model, x, y), "cut": accuracy(cut, x, y), "seconds": seconds}
 
                 add({**key, "images": count, "seed": seed}, run)
 
 
 def run_layers(options: argparse.Namespace, add: Callable[..., None]) -> None:
-    """Each layer alone, on the dense network's inputs: the output error on 1,024 images that the factors were not fitted to."""
+    """The output error of each layer alone, on the dense network's inputs, for 1,024 images that the factors were not fitted to."""
     train = cifar10(options.data / "cifar10", "train")[0]
     model = network(options.data, 20)
     fitted, fresh = draw(train, 1024, 0), to_input(train[45000:46024])
@@ -225,15 +244,15 @@ def run_layers(options: argparse.Namespace, add: Callable[..., None]) -> None:
             def run(name: str = name, layer: Any = layer, spec: ConvSpec = spec, scheme: Any = scheme) -> dict[str, Any]:
                 offered = list(scheme.ranks(spec))
                 size = ((1, 8, 8),)
-                within = [r for r in offered if chain_cost(chain_of(scheme, spec, r), size).params <= 0.4 * spec.params]
-                rank = within[-1] if isinstance(offered[0], int) else (round(spec.in_channels * 0.5), round(spec.out_channels * 0.5))
-                seen = moments[0][name].objective("all", exact=True)
-                held = moments[1][name].objective("all", exact=True)
+                affordable = [r for r in offered if chain_cost(chain_of(scheme, spec, r), size).params <= 0.4 * spec.params]
+                rank = affordable[-1] if isinstance(offered[0], int) else (round(spec.in_channels * 0.5), round(spec.out_channels * 0.5))
+                fit_objective = moments[0][name].objective("all", exact=True)
+                fresh_objective = moments[1][name].objective("all", exact=True)
                 free = next(factorize(scheme, spec, layer.weight, [rank]))
-                begun = time.perf_counter()
-                aware = fit(scheme, spec, layer.weight, rank, seen.ridged(0.01 * seen.scale), start=free)
-                errors = [held.value(kernel_of(scheme, spec, f)[None]) for f in (free, aware)]
-                seconds = round(time.perf_counter() - begun, 2)
+                start = time.perf_counter()
+                aware = fit(scheme, spec, layer.weight, rank, fit_objective.ridged(0.01 * fit_objective.scale), start=free)
+                errors = [fresh_objective.value(kernel_of(scheme, spec, f)[None]) for f in (free, aware)]
+                seconds = round(time.perf_counter() - start, 2)
                 return {"rank": rank, "data_free": errors[0], "calibrated": errors[1], "ratio": errors[1] / errors[0], "seconds": seconds}
 
             add({"scheme": scheme_name, "layer": name}, run)
@@ -251,7 +270,7 @@ def run_cost(options: argparse.Namespace, add: Callable[..., None]) -> None:
         batches, count = [torch.randn(32, 3, 224, 224) for _ in range(4)], 128
 
     def run() -> dict[str, Any]:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         small = compress(
             model,
             batches[0][:1],
@@ -262,7 +281,7 @@ def run_cost(options: argparse.Namespace, add: Callable[..., None]) -> None:
             progress=True,
         )
         return {
-            "seconds": round(time.perf_counter() - begun, 1),
+            "seconds": round(time.perf_counter() - start, 1),
             "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
             "macs_saved": round(small.report.macs_saved, 4),
             "worst_degeneracy": max((row.degeneracy or 0.0) for row in small.report.rows),
