@@ -153,9 +153,12 @@ def _layer_nodes(model: nn.Module, graph: fx.GraphModule, names: Sequence[str]) 
 
 
 def _running_order(graph: fx.GraphModule, addends: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
-    """The graph's nodes; where no operation in place forbids it, a layer comes after the other addend of the sum that it is part of."""
+    """The graph's nodes, each layer after the other addend of its sum unless an operation in place forbids it.
+
+    Where both addends come from layers to cut, the layer that is first in the graph stays first.
+    """
     order: dict[fx.Node, None] = {}
-    started: set[fx.Node] = set()  # both addends of a sum may be layers to cut, each the addend of the other
+    started: set[fx.Node] = set()  # two layers may each come from the addend of the other
 
     def place(node: fx.Node) -> None:
         if node in addends and node not in started:
