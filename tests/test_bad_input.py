@@ -131,7 +131,7 @@ def test_a_convolution_without_channels(x: Tensor) -> None:
 @pytest.mark.parametrize("rank", [0, -1, True, 2.0, "2", (2,), (2, 0), (True, 2), (1, 2, 3)])
 def test_invalid_ranks(rank: Any, x: Tensor) -> None:
     model = net()
-    with unchanged(model), pytest.raises(ValueError, match="is not a rank: expected 1 or more, or a pair"):
+    with unchanged(model), pytest.raises(ValueError, match=r"rank=.*: expected a rank of 1 or more for rule fixed, or a pair"):
         make_plan(model, x, rule="fixed", rank=rank)
 
 
@@ -178,7 +178,7 @@ def test_an_unknown_scheme_names_the_nearest(x: Tensor) -> None:
 
 def test_no_schemes_at_all(x: Tensor) -> None:
     model = net()
-    with unchanged(model), pytest.raises(ValueError, match=r"schemes: none given. Pass None for all, or names"):
+    with unchanged(model), pytest.raises(ValueError, match=r"schemes=\[\]: expected a scheme to choose from"):
         make_plan(model, x, schemes=[])
 
 
@@ -191,7 +191,7 @@ def test_no_schemes_at_all(x: Tensor) -> None:
         (lambda d: d["cuts"][0].pop("scheme"), r"plan: at cuts\.0\.scheme"),
         (lambda d: d["cuts"][0].update(scheme="chanel"), "unknown scheme 'chanel'. Did you mean 'channel'"),
         (lambda d: d["cuts"][0].update(rank="two"), r"plan: at cuts\.0\.rank"),
-        (lambda d: d.update(budget={"macs": 2}), "budget: macs=2.0 is not a fraction"),
+        (lambda d: d.update(budget={"macs": 2}), "plan: at budget.macs: Input should be less than or equal to 1, found 2"),
     ],
 )
 def test_a_plan_with_a_mistake_in_its_json(edit: Any, message: str, x: Tensor) -> None:
@@ -210,12 +210,12 @@ def test_a_plan_that_is_no_json(text: Any) -> None:
 @pytest.mark.parametrize("fraction", [0, -0.5, 1.5, math.nan, math.inf, True, "0.5"])
 @pytest.mark.parametrize("measure", ["macs", "params"])
 def test_a_budget_that_is_no_fraction(measure: str, fraction: Any) -> None:
-    with pytest.raises(ValueError, match=f"budget: {measure}=.* is not a fraction to keep, in .0, 1.; half is {measure}=0.5"):
+    with pytest.raises(ValueError, match=rf"{measure}=.*: expected the fraction to keep, in \(0, 1\]"):
         Budget(**{measure: fraction})
 
 
 def test_a_budget_of_nothing() -> None:
-    with pytest.raises(ValueError, match="none of macs, params and latency is limited"):
+    with pytest.raises(ValueError, match="macs, params and latency are all None"):
         Budget()
 
 
@@ -259,16 +259,16 @@ def test_patterns_that_match_nothing(key: str, x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rule": "uniforn"}, "unknown rule 'uniforn'. Known: budget, uniform, equal_error"),
+        ({"rule": "uniforn"}, "unknown rule 'uniforn'. Did you mean 'uniform'"),
         ({"rule": "energy"}, "energy= goes with rule='energy'"),
         ({"rule": "fixed"}, "rank= goes with rule='fixed'"),
-        ({"energy": 0.9}, "energy= goes with rule='energy', and only with it"),
-        ({"rank": 2}, "rank= goes with rule='fixed', and only with it"),
-        ({"rule": "fixed", "rank": 2, "energy": 0.9}, "energy= goes with rule='energy', and only with it"),
-        ({"rule": "energy", "energy": 1.0}, "not a share of the squared norm"),
-        ({"rule": "energy", "energy": 0}, "not a share of the squared norm"),
-        ({"rule": "energy", "energy": math.nan}, "not a share of the squared norm"),
-        ({"rule": "energy", "energy": "0.9"}, "not a share of the squared norm"),
+        ({"energy": 0.9}, "energy= goes with rule='energy' and only with it"),
+        ({"rank": 2}, "rank= goes with rule='fixed' and only with it"),
+        ({"rule": "fixed", "rank": 2, "energy": 0.9}, "energy= goes with rule='energy' and only with it"),
+        ({"rule": "energy", "energy": 1.0}, "expected a share of the squared weight norm"),
+        ({"rule": "energy", "energy": 0}, "expected a share of the squared weight norm"),
+        ({"rule": "energy", "energy": math.nan}, "expected a share of the squared weight norm"),
+        ({"rule": "energy", "energy": "0.9"}, "expected a share of the squared weight norm"),
         ({"rule": "energy", "energy": 0.9, "budget": Budget(macs=0.5)}, "rule 'energy' takes no budget"),
         ({"rule": "fixed", "rank": 2, "budget": Budget(macs=0.5)}, "rule 'fixed' takes no budget"),
     ],

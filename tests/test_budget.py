@@ -206,7 +206,7 @@ def test_limits_tightened_out_of_reach_leave_the_best_plan_so_far(error: Excepti
             return answer
         raise error
 
-    monkeypatch.setattr(decision, "_chosen", chosen)
+    monkeypatch.setattr(decision, "_choose", chosen)
     if isinstance(error, BudgetError):
         assert [cut.name for cut in decision._settled(Budget(latency=0.9), {"latency": 1.0}, False)[0].cuts] == [name]
     else:
