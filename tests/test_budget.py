@@ -1,4 +1,4 @@
-"""The allocator, its tables, the clock, the cache, guard, sweep and recipes."""
+"""The allocator, its tables, latency, the cache, guard, sweep and recipes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def brute_force(damages: list[Any], costs: list[Any], allowed: Any) -> float | N
 
 
 @given(seed=st.integers(0, 10**6), layers=st.integers(1, 5), measures=st.integers(1, 3))
-@example(seed=5919, layers=4, measures=1)  # what the search comes back with is worse than what was known
+@example(seed=5919, layers=4, measures=1)  # an earlier solver returned a worse choice than it had
 @settings(max_examples=150, deadline=None)
 def test_the_knapsack_is_exact(seed: int, layers: int, measures: int) -> None:
     """The damage of brute force's optimum, within all limits; None where nothing fits."""
@@ -96,11 +96,11 @@ def test_the_knapsack_is_exact(seed: int, layers: int, measures: int) -> None:
     costs = [rng.integers(1, 50, size=(len(d), measures)).astype(float) for d in damages]
     allowed = np.floor(sum(c.max(0) for c in costs) * rng.uniform(0.2, 0.9, size=measures))
     best = brute_force(damages, costs, allowed)
-    found = choose(damages, costs, allowed)
-    assert (found is None) == (best is None)
-    if found is not None and best is not None:
-        assert bool((sum(c[k] for c, k in zip(costs, found, strict=True)) <= allowed).all())
-        assert sum(float(d[k]) for d, k in zip(damages, found, strict=True)) == pytest.approx(best, abs=1e-12)
+    choice = choose(damages, costs, allowed)
+    assert (choice is None) == (best is None)
+    if choice is not None and best is not None:
+        assert bool((sum(c[k] for c, k in zip(costs, choice, strict=True)) <= allowed).all())
+        assert sum(float(d[k]) for d, k in zip(damages, choice, strict=True)) == pytest.approx(best, abs=1e-12)
 
 
 def test_a_large_knapsack_is_near_its_bound() -> None:
@@ -109,15 +109,15 @@ def test_a_large_knapsack_is_near_its_bound() -> None:
     damages = [np.sort(rng.exponential(size=100))[::-1] * rng.exponential() for _ in range(200)]
     costs = [np.sort(rng.integers(1, 10**6, size=(100, 1)), axis=0).astype(float) for _ in damages]
     allowed = sum(c.max(0) for c in costs) * 0.4
-    found = choose(damages, costs, allowed)
-    assert found is not None
-    assert sum(c[k] for c, k in zip(costs, found, strict=True)) <= allowed
-    harm = sum(d[k] for d, k in zip(damages, found, strict=True))
+    choice = choose(damages, costs, allowed)
+    assert choice is not None
+    assert sum(c[k] for c, k in zip(costs, choice, strict=True)) <= allowed
+    damage = sum(d[k] for d, k in zip(damages, choice, strict=True))
     bound = max(
         sum(float((d + price * c[:, 0]).min()) for d, c in zip(damages, costs, strict=True)) - price * float(allowed[0])
         for price in np.geomspace(1e-9, 1e-3, 2000)
     )
-    assert bound <= harm <= bound * 1.001
+    assert bound <= damage <= bound * 1.001
 
 
 @pytest.mark.parametrize("budget", [Budget(macs=0.5), Budget(params=0.4), Budget(macs=0.6, params=0.5)], ids=str)
@@ -154,7 +154,7 @@ def test_plans_keep_their_budget_and_are_the_best_of_all(
     # The same tables, without the closer look that moves their damages.
     settings = {"schemes": ["spatial", "cp", "bottleneck"], "rule": least_damage, "calibration": calibration}
     all_options = make_plan(net, x, budget=budget, **settings)  # type: ignore[arg-type]
-    least, restricted = (sum(cut.damage or 0.0 for cut in one.cuts) for one in (all_options, plan))
+    least, restricted = (sum(cut.damage or 0.0 for cut in result.cuts) for result in (all_options, plan))
     assert 0 < least < restricted
 
 
@@ -163,7 +163,7 @@ def test_a_budget_of_one_cuts_nothing(net: Net, x: Tensor) -> None:
 
 
 def test_a_budget_out_of_reach_names_what_can_be_reached(net: Net, x: Tensor) -> None:
-    """And that can be given and kept."""
+    """The named fraction is a budget that can be met."""
     with pytest.raises(ValueError, match=r"Budget\(macs=0.001\) is out of reach.*keeps macs=([\d.]+)") as caught:
         make_plan(net, x, budget=Budget(macs=0.001), schemes="spatial")
     fraction = float(str(caught.value).split("keeps macs=")[1].split()[0])
@@ -172,7 +172,7 @@ def test_a_budget_out_of_reach_names_what_can_be_reached(net: Net, x: Tensor) ->
 
 
 def test_limits_are_out_of_reach_only_by_themselves() -> None:
-    """The cheapest option by one measure is not that by another: each limit is compared with its own least."""
+    """Each limit is compared with the least total of its own measure: the cheapest options differ between measures."""
     options = {"cp": [Option("cp", 1, Cost(10, 80)), Option("cp", 2, Cost(80, 10)), Option("cp", 3, Cost(45, 45))]}
     tables = {name: Table(name, Cost(100, 100), options, None) for name in "ab"}  # type: ignore[arg-type]
     for macs, params in ((0.1, 1.0), (1.0, 0.1), (0.45, 0.45)):
@@ -208,10 +208,10 @@ def test_limits_tightened_out_of_reach_leave_the_best_plan_so_far(error: Excepti
 
     monkeypatch.setattr(decision, "_choose", chosen)
     if isinstance(error, BudgetError):
-        assert [cut.name for cut in decision._settled(Budget(latency=0.9), {"latency": 1.0}, False)[0].cuts] == [name]
+        assert [cut.name for cut in decision._plan_for_latency(Budget(latency=0.9), {"latency": 1.0}, False)[0].cuts] == [name]
     else:
         with pytest.raises(ValueError, match="wrong"):
-            decision._settled(Budget(latency=0.9), {"latency": 1.0}, False)
+            decision._plan_for_latency(Budget(latency=0.9), {"latency": 1.0}, False)
 
 
 def test_a_knapsack_that_only_just_has_an_answer() -> None:
@@ -228,18 +228,18 @@ def test_a_knapsack_that_only_just_has_an_answer() -> None:
 
 
 def test_interpolated_errors_are_near_the_true_ones(net: Net, x: Tensor, batches: list[Tensor]) -> None:
-    """Every rank of every scheme of a layer against a fit at that very rank: within a half on average, and in order."""
+    """Estimates at many ranks of every scheme against fits at these ranks: within half on average, and in order."""
     decision = Planner(net, (x,), PlanSettings(budget=Budget(macs=0.5)), Images(Calibration(batches), SHAPES))
-    working = decision._workings["wide"]
-    off: list[float] = []
+    working = decision._errors["wide"]
+    log_errors: list[float] = []
     for name, options in decision._tables["wide"].options.items():
         ranks = [option.rank for option in options][:: max(1, len(options) // 12)]
         estimates = working.estimate(name, ranks)
         if isinstance(ranks[0], int):
             assert all(a >= b for a, b in pairwise(estimates))
         true = [working._fit(name, rank, None, 20)[0] for rank in ranks]
-        off += [abs(math.log(max(a, 1e-4) / max(b, 1e-4))) for a, b in zip(estimates, true, strict=True)]
-    assert np.mean(off) < 0.45
+        log_errors += [abs(math.log(max(a, 1e-4) / max(b, 1e-4))) for a, b in zip(estimates, true, strict=True)]
+    assert np.mean(log_errors) < 0.45
 
 
 @pytest.mark.parametrize("scales", [(1.0, 0.02), (0.02, 1.0)], ids=["loud first", "faint first"])
@@ -280,7 +280,7 @@ def test_a_second_plan_comes_from_the_cache(net: Net, x: Tensor, batches: list[T
 
         def plan_again() -> Plan:  # errors of what is chosen are measured anew: not asked for here
             decision = Planner(net, (x,), PlanSettings(budget=Budget(macs=0.5)), Images(batches, SHAPES))
-            return decision.plan(Budget(macs=0.5), later=True)[0]
+            return decision.plan(Budget(macs=0.5), errors_later=True)[0]
 
         again = plan_again()
         assert [(c.name, c.scheme, c.rank) for c in again.cuts] == [(c.name, c.scheme, c.rank) for c in first.cuts]
@@ -308,28 +308,28 @@ def test_tensors_that_no_state_dict_holds_are_not_mistaken(x: Tensor, batches: l
             x = super().forward(x) * self.scale + self.held
             return x * self.way if not self.branches or x.sum() < 1e9 else x
 
-    found = set()
+    digests = set()
     for branches in (False, True):
         for numbers in ((1.0, 0.0, 1.0), (2.0, 0.0, 1.0), (1.0, 0.5, 1.0), (1.0, 0.0, 3.0), (1.0, 0.0, 1.0)):
             torch.manual_seed(0)
             model = Loose(*numbers, branches).eval()
-            found.add(DamageEstimator(model, [], Images(batches, SHAPES), Cache(False)).digest)
-    assert len(found) == 2 * 4
+            digests.add(DamageEstimator(model, [], Images(batches, SHAPES), Cache(False)).digest)
+    assert len(digests) == 2 * 4
 
 
 def test_registered_schemes_are_not_cached(net: Net, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another scheme by the same name may come next time: what was found out about this one is not kept."""
-    mine = type("Mine", (type(schemes.get_scheme("channel")),), {"name": "mine", "__module__": "somewhere"})()
-    monkeypatch.setitem(registry._SCHEMES, "mine", mine)
+    """Another scheme may have the same name in the next run, so nothing about this one is cached."""
+    scheme = type("Custom", (type(schemes.get_scheme("channel")),), {"name": "custom", "__module__": "somewhere"})()
+    monkeypatch.setitem(registry._SCHEMES, "custom", scheme)
     batches = [torch.randn(16, 3, 16, 16)]
-    make_plan(net, x, schemes="mine", calibration=batches, cache=tmp_path / "one")
+    make_plan(net, x, schemes="custom", calibration=batches, cache=tmp_path / "one")
     assert not list((tmp_path / "one").rglob("*.json"))
     make_plan(net, x, schemes="channel", calibration=batches, cache=tmp_path / "two")
     assert list((tmp_path / "two").rglob("*.json"))
 
 
-def test_options_that_are_far_off_are_not_fitted(net: Net, x: Tensor, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the last link is fitted of an option whose error is a multiple of cheaper ones'; plans stay as they are without that."""
+def test_unpromising_options_are_not_fitted(net: Net, x: Tensor, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options with a multiple of a cheaper option's error get only their last link fitted; plans are the same as with all fitted."""
     plans, fitted, fit = [], [], schemes.fit
     for ratio in (SKIP_RATIO, 1e9):
         count = [0, 0]
@@ -359,7 +359,7 @@ def test_damaged_entries_are_noticed_and_made_anew(tmp_path: Path) -> None:
     other = next(p for p in tmp_path.rglob("*.json") if p != path).read_text()
     for damaged in (whole[: len(whole) // 2], "", "\x00" * 40, json.dumps({**entry, "value": [1.5, 2.6]}), other, "[]"):
         path.write_text(damaged)
-        with pytest.warns(UserWarning, match="damaged cache entry"):
+        with pytest.warns(UserWarning, match="cache entry is damaged"):
             assert cache.get("kind", ["key"], lambda: [1.5, 2.5]) == [1.5, 2.5]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -387,15 +387,24 @@ def test_a_folder_that_cannot_be_written_costs_only_the_cache(tmp_path: Path) ->
 
 def test_digests_tell_contents_apart() -> None:
     a = torch.arange(4.0)
-    every = [digest(a), digest(a.reshape(2, 2)), digest(a.double()), digest(a + 1e-6), digest(a, a), digest("a"), digest("a", ""), digest()]
-    assert len(set(every)) == len(every)
+    digests = [
+        digest(a),
+        digest(a.reshape(2, 2)),
+        digest(a.double()),
+        digest(a + 1e-6),
+        digest(a, a),
+        digest("a"),
+        digest("a", ""),
+        digest(),
+    ]
+    assert len(set(digests)) == len(digests)
     assert digest(a) == digest(a.clone())
 
 
-# ---- the clock
+# ---- latency
 
 
-def test_the_clock_leaves_random_states_alone(net: Net, x: Tensor) -> None:
+def test_timing_leaves_random_states_alone(net: Net, x: Tensor) -> None:
     state = torch.get_rng_state()
     make_plan(net, x, budget=Budget(latency=1.0), schemes="bottleneck", include="head", cache=False)
     assert torch.equal(torch.get_rng_state(), state)
@@ -410,16 +419,14 @@ def test_reasons_are_true_and_text_is_not_taken_for_markup(net: Net, x: Tensor) 
     assert "excluded by '[h]ead'" in str(small.report)
 
 
-def test_latency_budgets_are_kept_by_the_clock(net: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that we set: chosen is what it calls faster, never what it calls slower than the dense layer."""
+def test_latency_budgets_are_met(net: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fixed times: faster options are chosen, and never one that is slower than the dense layer."""
     speed = {"spatial": 1e-6, "depthwise": 1e-4}
 
     def ticks(_clock: LayerTimer, chain: dict[str, ConvSpec], sizes: Any) -> float:
         macs = sum(link.macs(size) for size in sizes for link in chain.values())
         kind = "depthwise" if any(link.groups > 2 for link in chain.values()) else "spatial"
         return macs * speed[kind]
-
-    # no import
 
     monkeypatch.setattr(LayerTimer, "time", ticks)
 
@@ -446,28 +453,28 @@ def test_latency_budgets_are_kept_by_the_clock(net: Net, x: Tensor, monkeypatch:
 
 
 def test_networks_in_channels_last_are_timed_in_it(net: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers with biases and links with flat weights, too: all 4-D tensors that the clock runs are in the format of the inputs."""
-    seen: list[bool] = []
+    """Layers with biases and links with flat weights, too: all 4-D tensors in timed layers are in the format of the inputs."""
+    in_format: list[bool] = []
     run = nn.Conv2d.forward
 
-    def noted(layer: nn.Conv2d, given: Tensor) -> Tensor:
+    def record(layer: nn.Conv2d, x: Tensor) -> Tensor:
         if torch.is_inference_mode_enabled():
             last = torch.channels_last
-            seen.append(given.is_contiguous(memory_format=last) and layer.weight.is_contiguous(memory_format=last))
-        return run(layer, given)
+            in_format.append(x.is_contiguous(memory_format=last) and layer.weight.is_contiguous(memory_format=last))
+        return run(layer, x)
 
-    monkeypatch.setattr(nn.Conv2d, "forward", noted)
+    monkeypatch.setattr(nn.Conv2d, "forward", record)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wide = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     small = compress(net, wide, budget=Budget(latency=1.0), cache=False)
     assert small.plan.timing is not None
     assert small.plan.timing.conditions.memory_format == "channels_last"
-    assert len(seen) > 20
-    assert all(seen)
+    assert len(in_format) > 20
+    assert all(in_format)
 
 
 def test_real_time_is_predicted_and_reported(net: Net, x: Tensor) -> None:
-    """The clock of this machine, under a budget that any keeps: conditions, prediction and measurement are reported, timings kept."""
+    """On this machine, with a budget that every plan meets: conditions, prediction and measurement are reported, timings cached."""
     wide = torch.randn(4, 3, 64, 64)
     small = compress(net, wide, budget=Budget(latency=1.0))
     report = compare(net, small.model, wide, plan=small.plan, latency=True)
@@ -533,9 +540,9 @@ def test_the_smallest_network_within_a_drop(net: Net, x: Tensor, batches: list[T
     small = compress(net, x, budget=Budget(params=0.05), max_drop=0.4, evaluate=score, schemes=["channel", "bottleneck"])
     tries = small.report.tries
     assert len(tries) > 3
-    assert {one.within for one in tries} == {True, False}
-    kept = min((one for one in tries if one.within), key=lambda one: one.cost.params)
-    assert small.report.after == kept.cost
+    assert {attempt.within for attempt in tries} == {True, False}
+    smallest = min((attempt for attempt in tries if attempt.within), key=lambda attempt: attempt.cost.params)
+    assert small.report.after == smallest.cost
     assert 0.6 <= score(small.model) < 0.68
     assert "within max_drop" in str(small.report)
     alone = nn.Sequential(nn.Conv2d(3, 1, 1)).eval()  # nothing of it costs less
@@ -543,7 +550,7 @@ def test_the_smallest_network_within_a_drop(net: Net, x: Tensor, batches: list[T
     assert dense.plan.cuts == ()
     nothing = compress(net, x, max_drop=0.0, evaluate=lambda model: float(model is net))
     assert nothing.plan.cuts == ()
-    assert not any(one.within for one in nothing.report.tries)
+    assert not any(attempt.within for attempt in nothing.report.tries)
 
 
 @pytest.mark.parametrize(
@@ -572,17 +579,17 @@ def test_bad_settings_are_refused(net: Net, x: Tensor, keywords: dict[str, Any],
 
 def test_a_sweep_is_a_table_and_a_plot(net: Net, x: Tensor, batches: list[Tensor], tmp_path: Path) -> None:
     """One network for each fraction, dense first; JSON both ways; a picture of every measure."""
-    found = pareto(net, x, fractions=(0.4, 0.7), calibration=batches, evaluate=lambda _: 0.5, latency=True, schemes=["cp", "bottleneck"])
-    assert [point.fraction for point in found.points] == [1.0, 0.7, 0.4]
-    assert found.points[0].divergence == 0.0
-    assert found.points[0].plan is None
-    assert all(point.cost.macs <= point.fraction * found.points[0].cost.macs for point in found.points)
-    assert all(point.cost.latency > 0 for point in found.points)
-    assert 0 < (found.points[1].divergence or 0) < (found.points[2].divergence or 0)
-    assert Sweep.from_json(found.to_json()) == found
-    assert found.to_markdown().count("\n") == 5
-    assert "budgets on macs" in str(found)
-    found.plot(tmp_path / "sweep.png")
+    sweep = pareto(net, x, fractions=(0.4, 0.7), calibration=batches, evaluate=lambda _: 0.5, latency=True, schemes=["cp", "bottleneck"])
+    assert [point.fraction for point in sweep.points] == [1.0, 0.7, 0.4]
+    assert sweep.points[0].divergence == 0.0
+    assert sweep.points[0].plan is None
+    assert all(point.cost.macs <= point.fraction * sweep.points[0].cost.macs for point in sweep.points)
+    assert all(point.cost.latency > 0 for point in sweep.points)
+    assert 0 < (sweep.points[1].divergence or 0) < (sweep.points[2].divergence or 0)
+    assert Sweep.from_json(sweep.to_json()) == sweep
+    assert sweep.to_markdown().count("\n") == 5
+    assert "budgets on macs" in str(sweep)
+    sweep.plot(tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing to plot: quality was not measured"):
         pareto(net, x, fractions=(0.7,), schemes="channel").plot(tmp_path / "empty.png")
@@ -617,8 +624,8 @@ images = 24
 """
     recipe = Recipe.from_toml(text)
     assert Recipe.from_toml(recipe.to_toml()) == recipe
-    (tmp_path / "mine.toml").write_text(text)
-    assert Recipe.load(tmp_path / "mine.toml") == recipe
+    (tmp_path / "recipe.toml").write_text(text)
+    assert Recipe.load(tmp_path / "recipe.toml") == recipe
     ran = recipe.run(net, x, calibration=batches)
     first = [batches[0], batches[1][:8]]
     direct = compress(net, x, budget=Budget(macs=0.5), exclude="stem", schemes=["cp", "bottleneck"], calibration=Calibration(first, seed=3))

@@ -18,13 +18,8 @@ ROUNDING = 1e-12  # relative rounding error of summed costs
 def choose(damages: Sequence[Numbers], costs: Sequence[Numbers], allowed: Numbers) -> list[int] | None:
     """Which option of each layer: `min sum_l d_l[k_l]` subject to `sum_l c_l[k_l, m] <= allowed[m]` for every measure m.
 
-    Args:
-        damages: (options,) for each layer.
-        costs: (options, measures) for each layer, not negative.
-        allowed: (measures,).
-
-    Returns:
-        The index of an option for every layer; None if no choice fits.
+    `damages` are (options,) and `costs` (options, measures) for each layer, costs not negative; `allowed` is (measures,). The result
+    is the index of an option for every layer; None if no choice fits.
     """
     if not damages:
         return []
@@ -40,17 +35,17 @@ def choose(damages: Sequence[Numbers], costs: Sequence[Numbers], allowed: Number
 def _undominated(damage: Numbers, cost: Numbers) -> NDArray[np.intp]:
     """The options that no other option matches or beats in damage and in every cost, least damage first."""
     front: list[int] = []
-    for k in np.lexsort((*cost.T, damage)):  # dominated if an option of no more damage costs no more in any measure
+    for k in np.lexsort((*cost.T, damage)):
         if not bool((cost[front] <= cost[k]).all(1).any()):
             front.append(int(k))
     return np.array(front, dtype=np.intp)
 
 
 def _solve(d: Numbers, c: Numbers, layer: NDArray[np.intp], limit: Numbers) -> Any:
-    """One row for each layer, of rows sorted by layer and damage: an integer program over the rows that the optimum can use.
+    """The best row of each layer, of rows sorted by layer and damage; None if no choice fits.
 
-    The linear relaxation bounds the damage of all choices with a row from below (Kellerer, Pferschy & Pisinger 2004, ch. 11). The
-    program starts with the rows of the lowest bounds. Rows whose bounds are below its result are added before it is solved again.
+    The linear relaxation bounds from below the damage of all choices with a row (Kellerer, Pferschy & Pisinger 2004, ch. 11). An
+    integer program is solved over the rows with the lowest bounds, then with all rows whose bounds are below its result.
     """
     from scipy.optimize import LinearConstraint, linprog, milp  # type: ignore[import-untyped]
     from scipy.sparse import csr_array  # type: ignore[import-untyped]
@@ -72,20 +67,18 @@ def _solve(d: Numbers, c: Numbers, layer: NDArray[np.intp], limit: Numbers) -> A
         # Costs are scaled by 1000, so that its tolerance of 1e-6 becomes a relative one of 1e-9.
         limits = LinearConstraint(members[:, near], 1, np.inf), LinearConstraint(1e3 * c[near].T, -np.inf, 1e3 * room)
         result = milp(1e3 / gap * d[near], integrality=1, bounds=(0, 1), constraints=limits, options={"mip_rel_gap": RELATIVE_GAP})
+        complete = len(near) == len(d)
         if not _is_feasible(result):
-            if len(near) == len(d):
+            if complete:
                 return None
             gap *= 30
             continue
         taken = near[result.x > 0.5]
         rows = taken[np.unique(layer[taken], return_index=True)[1]]
         over, missed = np.maximum(c[rows].sum(0) - limit, 0.0), d[rows].sum() - bound
-        if over.any():
-            room = room - over - ROUNDING
-        elif missed <= gap or len(near) == len(d):
+        if not over.any() and (missed <= gap or complete):
             return rows
-        else:
-            gap = missed
+        room, gap = (room - over - ROUNDING, gap) if over.any() else (room, missed)
 
 
 def _is_feasible(result: Any) -> bool:

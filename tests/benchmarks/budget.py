@@ -42,7 +42,7 @@ from cifar import accuracy, cifar10, load_resnet, to_input
 
 from dsconv_surgery import Budget, Calibration, Recipe, compress
 from dsconv_surgery.calibration.images import Images
-from dsconv_surgery.compression import compress_to_budget
+from dsconv_surgery.compression import cut_to_budget
 from dsconv_surgery.planning.layer_latency import LayerTimer
 from dsconv_surgery.planning.planner import Planner
 from dsconv_surgery.planning.rules import equal_error, least_damage
@@ -63,7 +63,7 @@ def by_error(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choic
 
 
 def by_half(tables: Mapping[str, Table], allowed: Mapping[str, float]) -> Choice:
-    """Least sum of the geometric means of a layer's error and what that does to the network: differences between layers count by half."""
+    """Least sum of the geometric means of error and damage: sensitivity counts by half."""
     return least_damage(tables, allowed, lambda table, errors: [(d * e) ** 0.5 for d, e in zip(table.damage(errors), errors, strict=True)])
 
 
@@ -89,14 +89,14 @@ WEIGHTINGS: dict[str, Any] = {
 
 
 def compressed(model: nn.Module, x: Tensor, budget: Budget, batches: Any, **keywords: Any) -> tuple[nn.Module, dict[str, Any]]:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     small = compress(model, x[:1], budget=budget, calibration=batches, **keywords)
     return small.model, {
         "params_saved": round(small.report.params_saved, 4),
         "macs_saved": round(small.report.macs_saved, 4),
         "predicted_damage": round(sum(cut.damage or 0.0 for cut in small.plan.cuts), 5),
         "schemes": dict(Counter(cut.scheme for cut in small.plan.cuts)),
-        "seconds": round(time.perf_counter() - begun, 1),
+        "seconds": round(time.perf_counter() - start, 1),
     }
 
 
@@ -105,7 +105,7 @@ def run_accuracy(options: argparse.Namespace, add: Add, rivals: Sequence[str] = 
     x, y = to_input(test), torch.from_numpy(labels)
     for depth in options.depth:
         model = network(options.data, depth)
-        wanted = outputs(model, x)
+        target = outputs(model, x)
         for seed in options.seeds if len(rivals) == 1 else (0,):
             for measure, fractions in (GOALS[depth] if len(rivals) == 1 else RIVAL_GOALS).items():
                 for fraction in fractions:
@@ -118,14 +118,21 @@ def run_accuracy(options: argparse.Namespace, add: Add, rivals: Sequence[str] = 
                             measure: str = measure,
                             fraction: float = fraction,
                             rival: str = rival,
-                            wanted: Tensor = wanted,
+                            target: Tensor = target,
                         ) -> dict[str, Any]:
                             batches = Calibration(draw(train, options.images, seed).split(128), seed=seed)
-                            cut, found = compressed(model, x, Budget(**{measure: fraction}), batches, **RIVALS[rival])
-                            given = outputs(cut, x)
-                            before, now = (round(100 * float((its.argmax(1) == y).float().mean()), 2) for its in (wanted, given))
-                            drop, off = round(before - now, 2), divergence(wanted, given)
-                            return {"images": options.images, "dense": before, "cut": now, "drop": drop, "divergence": off, **found}
+                            cut, measured = compressed(model, x, Budget(**{measure: fraction}), batches, **RIVALS[rival])
+                            output = outputs(cut, x)
+                            before, now = (round(100 * float((logits.argmax(1) == y).float().mean()), 2) for logits in (target, output))
+                            drop, divergence_ = round(before - now, 2), divergence(target, output)
+                            return {
+                                "images": options.images,
+                                "dense": before,
+                                "cut": now,
+                                "drop": drop,
+                                "divergence": divergence_,
+                                **measured,
+                            }
 
                         add(key, run)
 
@@ -139,16 +146,16 @@ def run_weightings(options: argparse.Namespace, add: Add) -> None:
     x, y = to_input(images[45000:]), torch.from_numpy(labels[45000:])
     for depth in options.depth:
         model = network(options.data, depth)
-        wanted = outputs(model, x)
+        target = outputs(model, x)
         for measure, fraction in (("params", 0.25), ("macs", 0.3)):
             for weighting, rule in WEIGHTINGS.items():
 
                 def run(
-                    rule: Any = rule, model: Any = model, measure: str = measure, fraction: float = fraction, wanted: Tensor = wanted
+                    rule: Any = rule, model: Any = model, measure: str = measure, fraction: float = fraction, target: Tensor = target
                 ) -> dict[str, Any]:
                     batches = draw(images, 512, 0).split(128)
-                    cut, found = compressed(model, x, Budget(**{measure: fraction}), batches, rule=rule)
-                    return {"divergence": divergence(wanted, outputs(cut, x)), "held_out_accuracy": accuracy(cut, x, y), **found}
+                    cut, measured = compressed(model, x, Budget(**{measure: fraction}), batches, rule=rule)
+                    return {"divergence": divergence(target, outputs(cut, x)), "held_out_accuracy": accuracy(cut, x, y), **measured}
 
                 add({"network": f"ResNet-{depth}", "measure": measure, "keep": fraction, "weighting": weighting}, run)
 
@@ -179,8 +186,8 @@ def run_resnet18(options: argparse.Namespace, add: Add) -> None:
 
     def hits(model: nn.Module) -> float:
         with torch.inference_mode():
-            found = [model(enlarged(part)).argmax(1) for part in to_input(test).split(250)]
-        return 100 * float((torch.cat(found) == y).double().mean())
+            classes = [model(enlarged(part)).argmax(1) for part in to_input(test).split(250)]
+        return 100 * float((torch.cat(classes) == y).double().mean())
 
     for measure, fractions in (("macs", (0.5, 0.25, 0.15)), ("latency", (0.5, 0.35))):
         if options.measures and measure not in options.measures:
@@ -192,7 +199,7 @@ def run_resnet18(options: argparse.Namespace, add: Add) -> None:
             def run(model: Any = model, measure: str = measure, fraction: float = fraction, kind: Any = kind) -> dict[str, Any]:
                 x = enlarged(draw(train, 512, 0))
                 example = x[: 16 if measure == "latency" else 1]
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 if kind and options.channels_last:
                     model, example, fraction = for_channels_last(model, example, fraction)
                 try:
@@ -201,23 +208,23 @@ def run_resnet18(options: argparse.Namespace, add: Add) -> None:
                     if "out of reach" not in str(error):
                         raise
                     return {"refused": str(error)}
-                found = {"seconds": round(time.perf_counter() - begun, 1), "macs_saved": round(small.report.macs_saved, 4)}
+                measured = {"seconds": round(time.perf_counter() - start, 1), "macs_saved": round(small.report.macs_saved, 4)}
                 if small.plan.timing is not None:
-                    found |= timed(model, small.model, example, small.plan.timing)
+                    measured |= timed(model, small.model, example, small.plan.timing)
                 dense, now = hits(model), hits(small.model)
                 schemes = dict(Counter(cut.scheme for cut in small.plan.cuts))
-                return {"dense": round(dense, 2), "cut": round(now, 2), "drop": round(dense - now, 2), "schemes": schemes, **found}
+                return {"dense": round(dense, 2), "cut": round(now, 2), "drop": round(dense - now, 2), "schemes": schemes, **measured}
 
             add({"network": "resnet18, 64 px", "measure": measure, "keep": fraction, **kind}, run)
 
 
 def form(options: argparse.Namespace) -> dict[str, Any]:
-    """What is added to the key of a row that gives times."""
+    """The part of a row's key that names the memory format."""
     return {"memory_format": "channels_last" if options.channels_last else "contiguous"}
 
 
 class InFormat(nn.Module):
-    """A network in a memory format, and its inputs brought into it first."""
+    """A network in a memory format that converts its inputs first."""
 
     def __init__(self, model: nn.Module, memory_format: torch.memory_format) -> None:
         super().__init__()
@@ -232,30 +239,30 @@ def both_formats(model: nn.Module) -> list[nn.Module]:
 
 
 def for_channels_last(model: nn.Module, example: Tensor, fraction: float) -> tuple[nn.Module, Tensor, float]:
-    """Network and input in channels_last, and what of its time is a fraction of the dense network's in the format that suits it better."""
+    """Network and input in channels_last, and the fraction of its latency that equals a fraction of the latency in the faster format."""
     contiguous, last = measure_latency(both_formats(model), [example], rounds=31)
     model, (example,) = channels_last_copy(model, (example,))
     return model, example, fraction * min(contiguous, last) / last
 
 
 def timed(dense: nn.Module, cut: nn.Module, example: Tensor, timing: Any) -> dict[str, Any]:
-    """Both networks in turn, in one run; against what the plan foresaw, where it did.
+    """Latencies of both networks in one run, compared with the plan's prediction if there is one.
 
-    In channels_last the dense network is timed in both formats, and what counts is the faster one: some are slower in channels_last,
-    and their cut forms faster still would be no gain.
+    For a network cut in channels_last, the dense network is timed in both formats and the faster one counts, because some networks are
+    slower in channels_last.
     """
     if example.is_contiguous():
         before, after = measure_latency([dense, cut], [example], rounds=31)
-        found = {}
+        measured = {}
     else:
         contiguous, last, after = measure_latency(
             [*both_formats(dense), InFormat(cut, torch.channels_last)], [example.contiguous()], rounds=31
         )
-        found, before = {"dense_contiguous_ms": round(contiguous, 3), "dense_channels_last_ms": round(last, 3)}, min(contiguous, last)
-    found |= {"dense_ms": round(before, 3), "cut_ms": round(after, 3), "faster": round(before / after, 3)}
+        measured, before = {"dense_contiguous_ms": round(contiguous, 3), "dense_channels_last_ms": round(last, 3)}, min(contiguous, last)
+    measured |= {"dense_ms": round(before, 3), "cut_ms": round(after, 3), "faster": round(before / after, 3)}
     if timing is None:
-        return found
-    return found | {
+        return measured
+    return measured | {
         "predicted_over_before": round(timing.after / timing.before, 4),
         "predicted_ms": round(timing.after, 3),
         "measured_over_predicted": round(after / timing.after, 3),
@@ -264,7 +271,7 @@ def timed(dense: nn.Module, cut: nn.Module, example: Tensor, timing: Any) -> dic
 
 
 def run_torchvision(options: argparse.Namespace, add: Add) -> None:
-    """Each recipe for a torchvision network, random weights: by the weights alone, and no claim on accuracy."""
+    """Each recipe for a torchvision network with random weights: cost and time, not accuracy."""
     import torchvision
 
     for name, path in Recipe.known().items():
@@ -278,7 +285,7 @@ def run_torchvision(options: argparse.Namespace, add: Add) -> None:
                 torch.manual_seed(0)
                 model = folded(getattr(torchvision.models, network_name)(weights=None))
                 example = torch.randn(batch, *recipe.input[1:])
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 if options.channels_last:
                     fraction = getattr(recipe.budget, "latency", None)
                     model, example, scaled = for_channels_last(model, example, fraction or 1.0)
@@ -289,11 +296,11 @@ def run_torchvision(options: argparse.Namespace, add: Add) -> None:
                     if "out of reach" not in str(error):
                         raise
                     return {"refused": str(error)}
-                seconds = round(time.perf_counter() - begun, 1)
-                found = timed(model, small.model, example, small.plan.timing)
+                seconds = round(time.perf_counter() - start, 1)
+                measured = timed(model, small.model, example, small.plan.timing)
                 slower = [cut.name for cut in small.plan.cuts if small.plan.timing and not faster(model, example, cut)]
                 return {
-                    **found,
+                    **measured,
                     "chosen_though_slower": slower,
                     "seconds": seconds,
                     "params_saved": round(small.report.params_saved, 4),
@@ -306,13 +313,13 @@ def run_torchvision(options: argparse.Namespace, add: Add) -> None:
 
 
 def faster(model: nn.Module, example: Tensor, cut: Any) -> bool:
-    """Whether a cut's chain is faster than its layer, timed anew."""
-    clock = LayerTimer(model, [example], Cache(False))
-    return clock.time(cut.chain, cut.sizes) < clock.time({"dense": cut.spec}, cut.sizes)
+    """Whether a cut's chain is faster than its layer in a new measurement."""
+    timer = LayerTimer(model, [example], Cache(False))
+    return timer.time(cut.chain, cut.sizes) < timer.time({"dense": cut.spec}, cut.sizes)
 
 
 def run_latency(options: argparse.Namespace, add: Add) -> None:
-    """The clock against MACs: two budgets of one predicted damage, by the weights alone."""
+    """A latency budget against a MACs budget of the same predicted damage, from the weights alone."""
     import torchvision
 
     name = options.network or "resnet18"
@@ -322,25 +329,25 @@ def run_latency(options: argparse.Namespace, add: Add) -> None:
             torch.manual_seed(0)
             model = folded(getattr(torchvision.models, name)(weights=None))
             example = torch.randn(batch, 3, 224, 224)
-            by_clock = compress(model, example, budget=Budget(latency=0.5))
-            damage = sum(cut.damage or 0.0 for cut in by_clock.plan.cuts)
-            decision = Planner(model, (example,), PlanSettings(Budget(macs=0.5)), None, False)
-            low, high = decision.smallest("macs") + 1e-3, 1.0
+            by_latency = compress(model, example, budget=Budget(latency=0.5))
+            damage = sum(cut.damage or 0.0 for cut in by_latency.plan.cuts)
+            planner = Planner(model, (example,), PlanSettings(budget=Budget(macs=0.5)), None)
+            low, high = planner.smallest_fraction("macs") + 1e-3, 1.0
             for _ in range(10):
                 middle = (low + high) / 2
-                plan, _ = decision.plan(Budget(macs=middle), later=True)
+                plan, _ = planner.plan(Budget(macs=middle), errors_later=True)
                 over = sum(cut.damage or 0.0 for cut in plan.cuts) > damage
                 low, high = (middle, high) if over else (low, middle)
-            by_macs = compress_to_budget(decision, Budget(macs=high))
-            dense, clock, macs = measure_latency([model, by_clock.model, by_macs.model], [example], rounds=31)
+            by_macs, by_macs_plan = cut_to_budget(planner, Budget(macs=high))
+            dense, latency, macs = measure_latency([model, by_latency.model, by_macs], [example], rounds=31)
             return {
                 "predicted_damage": round(damage, 4),
                 "dense_ms": round(dense, 3),
-                "by_clock_ms": round(clock, 3),
+                "by_clock_ms": round(latency, 3),
                 "by_macs_ms": round(macs, 3),
-                "by_clock_macs_saved": round(by_clock.report.macs_saved, 4),
-                "by_macs_macs_saved": round(by_macs.report.macs_saved, 4),
-                "by_macs_over_by_clock": round(macs / clock, 3),
+                "by_clock_macs_saved": round(by_latency.report.macs_saved, 4),
+                "by_macs_macs_saved": round(1 - by_macs_plan.total_after.macs / by_macs_plan.total.macs, 4),
+                "by_macs_over_by_clock": round(macs / latency, 3),
             }
 
         add({"network": name, "batch": batch, "threads": torch.get_num_threads()}, run)
@@ -363,12 +370,12 @@ def run_planning(options: argparse.Namespace, add: Add) -> None:
             seconds = []
             with tempfile.TemporaryDirectory() as folder:
                 for budget in (Budget(macs=0.5), Budget(macs=0.4), Budget(params=0.3)):
-                    begun = time.perf_counter()
-                    decision = Planner(
-                        model, (batches[0][:1],), PlanSettings(budget, cache=folder), Images(batches, (tuple(batches[0][:1].shape),)), True
-                    )
-                    decision.plan(budget, later=True)
-                    seconds.append(round(time.perf_counter() - begun, 1))
+                    start = time.perf_counter()
+                    example = batches[0][:1]
+                    images = Images(batches, (tuple(example.shape),))
+                    planner = Planner(model, (example,), PlanSettings(budget=budget), images, folder, progress=True)
+                    planner.plan(budget, errors_later=True)
+                    seconds.append(round(time.perf_counter() - start, 1))
             return {"first": seconds[0], "next": seconds[1], "next_other_measure": seconds[2]}
 
         if not options.network or options.network == name:
@@ -380,12 +387,12 @@ def run_recipes(_options: argparse.Namespace, _: Add) -> None:
     settings: dict[str, Any] = {}
     for source in ("accuracy", "torchvision"):
         path = RESULTS / f"budget_{source}.json"
-        found = json.loads(path.read_text()) if path.exists() else {"rows": [], "settings": {}}
-        for row in found["rows"]:
+        measured = json.loads(path.read_text()) if path.exists() else {"rows": [], "settings": {}}
+        for row in measured["rows"]:
             network_name = row.get("network", "").lower().replace("-", "")
             name = row.get("recipe") or f"{network_name}-cifar10-{row['measure']}-{round(100 * row['keep'])}"
             rows.setdefault(name, []).append({key: value for key, value in row.items() if key not in ("recipe", "rule")})
-            settings[name] = found["settings"]
+            settings[name] = measured["settings"]
     for name, path in Recipe.known().items():
         if name in rows:
             path.with_suffix(".json").write_text(json.dumps({"settings": settings[name], "result": rows[name]}, indent=1) + "\n")
