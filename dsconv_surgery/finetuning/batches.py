@@ -32,7 +32,7 @@ def total_steps(batches: Iterable[Any], settings: FineTune, resumable: bool) -> 
         )
     if resumable and getattr(batches, "persistent_workers", False):
         raise ValueError(
-            "fine_tune: found persistent_workers=True. Their random draws depend on all earlier epochs, so a resumed run would end with "
+            "fine_tune: found persistent_workers=True. Such draws depend on all earlier epochs, so a resumed run would end with "
             "other weights. Leave out persistent_workers, or checkpoint."
         )
     try:
