@@ -25,11 +25,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from dsconv_surgery import Budget, FineTune, Plan, apply_plan, compare, compress, fine_tune, make_plan
 from dsconv_surgery.compression import Compressed
+from dsconv_surgery.finetuning.batches import can_mix, mix_images
 from dsconv_surgery.finetuning.history import History
+from dsconv_surgery.finetuning.loop import synchronized_batchnorm
 from dsconv_surgery.finetuning.loss import DistillationLoss
-from dsconv_surgery.finetuning.mixing import can_mix, mix_images
 from dsconv_surgery.finetuning.optimizers import learning_rate_factor
-from dsconv_surgery.finetuning.sync_batchnorm import synchronized_batchnorm
 from dsconv_surgery.support import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -335,7 +335,7 @@ def test_batchnorm_statistics() -> None:
 def test_synchronized_batchnorm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same module objects become nn.SyncBatchNorm and plain BatchNorms again, also after an error; frozen ones stay plain."""
     monkeypatch.setattr(distributed, "process_and_world_size", lambda: (0, 2))
-    monkeypatch.setattr("dsconv_surgery.finetuning.sync_batchnorm.model_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("dsconv_surgery.finetuning.loop.model_device", lambda _: torch.device("cuda"))
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4).eval()), nn.BatchNorm2d(4))
     modules, attributes, before = list(model.modules()), [list(vars(m)) for m in model.modules()], str(model)
     with contextlib.suppress(KeyboardInterrupt), synchronized_batchnorm(model):
@@ -359,7 +359,7 @@ def test_batchnorms_that_several_processes_cannot_train(monkeypatch: pytest.Monk
     plain, subclass = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), nn.Sequential(nn.BatchNorm2d(4), Activated(4))
     with pytest.raises(ValueError, match=r'0 \(BatchNorm2d on cpu\).*FineTune\(batchnorm="frozen"\).*or run one process'):
         synchronized_batchnorm(plain).__enter__()
-    monkeypatch.setattr("dsconv_surgery.finetuning.sync_batchnorm.model_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("dsconv_surgery.finetuning.loop.model_device", lambda _: torch.device("cuda"))
     with pytest.raises(ValueError, match=r"1 \(Activated on cuda\)"):
         synchronized_batchnorm(subclass).__enter__()
     assert type(subclass[0]) is nn.BatchNorm2d
@@ -650,7 +650,7 @@ def test_an_iterator_is_enough_for_one_epoch() -> None:
         ({"mix": 1.1}, "mix=1.1: expected a share"),
         ({"optimizer": "adam"}, 'optimizer=\'adam\': expected "soap" or "adamw"'),
         ({"batchnorm": "late"}, 'batchnorm=\'late\': expected "frozen" or "trained"'),
-        ({"norms": "trained"}, "norms='trained': the setting is now called batchnorm"),
+        ({"norms": "trained"}, "norms='trained': there is no such setting. Known: .*batchnorm"),
         ({"clip": 0.0}, "clip=0.0: expected a positive number, or None"),
         ({"clip": math.nan}, "clip=nan: expected a positive number, or None"),
         ({"epoch": 3}, "epoch=3: there is no such setting. Did you mean 'epochs'"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv_surgery.calibration.images import MIN_TO_HOLD_OUT, Images, held_out
 from dsconv_surgery.support import distributed
-from dsconv_surgery.support.copies import model_device, run_model, to_device
+from dsconv_surgery.support.copies import evaluation_copy, run_model
 from dsconv_surgery.support.fidelity import OutputComparison
 
 
@@ -22,12 +21,12 @@ def reestimate_batchnorm(dense: nn.Module, cut: nn.Module, images: Images) -> bo
     Three of four images give the statistics; every fourth image is held out to compare the squared errors. Returns whether the
     statistics were replaced. Factors that were fitted to data seldom need this.
     """
-    trial: Any = copy.deepcopy(cut).eval()
+    trial = evaluation_copy(cut)
     norms = {name: norm for name, norm in trial.named_modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None}
     if not norms or images.count < MIN_TO_HOLD_OUT:
         return False
     _estimate_statistics(trial, norms.values(), images)
-    if not _lowers_error(dense, copy.deepcopy(cut).eval(), trial, images):
+    if not _lowers_error(dense, evaluation_copy(cut), trial, images):
         return False
     for name, norm in norms.items():
         target: Any = cut.get_submodule(name)
@@ -45,7 +44,7 @@ def _estimate_statistics(model: nn.Module, norms: Iterable[Any], images: Images)
     with torch.no_grad():
         for inputs in _select(images, held=False):
             if len(inputs[0]) > 1:
-                model(*to_device(inputs, model_device(model)))
+                run_model(model, inputs)
     for norm in norms:
         norm.eval()
         batches = distributed.all_reduce_sum(norm.num_batches_tracked.double())
@@ -55,15 +54,15 @@ def _estimate_statistics(model: nn.Module, norms: Iterable[Any], images: Images)
 
 def _lowers_error(dense: nn.Module, before: nn.Module, after: nn.Module, images: Images) -> bool:
     """Whether the squared error of the outputs on held-out images is lower after than before."""
-    comparisons = [(before, OutputComparison()), (after, OutputComparison())]
+    comparisons = {before: OutputComparison(), after: OutputComparison()}
     with torch.no_grad():
         for inputs in _select(images, held=True):
             target = run_model(dense, inputs)
-            for cut, comparison in comparisons:
+            for cut, comparison in comparisons.items():
                 comparison.add(target, run_model(cut, inputs), len(inputs[0]))
-    for _, comparison in comparisons:
+    for comparison in comparisons.values():
         comparison.all_reduce()
-    return comparisons[1][1].squared_error < comparisons[0][1].squared_error
+    return comparisons[after].squared_error < comparisons[before].squared_error
 
 
 def _select(images: Images, held: bool) -> Iterator[tuple[Any, ...]]:

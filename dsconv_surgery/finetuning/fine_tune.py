@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from dsconv_surgery.finetuning.batches import total_steps
 from dsconv_surgery.finetuning.history import History
 from dsconv_surgery.finetuning.loop import TrainingLoop
 from dsconv_surgery.finetuning.loss import DistillationLoss, Loss
-from dsconv_surgery.finetuning.optimizers import MakeOptimizer
+from dsconv_surgery.finetuning.optimizers import OPTIMIZERS, MakeOptimizer
 from dsconv_surgery.finetuning.settings import FineTune
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import model_device
@@ -71,8 +70,9 @@ def fine_tune(
     settings = FineTune() if settings is None else settings
     if not isinstance(settings, FineTune):
         raise TypeError(f"fine_tune: settings are {type(settings).__name__}, expected FineTune(...).")
-    for name, network in {"model": model, "teacher": teacher}.items():
-        if not isinstance(network, nn.Module) and (name == "model" or network is not None):
+    networks = {"model": model} | ({} if teacher is None else {"teacher": teacher})
+    for name, network in networks.items():
+        if not isinstance(network, nn.Module):
             hint = " Pass its .model." if hasattr(network, "model") else ""
             raise TypeError(f"fine_tune: {name} is {type(network).__name__}, expected an nn.Module.{hint}")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -81,20 +81,15 @@ def fine_tune(
         raise ValueError("fine_tune: nothing to train: no parameter of the model requires a gradient. Call model.requires_grad_() first.")
     steps = total_steps(batches, settings, checkpoint is not None)
     distillation = DistillationLoss(teacher, loss, settings.distill, settings.temperature)
-    with distributed.process_group(model_device(model)), _preserve_state(model, teacher):
-        loop = TrainingLoop(model, batches, distillation, validate, settings, optimizer, inputs, steps, callback)
-        return loop.run(None if checkpoint is None else Path(checkpoint), progress)
-
-
-@contextmanager
-def _preserve_state(model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
-    """Put the teacher in evaluation mode; at the end of the block, restore training flags and random states."""
-    flags = [(module, module.training) for network in (model, teacher) if network is not None for module in network.modules()]
+    make_optimizer = optimizer or OPTIMIZERS[settings.optimizer]
+    path = None if checkpoint is None else Path(checkpoint)
+    training_flags = [(module, module.training) for network in networks.values() for module in network.modules()]
     try:
-        if teacher is not None:
-            teacher.eval()
-        with preserve_random_state():
-            yield
+        with distributed.process_group(model_device(model)), preserve_random_state():
+            if teacher is not None:
+                teacher.eval()
+            loop = TrainingLoop(model, batches, distillation, validate, settings, make_optimizer, inputs, steps, callback, path)
+            return loop.run(progress)
     finally:
-        for module, training in flags:
+        for module, training in training_flags:
             module.training = training

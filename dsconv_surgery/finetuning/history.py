@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from dsconv_surgery.support.formatting import text_table
 from dsconv_surgery.support.plotting import Panel, save_panels
-from dsconv_surgery.support.records import JsonRecord
+from dsconv_surgery.support.records import JsonRecord, record
 
 
-@dataclass(frozen=True)
+@record
 class Epoch:
     """An epoch, with means over its steps of the loss and of the loss's unweighted parts."""
 
@@ -26,10 +26,8 @@ class Epoch:
     score: float | None  # from `validate`
     seconds: float  # since the start of the run, without interruptions
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-
-@dataclass(frozen=True)
+@record
 class History(JsonRecord):
     """The epochs of a run, its settings and library versions, and, not in JSON, its "last" and "best" weights as state_dicts."""
 
@@ -37,8 +35,6 @@ class History(JsonRecord):
     settings: dict[str, Any]
     versions: dict[str, str]
     weights: Annotated[dict[str, Any], Field(exclude=True)] = field(default_factory=dict, compare=False, repr=False)
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     @property
     def best(self) -> Epoch | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,73 +17,70 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from dsconv_surgery.finetuning.batches import derived_seed, seed_epoch, step_batches
+from dsconv_surgery.finetuning.batches import can_mix, derived_seed, mix_images, seed_epoch, step_batches
 from dsconv_surgery.finetuning.history import Epoch, History
 from dsconv_surgery.finetuning.loss import DistillationLoss
-from dsconv_surgery.finetuning.mixing import can_mix, mix_images
-from dsconv_surgery.finetuning.optimizers import OPTIMIZERS, MakeOptimizer, learning_rate_factor
+from dsconv_surgery.finetuning.optimizers import MakeOptimizer, learning_rate_factor
 from dsconv_surgery.finetuning.settings import FineTune
-from dsconv_surgery.finetuning.sync_batchnorm import synchronized_batchnorm
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.atomic_files import atomic_write
 from dsconv_surgery.support.batch import batch_inputs, batch_items
 from dsconv_surgery.support.cache import digest
-from dsconv_surgery.support.copies import as_channels_last, to_device
+from dsconv_surgery.support.copies import as_channels_last, model_device, to_device
 from dsconv_surgery.support.fidelity import checked_score
 from dsconv_surgery.support.random_state import preserve_random_state
 
 
+@dataclass
 class TrainingLoop:
     """One run of `fine_tune`, whose checked arguments it takes."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        loss: DistillationLoss,
-        validate: Callable[[nn.Module], float] | None,
-        settings: FineTune,
-        optimizer: MakeOptimizer | None,
-        inputs: int,
-        steps: int,
-        callback: Callable[[int, Mapping[str, float]], object] | None,
-    ) -> None:
-        self.model, self.batches, self.loss, self.validate = model, batches, loss, validate
-        self.settings, self.inputs, self.steps, self.callback = settings, inputs, steps, callback
-        if settings.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+    model: nn.Module
+    batches: Iterable[Any]
+    loss: DistillationLoss
+    validate: Callable[[nn.Module], float] | None
+    settings: FineTune
+    make_optimizer: MakeOptimizer
+    inputs: int
+    steps: int
+    callback: Callable[[int, Mapping[str, float]], object] | None
+    checkpoint: Path | None
+
+    def __post_init__(self) -> None:
+        if self.settings.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.device = self.trained[0].device
-        self.optimizer = (optimizer or OPTIMIZERS[settings.optimizer])(self.trained, settings.lr)
+        self.optimizer = self.make_optimizer(self.trained, self.settings.lr)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "float16")
         self.process, self.world_size = distributed.process_and_world_size()
-        self.network: Any = model if self.world_size == 1 else nn.parallel.DistributedDataParallel(model)
-        self.mix = float(loss.teacher is not None) if settings.mix is None else settings.mix
+        self.network: Any = self.model if self.world_size == 1 else nn.parallel.DistributedDataParallel(self.model)
+        self.mix = float(self.loss.teacher is not None) if self.settings.mix is None else self.settings.mix
         self.step, self.epoch_step = 0, 0  # steps done in the run and in this epoch
         self.sums: dict[str, float] = {}  # of the losses of this epoch's steps
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
-        self.seconds, self._started = 0.0, time.perf_counter()  # seconds before the last interruption
-        self._good = (self._weights(), 0)  # weights to return to when the loss is not finite, and their step
-        self._identity = self._digest()
+        self.started = time.perf_counter()
+        # A checkpoint is of this run if settings, networks, weights and optimizer are the same. Images and functions are not compared.
+        networks = [network for network in (self.model, self.loss.teacher) if network is not None]
+        text = repr((asdict(self.settings), self.steps, self.optimizer, networks))
+        self.identity = digest(text, *(value for network in networks for value in network.state_dict().values()))
 
-    def run(self, checkpoint: Path | None, progress: bool) -> History:
+    def run(self, progress: bool) -> History:
         """Train to the end, from the checkpoint if it exists."""
-        if checkpoint is not None:
-            self._load(checkpoint)
+        self._load()
         self.optimizer.zero_grad(set_to_none=True)
-        self._good = (self._weights(), self.step)
         with tqdm(total=self.steps, initial=self.step, desc="fine-tune", unit="step", disable=not progress) as bar:
             while self.step < self.steps and (self.settings.steps or len(self.epochs) < self.settings.epochs):
-                self._run_epoch(checkpoint, bar)
+                self._run_epoch(bar)
                 if self.epochs[-1].score is not None:
                     bar.set_description(f"fine-tune (score {self.epochs[-1].score:.4f})")
         weights = {"last": self._weights()} | ({"best": self.best} if self.best else {})
         versions = {"torch": torch.__version__, "dsconv_surgery": version("dsconv_surgery"), "python": platform.python_version()}
         return History(tuple(self.epochs), asdict(self.settings), versions, weights)
 
-    def _run_epoch(self, checkpoint: Path | None, bar: Any) -> None:
+    def _run_epoch(self, bar: Any) -> None:
         seed_epoch(self.batches, self.settings.seed, len(self.epochs))
         self.model.train()
         for module in self.model.modules():
@@ -96,9 +93,9 @@ class TrainingLoop:
                 if self.step >= self.steps:
                     break
                 if self.step % self.settings.save_every == 0:
-                    self._save(checkpoint)
+                    self._save()
         self._end_epoch()
-        self._save(checkpoint)
+        self._save()
 
     def _step(self, group: list[Any]) -> float:
         """One optimizer step; the loss."""
@@ -160,7 +157,7 @@ class TrainingLoop:
 
     def _stop(self, loss: float, norm: float) -> None:
         """Restore the last good weights and raise FloatingPointError."""
-        weights, step = self._good
+        weights, step = self.good
         self.model.load_state_dict(weights)
         self.optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(
@@ -172,15 +169,14 @@ class TrainingLoop:
     def _end_epoch(self) -> None:
         """Validate, and add the epoch to the history."""
         means = {name: value / self.epoch_step for name, value in self.sums.items()}
-        self.epoch_step, self.sums = 0, {}
-        score = None
+        self.epoch_step, self.sums, score = 0, {}, None
         if self.validate is not None:
             with torch.no_grad():
                 score = checked_score(self.validate, self.model.eval(), "validate")
             if not self.best or score > max(e.score for e in self.epochs if e.score is not None):
                 self.best = self._weights()
-        number, parts = len(self.epochs) + 1, (means.get("labels"), means.get("teacher"))
-        self.epochs.append(Epoch(number, self.step, means["loss"], *parts, score, round(self._elapsed(), 2)))
+        parts, seconds = (means.get("labels"), means.get("teacher")), round(time.perf_counter() - self.started, 2)
+        self.epochs.append(Epoch(len(self.epochs) + 1, self.step, means["loss"], *parts, score, seconds))
         if score is not None:
             self._call_back({"loss": means["loss"], "score": score})
 
@@ -192,56 +188,71 @@ class TrainingLoop:
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
-    def _elapsed(self) -> float:
-        return self.seconds + time.perf_counter() - self._started
-
-    def _digest(self) -> str:
-        """Identifies the run: settings, networks, weights and optimizer, but not the images nor any function."""
-        networks = [network for network in (self.model, self.loss.teacher) if network is not None]
-        text = repr((asdict(self.settings), self.steps, self.optimizer, networks))
-        return digest(text, *(value for network in networks for value in network.state_dict().values()))
-
-    def _save(self, checkpoint: Path | None) -> None:
+    def _save(self) -> None:
         """Remember the weights, and write the checkpoint."""
-        self._good = (self._weights(), self.step)
-        if checkpoint is None or self.process:
+        self.good = (self._weights(), self.step)
+        if self.checkpoint is None or self.process:
             return
-        state = {
-            "run": self._identity,
-            "loop": {"step": self.step, "epoch_step": self.epoch_step, "seconds": self._elapsed(), "sums": self.sums},
+        seconds = time.perf_counter() - self.started
+        state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")} | {
+            "run": self.identity,
+            "loop": {"step": self.step, "epoch_step": self.epoch_step, "seconds": seconds, "sums": self.sums},
             "epochs": [asdict(epoch) for epoch in self.epochs],
-            "model": self._good[0],
             "best": self.best,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
         }
-        with atomic_write(checkpoint) as path, path.open("wb") as file:
+        with atomic_write(self.checkpoint) as path, path.open("wb") as file:
             torch.save(state, file)
 
-    def _load(self, checkpoint: Path) -> None:
-        state = distributed.from_first_process(lambda: self._read(checkpoint), self.device)
-        if state is None:
-            return
-        for name in ("optimizer", "model", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
-        self.best = to_device(state["best"], self.device)
-        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
-        for name, value in state["loop"].items():
-            setattr(self, name, value)
+    def _load(self) -> None:
+        """Continue from the checkpoint if it exists, and remember the weights."""
+        if state := distributed.from_first_process(self._read, self.device):
+            for name in ("model", "optimizer", "scaler"):
+                getattr(self, name).load_state_dict(state[name])
+            loop = state["loop"]
+            self.step, self.epoch_step, self.sums = loop["step"], loop["epoch_step"], loop["sums"]
+            self.started -= loop["seconds"]
+            self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+            self.best = to_device(state["best"], self.device)
+        self.good = (self._weights(), self.step)  # to return to when the loss is not finite, and their step
 
-    def _read(self, checkpoint: Path) -> dict[str, Any] | None:
-        if not checkpoint.exists():
+    def _read(self) -> dict[str, Any] | None:
+        if self.checkpoint is None or not self.checkpoint.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             identity = state["run"]
         except Exception as error:  # torch.load raises many types of errors for other files and for parts of a file
+            message = f"not a checkpoint of fine_tune ({type(error).__name__}). Remove the file, or name another."
+            raise ValueError(f"{self.checkpoint}: {message}") from error
+        if identity != self.identity:
             raise ValueError(
-                f"{checkpoint}: not a checkpoint of fine_tune ({type(error).__name__}). Remove the file, or name another."
-            ) from error
-        if identity != self._identity:
-            raise ValueError(
-                f"{checkpoint}: the checkpoint is of another run, with other settings, networks, initial weights, optimizer or number of "
-                "batches. To resume a run, pass the network as it was cut, not partly trained. Otherwise remove the file, or name another."
+                f"{self.checkpoint}: the checkpoint is of another run, with other settings, networks, initial weights, optimizer or number "
+                "of batches. To resume a run, pass the network as it was cut, not partly trained. Or remove the file, or name another."
             )
         return state
+
+
+@contextmanager
+def synchronized_batchnorm(model: nn.Module) -> Iterator[None]:
+    """With several processes, turn BatchNorms in training mode into nn.SyncBatchNorm inside the block, and back at its end.
+
+    Only the class of a module changes, so the network keeps its module objects with their hooks and statistics. ValueError names a
+    BatchNorm for which this is impossible.
+    """
+    modules = model.named_modules() if distributed.process_and_world_size()[1] > 1 else ()
+    norms: list[Any] = [(name, m, type(m)) for name, m in modules if isinstance(m, _BatchNorm) and m.training]
+    device = model_device(model)
+    for name, _, plain in norms:
+        if device.type != "cuda" or plain not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            raise ValueError(
+                f"fine_tune: {name} ({plain.__name__} on {device}) normalises by each batch. Several processes can do this together only "
+                'on CUDA, and with a plain BatchNorm. Set FineTune(batchnorm="frozen") to use running statistics, or run one process.'
+            )
+    try:
+        for _, norm, _ in norms:
+            norm.__class__, norm.process_group = nn.SyncBatchNorm, None
+        yield
+    finally:
+        for _, norm, plain in norms:
+            norm.__class__ = plain
+            del norm.process_group

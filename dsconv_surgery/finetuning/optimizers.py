@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,12 +19,7 @@ def soap(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     return SOAP(parameters, lr=lr, betas=(0.9, 0.99), shampoo_beta=0.95, weight_decay=0.0, max_precondition_dim=1024)
 
 
-def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """Adam without weight decay."""
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-
-
-OPTIMIZERS: dict[str, MakeOptimizer] = {"soap": soap, "adamw": adamw}
+OPTIMIZERS: dict[str, MakeOptimizer] = {"soap": soap, "adamw": partial(torch.optim.AdamW, weight_decay=0.0)}
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:

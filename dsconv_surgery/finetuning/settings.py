@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-from pydantic_core import ArgsKwargs
+from pydantic import Field
 
 from dsconv_surgery.support.records import checked_record
 
@@ -59,12 +58,3 @@ class FineTune:
     accumulate: Count = 1
     save_every: Count = 100
     seed: Annotated[int, Field(description="a whole number")] = 0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _explain_norms(cls, values: Any) -> Any:
-        """`norms` was the earlier name of `batchnorm`."""
-        named = (values.kwargs or {}) if isinstance(values, ArgsKwargs) else values
-        if isinstance(named, dict) and "norms" in named:
-            raise ValueError(f'norms={named["norms"]!r}: the setting is now called batchnorm. Write batchnorm="frozen" or "trained".')
-        return values

@@ -1,1 +1,1 @@
-"""support"""
+"""Support code that knows nothing of compression: copies, comparisons, timing, distributed, cache, files, records, text, plots."""

@@ -1,4 +1,4 @@
-"""A cache of small results on disk, keyed by a digest of everything that they were computed from."""
+"""Option tables and timings on disk, each under a digest of everything that it was computed from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,14 @@ from torch import Tensor
 from dsconv_surgery.support.atomic_files import atomic_write
 
 FOLDER_VARIABLE = "DSCONV_SURGERY_CACHE"
-FORMAT = 1  # of the entries; part of every key, with the versions of torch and of this library's sources
 
 
 class Cache:
-    """Stores results by content. Missing or damaged entries are computed again.
+    """Small results on disk. Lost or damaged ones, and those of another version of torch or of this library, are computed again.
 
     Args:
-        where: a folder; True for the folder in the environment variable DSCONV_SURGERY_CACHE or else the user's cache folder; False
-            for no cache.
+        where: True for the folder in the environment variable DSCONV_SURGERY_CACHE or else the user's cache folder, False for
+            none, or a folder.
     """
 
     def __init__(self, where: bool | str | Path) -> None:
@@ -35,33 +33,32 @@ class Cache:
         self.folder: Path | None = None if where is False else Path(default) if where is True else Path(where)
 
     def get(self, kind: str, key: Any, compute: Callable[[], Any]) -> Any:
-        """The stored value for a key, computed and stored if there is none; key and value are plain JSON data."""
+        """The stored value of a key, else the result of `compute`, which is then stored; both are plain JSON data."""
         if self.folder is None:
             return compute()
-        content = _canonical([FORMAT, _versions(), kind, key])
-        path = self.folder / kind / f"{_sha256(content)}.json"
+        key = [_versions(), kind, key]
+        path = self.folder / kind / f"{_checksum(key)}.json"
         try:
             entry = json.loads(path.read_bytes())
-            if entry["sha256"] == _sha256(content + _canonical(entry["value"])):
+            if entry["sha256"] == _checksum([key, entry["value"]]):
                 return entry["value"]
-            raise ValueError
+            raise ValueError("the checksum differs")
         except (FileNotFoundError, NotADirectoryError):
             pass
         except (OSError, ValueError, KeyError, TypeError):
-            warnings.warn(f"{path}: the cache entry is damaged; its value is computed again.", stacklevel=2)
+            warnings.warn(f"{path}: a damaged cache entry. Its value is computed again.", stacklevel=2)
         value = compute()
-        entry = {"value": value, "sha256": _sha256(content + _canonical(value))}
         try:
             with atomic_write(path, durable=False) as temporary:
-                temporary.write_text(json.dumps(entry))
+                temporary.write_text(json.dumps({"value": value, "sha256": _checksum([key, value])}))
         except OSError as error:
-            warnings.warn(f"{path}: cannot be written ({error}); results of this run are not cached.", stacklevel=2)
+            warnings.warn(f"{path}: cannot be written ({error}). Nothing more is stored in the cache.", stacklevel=2)
             self.folder = None
         return value
 
 
 def digest(*parts: Tensor | str) -> str:
-    """SHA-256 of texts, and of tensors' shapes, types and contents."""
+    """SHA-256 of texts and of tensors' shapes, types and contents."""
     result = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -73,15 +70,11 @@ def digest(*parts: Tensor | str) -> str:
     return result.hexdigest()
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+def _checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @cache
 def _versions() -> list[str]:
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py")))
-    return [version("dsconv_surgery"), _sha256(sources), torch.__version__]
+    paths = sorted(Path(__file__).parent.parent.rglob("*.py"))
+    return [hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest(), torch.__version__]

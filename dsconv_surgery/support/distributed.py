@@ -50,11 +50,10 @@ def local_part(batch: Any) -> tuple[Any, float]:
 
 def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum over processes, the same in all of them; with one process, the tensor itself."""
-    if process_and_world_size()[1] == 1:
-        return value
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total
+    if process_and_world_size()[1] > 1:
+        value = value.detach().clone()
+        dist.all_reduce(value)
+    return value
 
 
 def all_reduce_mean(value: float) -> float:
@@ -67,17 +66,14 @@ def from_first_process(make: Callable[[], T], device: torch.device) -> T:
     process, world_size = process_and_world_size()
     if world_size == 1:
         return make()
-    message: list[Any] = [None, None]  # result, exception
-    if process == 0:
-        try:
-            message[0] = make()
-        except Exception as error:
-            message[1] = error
+    try:
+        message: list[Any] = [make() if process == 0 else None, None]  # result, exception
+    except Exception as error:
+        message = [None, error]
     dist.broadcast_object_list(message, device=device)
-    result, exception = message
-    if exception is not None:
-        raise exception
-    return result
+    if message[1] is not None:
+        raise message[1]
+    return message[0]
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from finetune import CASES, RESULTS, base_settings, cut, scores, training
 from torch import Tensor, nn
 
 from dsconv_surgery import FineTune, fine_tune
-from dsconv_surgery.finetuning.mixing import mix_images
+from dsconv_surgery.finetuning.batches import mix_images
 from dsconv_surgery.finetuning.optimizers import OPTIMIZERS, learning_rate_factor
 
 CASE = "resnet20-alds"
