@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dsconv_surgery.calibration.batchnorm import reestimate_batchnorm
 from dsconv_surgery.calibration.images import Calibration, Images
-from dsconv_surgery.calibration.reconstruct import reconstruct, set_bias
+from dsconv_surgery.calibration.reconstruct import correct_mean, reconstruct
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.network.graph_rewrite import collapse_calls, expand_calls
 from dsconv_surgery.network.layers import check_finite, check_unwrapped, irreplaceable_layers, is_layer, named_layers
@@ -81,11 +81,8 @@ def cut_calibrated(
     fitted = reconstruct(dense, plan.cuts, images, starts, progress)
     result = build_cut_model(model, plan, "factorize", {name: fit.factors for name, fit in fitted.items()}, progress=False)
     for name, fit in fitted.items():
-        if fit.bias is not None:
-            set_bias(result.get_submodule(name), fit.bias)
-        if fit.batchnorm is not None and fit.shift is not None:
-            batchnorm: Any = result.get_submodule(fit.batchnorm)
-            batchnorm.running_mean -= fit.shift.to(batchnorm.running_mean)
+        batchnorm = None if fit.batchnorm is None else result.get_submodule(fit.batchnorm)
+        correct_mean(result.get_submodule(name), batchnorm, fit.bias)
     reestimate_batchnorm(dense, result, images)
     return result, {name: fit.error for name, fit in fitted.items()}
 

@@ -575,9 +575,9 @@ def test_batches_of_a_dataloader_may_hold_labels() -> None:
 def test_a_calibrated_plan_needs_calibration() -> None:
     model, batches = network(), images()
     plan = make_plan(model, X, rule="fixed", rank=4, schemes="cp", calibration=batches)
-    with pytest.raises(ValueError, match=r"made with calibration.*pass calibration="):
+    with pytest.raises(ValueError, match=r"made with calibration.*Pass calibration="):
         apply_plan(model, plan)
-    with pytest.raises(ValueError, match="nothing to calibrate"):
+    with pytest.raises(ValueError, match="no weights to calibrate"):
         apply_plan(model, plan, calibration=batches, init="empty")
     apply_plan(model, plan, init="empty")
 

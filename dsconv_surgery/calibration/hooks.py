@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,10 +64,7 @@ class HookedPair:
                 yield LayerCall(name, first_image, dense_input, cut_input, target, None)
 
     def install(self, name: str, layer: nn.Module, batchnorm: nn.Module | None) -> None:
-        def replaced(_module: nn.Module, args: Any, kwargs: Any, _output: Tensor) -> Tensor:
-            return layer(*args, **kwargs)
-
-        self._cut.get_submodule(name).register_forward_hook(replaced, with_kwargs=True)
+        self._cut.get_submodule(name).register_forward_hook(lambda _module, args, kwargs, _output: layer(*args, **kwargs), with_kwargs=True)
 
     def close(self) -> None: ...
 
@@ -80,12 +78,11 @@ def _observed(model: nn.Module, names: Sequence[str], inputs: tuple[Any, ...]) -
 
 def observe_layers(model: nn.Module, names: Sequence[str], observe: Callable[[str, Tensor, Tensor], Any], inputs: tuple[Any, ...]) -> None:
     """Run a model, and call `observe` with name, input and output at every call of these layers."""
+
+    def hook(name: str, _module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        observe(name, args[0] if args else kwargs["input"], output)
+
     with ExitStack() as hooks, torch.no_grad():
         for name in names:
-
-            def hook(_module: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
-                observe(name, args[0] if args else kwargs["input"], output)
-
-            handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
-            hooks.callback(handle.remove)
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(hook, name), with_kwargs=True))
         run_model(model, inputs)

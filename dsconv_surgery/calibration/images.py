@@ -59,15 +59,13 @@ def input_shapes(inputs: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
 class Images:
     """Calibration batches as the model takes them, checked in the first pass; iteration yields a few images at a time.
 
-    Args:
-        calibration: the settings, or only the batches.
-        shapes: of the plan's example inputs; those of a batch may differ in the number and the size of images only.
-        same: raise ValueError if a later pass yields other images.
+    `shapes` are those of the plan's example inputs; those of a batch may differ in the number and the size of images only.
+    With `same`, a later pass that yields other images is a ValueError.
     """
 
     def __init__(self, calibration: Calibration | Iterable[Any], shapes: tuple[tuple[int, ...], ...], same: bool = True) -> None:
         self.settings = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
-        self.shapes = shapes
+        self.shapes, self._same = shapes, same
         self.example = max(1, shapes[0][0] if shapes and shapes[0] else 1)  # images in the plan's example input
         batches: Any = self.settings.batches
         if isinstance(batches, Tensor):
@@ -75,14 +73,10 @@ class Images:
         if not isinstance(batches, Iterable):
             raise TypeError(f"calibration: found {type(batches).__name__}, expected an iterable of batches.")
         if iter(batches) is batches:
-            raise ValueError(
-                "calibration: found an iterator, which yields its batches only once; several passes are needed. "
-                "Pass a list (list(...)), a DataLoader, or any object that can be iterated again."
-            )
+            raise ValueError("calibration: found an iterator, which yields its batches only once. Pass a list, list(...), or a DataLoader.")
         self._fingerprints: list[str] = []  # of the first pass
-        self._first_pass, self._same = True, same
-        self.count = sum(inputs[0].shape[0] for inputs in self._checked_batches())
-        self._first_pass = False
+        self.count = 0  # until the first pass ends
+        self.count = sum(len(inputs[0]) for inputs in self._checked_batches())
         if not self.count:
             raise ValueError("calibration: no images. Pass at least one batch; a few hundred images are a good start.")
         _, world_size = distributed.process_and_world_size()
@@ -94,7 +88,7 @@ class Images:
         process, world_size = distributed.process_and_world_size()
         first_of_batch = 0
         for inputs in self._checked_batches():
-            count = inputs[0].shape[0]
+            count = len(inputs[0])
             size = max(1, min(CHUNK_IMAGES, CHUNK_VALUES // max(inputs[0][0].numel(), 1)))
             begin, end = process * count // world_size, (process + 1) * count // world_size
             for start in range(begin, end, size):
@@ -116,15 +110,15 @@ class Images:
             inputs = batch_inputs(batch, len(self.shapes), where)
             _check_inputs(inputs, self.shapes, where)
             self._check_same(number, digest(*map(_sample, inputs)))
-            if inputs[0].shape[0]:
+            if len(inputs[0]):
                 yield inputs
         self._check_same(number + 1, "no more batches")
 
     def _check_same(self, number: int, fingerprint: str) -> None:
         """Record a batch of the first pass; raise ValueError if a batch of a later pass differs."""
-        if self._first_pass:
+        if not self.count:
             self._fingerprints.append(fingerprint)
-        elif self._same and (number >= len(self._fingerprints) or self._fingerprints[number] != fingerprint):
+        elif self._same and self._fingerprints[number] != fingerprint:
             raise ValueError(
                 f"calibration: batch {number} differs from batch {number} of the first pass; several passes need the same images in the "
                 "same order. Pass a DataLoader without shuffle=True and without random transforms, or a list: list(loader)."
@@ -137,8 +131,7 @@ def _check_inputs(inputs: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...
             raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected one like the example input's, {shape}.")
         if tensor.shape[:1] != inputs[0].shape[:1]:
             raise ValueError(f"{where}: inputs of {inputs[0].shape[0]} and {tensor.shape[0]} images, expected equally many.")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        if bad := int((~torch.isfinite(tensor)).sum()):
             raise ValueError(f"{where}: {bad} of {tensor.numel()} numbers are NaN or infinite. Leave out or repair those images.")
 
 
@@ -159,8 +152,5 @@ def check_model_runs(model: nn.Module, images: Images) -> Any:
         with torch.no_grad():
             return run_model(model, inputs)
     except Exception as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
-        raise ValueError(
-            f"calibration: the model does not run on images of shape {shapes}: {type(error).__name__}: {error} "
-            "Pass them as the model takes them."
-        ) from error
+        problem = f"the model does not run on images of shape {', '.join(map(str, input_shapes(inputs)))}"
+        raise ValueError(f"calibration: {problem}: {type(error).__name__}: {error} Pass them as the model takes them.") from error

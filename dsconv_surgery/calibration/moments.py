@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -22,23 +22,15 @@ from dsconv_surgery.support.copies import evaluation_copy
 
 CHUNK_VALUES = 2**24  # patch values processed at a time (64 MiB in float32)
 DOUBLE_LENGTH = 640  # fits run in float64 for patches up to this length, in float32 for longer ones
-FOLDS = {"fit": (0,), "held": (1,), "all": (0, 1)}
-Sums = dict[str, Tensor]
+FOLDS = {"fit": slice(0, 1), "held": slice(1, 2), "all": slice(0, 2)}
 
 
 class Moments:
     """Running sums over the patches p of a layer's input and the target outputs t, separately for fit images and held-out images.
 
-    Sums over a chunk are in float32, their total is in float64. If fewer patches are drawn than a patch has values, the patches
-    are stored instead of their second moment.
-
-    Args:
-        spec: the layer's geometry.
-        weight: W, (groups, out, in, height, width) in float64.
-        positions: number of patches in all calls together.
-        patches: the largest number of patches to draw.
-        seed: of the draws.
-        hold: whether every fourth image is held out.
+    Sums over a chunk are in float32, their total is in float64. About `patches` are drawn if there are more `positions`. If fewer
+    patches are drawn than a patch has values, they are stored instead of their second moment. `weight` is W in float64, (groups,
+    out, in, height, width). With `hold`, every fourth image is held out.
     """
 
     def __init__(self, spec: ConvSpec, weight: Tensor, positions: int, patches: int, seed: int, hold: bool) -> None:
@@ -47,20 +39,20 @@ class Moments:
         self._fraction = min(1.0, patches / max(positions, 1))  # of patches drawn
         self.as_rows = math.ceil(self._fraction * positions) < self.length
         self._seed, self._hold = seed, hold
-        g, o, n = self.weight.shape
-        self._patch_sums = self._zeros({"mean": (g, n), "count": ()} if self.as_rows else {"gram": (g, n, n), "mean": (g, n), "count": ()})
-        self._rows: list[list[Tensor]] = [[], []]
-        self._target_shapes = {"cross": (g, o, n), "spread": (g, o, o), "mean": (g, o)}
+        g, _, n = self.weight.shape
+        self._patch_sums = self._zeros(mean=(g, n), count=(), **({} if self.as_rows else {"gram": (g, n, n)}))
+        self._rows: list[list[Tensor]] = [[], []]  # patches of each fold
         self.start_targets()
         self._patches_complete = False  # True once only targets are added
 
-    def _zeros(self, shapes: dict[str, tuple[int, ...]]) -> list[Sums]:
-        """Zero sums for fit images and for held-out images."""
-        return [{key: torch.zeros(s, dtype=torch.float64, device=self.weight.device) for key, s in shapes.items()} for _ in range(2)]
+    def _zeros(self, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+        """Zero sums for both folds: (fold, ...)."""
+        return {key: self.weight.new_zeros(2, *shape, dtype=torch.float64) for key, shape in shapes.items()}
 
     def start_targets(self) -> None:
         """Begin new sums for other targets: the same calls must be added again, and draw the same patches."""
-        self.target_sums = self._zeros(self._target_shapes)
+        g, o, n = self.weight.shape
+        self.target_sums = self._zeros(cross=(g, o, n), spread=(g, o, o), mean=(g, o))
         self._draws = torch.Generator().manual_seed(self._seed)
         self._patches_complete = True
 
@@ -78,7 +70,7 @@ class Moments:
         for start in range(0, x.shape[0], step):
             part = slice(start, start + step)
             p = extract_patches(self.spec, x[part], positions)
-            t = None if target is None else _target_rows(self.spec, target[part].to(device, torch.float32), positions)
+            t = None if target is None else _rows_of(self.spec, target[part].to(device, torch.float32), positions)
             held = held_out(first_image + start, p.shape[0]) & self._hold
             for fold, mask in enumerate((~held, held)):
                 if bool(mask.any()):
@@ -95,55 +87,49 @@ class Moments:
     def _add_rows(self, fold: int, p: Tensor, t: Tensor | None) -> None:
         """Add patches (g, rows, n) and targets (g, rows, o) to the sums of a fold."""
         if not self._patches_complete:
-            sums = self._patch_sums[fold]
             if self.as_rows:
                 self._rows[fold].append(p)
             else:
-                sums["gram"] += p.mT @ p
-            sums["mean"] += p.sum(1)
-            sums["count"] += p.shape[1]
+                self._patch_sums["gram"][fold].add_(p.mT @ p)
+            self._patch_sums["mean"][fold].add_(p.sum(1))
+            self._patch_sums["count"][fold].add_(p.shape[1])
         if t is not None:
-            sums = self.target_sums[fold]
-            sums["cross"] += t.mT @ p
-            sums["spread"] += t.mT @ t
-            sums["mean"] += t.sum(1)
+            self.target_sums["cross"][fold].add_(t.mT @ p)
+            self.target_sums["spread"][fold].add_(t.mT @ t)
+            self.target_sums["mean"][fold].add_(t.sum(1))
 
     def all_reduce(self) -> None:
         """Sum over all processes, each of which has added its part of the images; to be called after the last `add`."""
-        if distributed.process_and_world_size()[1] == 1:
-            return
-        for fold in range(2):
-            for value in (*(() if self._patches_complete else self._patch_sums[fold].values()), *self.target_sums[fold].values()):
-                value.copy_(distributed.all_reduce_sum(value))
-            if self.as_rows and not self._patches_complete:
-                empty = self.weight.new_zeros(self.weight.shape[0], 0, self.length, dtype=torch.float32)
-                self._rows[fold] = [distributed.all_gather_rows(torch.cat([empty, *self._rows[fold]], 1))]
+        patch_sums = {} if self._patches_complete else self._patch_sums
+        for value in (*patch_sums.values(), *self.target_sums.values()):
+            value.copy_(distributed.all_reduce_sum(value))
+        if self.as_rows and not self._patches_complete:
+            empty = self.weight.new_zeros(self.weight.shape[0], 0, self.length, dtype=torch.float32)
+            self._rows = [[distributed.all_gather_rows(torch.cat([empty, *rows], 1))] for rows in self._rows]
 
     def count(self, fold: str = "all") -> float:
         """The number of patches drawn."""
-        return sum(float(self._patch_sums[index]["count"]) for index in FOLDS[fold])
+        return float(self._patch_sums["count"][FOLDS[fold]].sum())
 
     def objective(self, fold: str = "all", centred: bool = True, exact: bool = False) -> Objective:
         """The least-squares objective on the "fit", "held" or "all" images.
 
-        Args:
-            fold: which images.
-            centred: moments about the means, for layers whose bias takes up the mean of the error.
-            exact: the target is the layer's own output on its input, `t = W p`, whatever targets were added.
+        `centred` moments are about the means, for layers whose bias takes up the mean of the error. With `exact`, the target is the
+        layer's output on its input, `t = W p`, and targets that were added are ignored.
         """
         mean, target_mean = self.means(fold)
         if self.as_rows:
-            rows = torch.cat([chunk for index in FOLDS[fold] for chunk in self._rows[index]], 1).double()
+            rows = torch.cat([chunk for chunks in self._rows[FOLDS[fold]] for chunk in chunks], 1).double()
             gram = (rows - mean.unsqueeze(1) if centred else rows) / math.sqrt(self.count(fold))
         else:
-            gram = self._average(self._patch_sums, "gram", fold)
+            gram = self._average(self._patch_sums["gram"], fold)
             if centred:
                 gram = gram - mean.unsqueeze(2) * mean.unsqueeze(1)
         if exact:
             cross = (self.weight @ gram.mT) @ gram if self.as_rows else self.weight @ gram
             spread = cross @ self.weight.mT
         else:
-            cross, spread = (self._average(self.target_sums, key, fold) for key in ("cross", "spread"))
+            cross, spread = (self._average(self.target_sums[key], fold) for key in ("cross", "spread"))
             if centred:
                 cross = cross - target_mean.unsqueeze(2) * mean.unsqueeze(1)
                 spread = spread - target_mean.unsqueeze(2) * target_mean.unsqueeze(1)
@@ -152,11 +138,10 @@ class Moments:
 
     def means(self, fold: str = "all") -> tuple[Tensor, Tensor]:
         """The means of patches, (g, n), and of targets, (g, o)."""
-        return self._average(self._patch_sums, "mean", fold), self._average(self.target_sums, "mean", fold)
+        return self._average(self._patch_sums["mean"], fold), self._average(self.target_sums["mean"], fold)
 
-    def _average(self, sums: list[Sums], key: str, fold: str) -> Tensor:
-        """A sum per patch."""
-        return sum((sums[index][key] for index in FOLDS[fold]), torch.zeros(())) / self.count(fold)
+    def _average(self, sums: Tensor, fold: str) -> Tensor:
+        return sums[FOLDS[fold]].sum(0) / self.count(fold)
 
 
 def moments_for(spec: ConvSpec, weight: Tensor, sizes: Iterable[Size], images: Images, hold: bool) -> Moments:
@@ -173,15 +158,12 @@ def positions_of(spec: ConvSpec, sizes: Iterable[Size]) -> int:
 def extract_patches(spec: ConvSpec, x: Tensor, positions: Tensor | None) -> Tensor:
     """The input values under the kernel at some output positions, or at all: (images, groups, positions, in x height x width)."""
     if spec.kind == "linear":
-        return _linear_rows(x, positions)
+        return _rows_of(spec, x, positions)
     (kh, kw), (sh, sw), (dh, dw) = spec.kernel, spec.stride, spec.dilation
     _, out_height, out_width = spec.out_size((x.shape[0], *x.shape[-2:]))
-    if spec.padding == "same":  # as torch: the extra row or column of an even kernel is at the bottom or right
-        top, left = (dh * (kh - 1)) // 2, (dw * (kw - 1)) // 2
-        sides = (left, dw * (kw - 1) - left, top, dh * (kh - 1) - top)
-    else:
-        sides = (spec.padding[1], spec.padding[1], spec.padding[0], spec.padding[0])
-    if any(sides):
+    rows, columns = (dh * (kh - 1), dw * (kw - 1)) if spec.padding == "same" else (2 * spec.padding[0], 2 * spec.padding[1])
+    if rows or columns:  # as torch: the extra row or column of an even kernel is at the bottom or right
+        sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
         x = F.pad(x, sides, mode="constant" if spec.padding_mode == "zeros" else spec.padding_mode)
     shape = (*x.shape[:2], kh, kw, out_height, out_width)
     down, right = x.stride()[2:]
@@ -192,18 +174,13 @@ def extract_patches(spec: ConvSpec, x: Tensor, positions: Tensor | None) -> Tens
     return values.unflatten(1, (spec.groups, -1)).flatten(2, 4).mT
 
 
-def _target_rows(spec: ConvSpec, target: Tensor, positions: Tensor | None) -> Tensor:
-    """Target outputs at some positions, or at all: (images, groups, positions, out)."""
+def _rows_of(spec: ConvSpec, values: Tensor, positions: Tensor | None) -> Tensor:
+    """A layer's outputs, or a linear layer's inputs, at some positions, or at all: (images, groups, positions, channels)."""
     if spec.kind == "linear":
-        return _linear_rows(target, positions)
-    flat = target.flatten(2)
+        rows = values.reshape(values.shape[0], 1, -1, values.shape[-1])
+        return rows if positions is None else rows[:, :, positions]
+    flat = values.flatten(2)
     return (flat if positions is None else flat[..., positions]).unflatten(1, (spec.groups, -1)).mT
-
-
-def _linear_rows(x: Tensor, positions: Tensor | None) -> Tensor:
-    """Rows of a linear layer's input or output: (images, 1, rows, features)."""
-    rows = x.reshape(x.shape[0], 1, -1, x.shape[-1])
-    return rows if positions is None else rows[:, :, positions]
 
 
 def _merged(rows: Tensor) -> Tensor:
@@ -224,20 +201,20 @@ def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -
         dense = evaluation_copy(model)
         with closing(network_pair(dense, images, names)) as pair:
             following = pair.following
-        moments, centred = {}, {}
+        result = {}
         for site in sites:
             weight = kernel_tensor(site.spec, model.get_submodule(site.name).get_parameter("weight"))
-            moments[site.name] = moments_for(site.spec, weight, site.sizes, images, hold=False)
-            centred[site.name] = site.spec.bias or following[site.name].batchnorm is not None
+            moments = moments_for(site.spec, weight, site.sizes, images, hold=False)
+            result[site.name] = moments, site.spec.bias or following[site.name].batchnorm is not None
+
+        def add(first_image: int, name: str, x: Tensor, _output: Tensor) -> None:
+            result[name][0].add(x, None, first_image)
+
         for first_image, inputs in images:
-
-            def add(name: str, x: Tensor, _: Tensor, first_image: int = first_image) -> None:
-                moments[name].add(x, None, first_image)
-
-            observe_layers(dense, names, add, inputs)
-        for layer in moments.values():
-            layer.all_reduce()
-        return {name: (moments[name], centred[name]) for name in names}
+            observe_layers(dense, names, partial(add, first_image), inputs)
+        for moments, _ in result.values():
+            moments.all_reduce()
+        return result
 
     def objective(name: str) -> Objective:
         moments, centred = gather()[name]

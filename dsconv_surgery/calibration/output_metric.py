@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +19,21 @@ def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> di
     """For each layer the second moment `sum g g^T` over output positions, (out, out), of the gradients g at the layer's output.
 
     g is the gradient of `v . f(x)`, with f the network and v drawn from a normal distribution. `E[g g^T]` is then the mean of
-    `J^T J` over output positions, with J the Jacobian of f (Gauss-Newton, as in K-FAC, Martens & Grosse 2015): an error of the
-    layer's output counts as much as it moves the network's output. No layer is in the result if the output has no gradient.
+    `J^T J`, with J the Jacobian of f (Gauss-Newton, as in K-FAC, Martens & Grosse 2015). Empty if the output has no gradient.
     """
     probe = copy.deepcopy(model).requires_grad_()
     sums: dict[str, Tensor] = {}
     draws = torch.Generator().manual_seed(images.settings.seed)
+
+    def watch(name: str, layer: nn.Module, _args: object, output: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            rows = (gradient if isinstance(layer, nn.Linear) else gradient.movedim(1, -1)).flatten(0, -2).double()
+            sums[name] = sums.get(name, torch.zeros(())) + rows.mT @ rows
+
+        output.register_hook(add)
+
     for name in names:
-
-        def watch(layer: nn.Module, _args: object, output: Tensor, name: str = name) -> None:
-            def add(gradient: Tensor) -> None:
-                rows = (gradient if isinstance(layer, nn.Linear) else gradient.movedim(1, -1)).flatten(0, -2).double()
-                sums[name] = sums.get(name, torch.zeros(())) + rows.mT @ rows
-
-            output.register_hook(add)
-
-        probe.get_submodule(name).register_forward_hook(watch)
+        probe.get_submodule(name).register_forward_hook(partial(watch, name))
     with torch.enable_grad():
         for inputs in images.probe_batches():
             outputs = [tensor for tensor in output_tensors(run_model(probe, inputs)) if tensor.requires_grad]

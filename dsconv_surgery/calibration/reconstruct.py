@@ -35,9 +35,8 @@ class Fitted:
     """The fit of one layer."""
 
     factors: Factors
-    bias: Tensor | None  # new values of the layer's bias
-    batchnorm: str | None  # without a bias, the name of the BatchNorm after the layer ...
-    shift: Tensor | None  # ... and the vector to subtract from its running mean
+    bias: Tensor | None  # takes up the mean of the error: new values of the layer's bias, or subtracted from a running mean
+    batchnorm: str | None  # without a bias, the name of the BatchNorm after the layer, which has this running mean
     error: float  # squared relative error of the output on all calibration images, for inputs from the cut network
 
 
@@ -49,15 +48,7 @@ def reconstruct(model: nn.Module, cuts: Iterable[Cut], images: Images, starts: M
     shortcut that is added later (asymmetric reconstruction, Zhang et al. 2015). Held-out images choose the ridge. Where a ReLU
     follows, a second fit ignores differences that the ReLU removes.
 
-    Args:
-        model: in evaluation mode.
-        cuts: of which layers, with scheme and rank.
-        images: to fit to.
-        starts: factors to start from, for some of the layers.
-        progress: show a bar over layers.
-
-    Raises:
-        ValueError: no image reaches one of the layers.
+    The model must be in evaluation mode. Factors in `starts` are started from. ValueError if no image reaches one of the layers.
     """
     by_name = {cut.name: cut for cut in cuts}
     results: dict[str, Fitted] = {}
@@ -70,7 +61,6 @@ def reconstruct(model: nn.Module, cuts: Iterable[Cut], images: Images, starts: M
                     fits[call.name].add(call)
                 for name, fit in fits.items():
                     results[name] = fit.solve(pair, starts.get(name))
-                    pair.install(name, *fit.modules(results[name]))
                     bar.update()
     if missing := [name for name in by_name if name not in results]:
         raise ValueError(
@@ -100,10 +90,10 @@ class _LayerFit:
         return self.cut.spec.bias or self.batchnorm is not None
 
     def add(self, call: LayerCall) -> None:
-        self.moments.add(self._input(call), self._target(call), call.first_image)
+        self.moments.add(call.cut_input, self._target(call), call.first_image)
 
     def solve(self, pair: NetworkPair, start: Factors | None) -> Fitted:
-        """Choose the ridge and consider the ReLU on held-out images, then fit to all images."""
+        """Choose the ridge and whether to fit behind the ReLU on held-out images, fit to all images, and install the chain."""
         self.moments.all_reduce()
         plain = self.moments.objective("all", self.centred)
         held = self.moments.objective("held", self.centred) if min(map(self.moments.count, ("fit", "held"))) > 0 else None
@@ -112,23 +102,11 @@ class _LayerFit:
             factors = self._fit_behind_relu(pair, ridge, factors)
         iterations = WIDE_TRIAL if self.wide and held is not None else None
         factors = self._fit(self.moments.objective("all", self.centred), ridge, factors, iterations)
-        bias, has_bias = self._bias(factors), self.cut.spec.bias
-        batchnorm, shift = (None, None) if has_bias else (self.following.batchnorm, bias)
-        return Fitted(factors, bias if has_bias else None, batchnorm, shift, plain.value(self._kernel(factors)))
-
-    def modules(self, fitted: Fitted) -> tuple[nn.Module, nn.Module | None]:
-        """The chain, and the BatchNorm after it with its running mean shifted."""
-        chain = schemes.build(self.cut.chain, self.layer, fitted.factors)
-        if fitted.bias is not None:
-            set_bias(chain, fitted.bias)
-        if fitted.shift is None:
-            return chain, None
-        batchnorm = copy.deepcopy(self.batchnorm)
-        batchnorm.running_mean -= fitted.shift.to(batchnorm.running_mean)
-        return chain, batchnorm
-
-    def _input(self, call: LayerCall) -> Tensor:
-        return call.cut_input
+        bias, chain = self._bias(factors), schemes.build(self.cut.chain, self.layer, factors)
+        batchnorm = None if self.cut.spec.bias else copy.deepcopy(self.batchnorm)
+        correct_mean(chain, batchnorm, bias)
+        pair.install(self.cut.name, chain, batchnorm)
+        return Fitted(factors, bias, None if batchnorm is None else self.following.batchnorm, plain.value(self._kernel(factors)))
 
     def _target(self, call: LayerCall) -> Tensor:
         """The dense layer's output, plus the error of the shortcut."""
@@ -175,32 +153,32 @@ class _LayerFit:
         elsewhere`: its squared error bounds the error behind the ReLU from above. (Zhang et al. 2015 solve for an auxiliary
         variable instead.)
         """
-        output, linear = self._output(factors), self.moments.target_sums
+        output, linear = self._cut_before_relu(factors), self.moments.target_sums
         self.moments.start_targets()
         for call in pair.calls([self.cut.name]):
-            dense, cut = self._before_relu(call.target, call, 0), self._before_relu(output(call), call, 1)
+            dense, cut = self._before_relu(call.target, call, 0), output(call)
             gain, offset = self._affine(call.target)
             added = 0.0 if call.shortcut is None else call.shortcut[1]
             target = torch.where(dense > 0, dense, cut.clamp(max=0)) - offset - added
-            self.moments.add(self._input(call), _divided(target, gain, call.target), call.first_image)
+            self.moments.add(call.cut_input, _divided(target, gain, call.target), call.first_image)
         self.moments.all_reduce()
         trial = self._fit(self.moments.objective("fit", self.centred), ridge, factors, WIDE_TRIAL if self.wide else TRIAL)
-        outputs = [output, self._output(trial)]
+        outputs = [output, self._cut_before_relu(trial)]
         errors = torch.zeros(2, dtype=torch.float64)
         for call in pair.calls([self.cut.name]):
             held = held_out(call.first_image, call.target.shape[0])
             dense = self._before_relu(call.target, call, 0)[held].relu()
             for index, output in enumerate(outputs):
-                errors[index] += float((dense - self._before_relu(output(call), call, 1)[held].relu()).square().sum())
+                errors[index] += float((dense - output(call)[held].relu()).square().sum())
         if float(distributed.all_reduce_sum(errors).diff()) < 0:
             return trial
         self.moments.target_sums = linear
         return factors
 
-    def _affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The BatchNorm after the layer as `gain y + offset`, with the type and device of another tensor."""
         if self.batchnorm is None:
-            return 1.0, 0.0
+            return like.new_ones(()), like.new_zeros(())
         gain = (self.batchnorm.running_var + self.batchnorm.eps).rsqrt()
         offset = -gain * self.batchnorm.running_mean
         if self.batchnorm.weight is not None:
@@ -212,27 +190,25 @@ class _LayerFit:
         gain, offset = self._affine(output)
         return gain * output + offset + (0.0 if call.shortcut is None else call.shortcut[side])
 
-    def _output(self, factors: Factors) -> Callable[[LayerCall], Tensor]:
-        """The output of the chain with these factors, its mean corrected by the bias or the shift of the BatchNorm."""
+    def _cut_before_relu(self, factors: Factors) -> Callable[[LayerCall], Tensor]:
+        """The cut network's value before the ReLU for these factors, its mean corrected by the bias or the shift of the BatchNorm."""
         chain = schemes.build(self.cut.chain, self.layer, factors).eval()
         bias = self._bias(factors)
         shift: Tensor | float = 0.0
-        if bias is not None and self.cut.spec.bias:
-            set_bias(chain, bias)
+        if self.cut.spec.bias:
+            correct_mean(chain, None, bias)
         elif bias is not None:
             shift = bias.to(self.layer.get_parameter("weight")).reshape(self.per_channel)
 
+        @torch.no_grad()
         def run(call: LayerCall) -> Tensor:
-            with torch.no_grad():
-                return chain(self._input(call)) + shift
+            return self._before_relu(chain(call.cut_input) + shift, call, 1)
 
         return run
 
 
-def _divided(value: Tensor, gain: Tensor | float, otherwise: Tensor) -> Tensor:
+def _divided(value: Tensor, gain: Tensor, otherwise: Tensor) -> Tensor:
     """`value / gain`; `otherwise` for channels with a gain near zero, which no output could compensate."""
-    if isinstance(gain, float):
-        return value / gain
     usable = gain.abs() > 1e-2 * gain.abs().max()
     return torch.where(usable, value / torch.where(usable, gain, 1.0), otherwise)
 
@@ -246,8 +222,10 @@ def _root(metric: Tensor, groups: int) -> Tensor:
     return (vectors * (values.clamp(min=0) + 1e-3).sqrt().unsqueeze(1)) @ vectors.mT
 
 
-def set_bias(chain: nn.Module, bias: Tensor) -> None:
-    """Set the bias of a chain's last link."""
-    last: Any = list(chain.children())[-1]
-    with torch.no_grad():
-        last.bias.copy_(bias)
+def correct_mean(chain: nn.Module, batchnorm: Any, bias: Tensor | None) -> None:
+    """Subtract a vector from the running mean of the BatchNorm after a chain; without a BatchNorm, make it the last link's bias."""
+    *_, last = chain.children()
+    if bias is not None and batchnorm is not None:
+        batchnorm.running_mean -= bias.to(batchnorm.running_mean)
+    elif bias is not None:
+        last.get_parameter("bias").detach().copy_(bias)

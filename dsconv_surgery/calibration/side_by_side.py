@@ -46,8 +46,7 @@ class SideBySide:
         self._dense, self._cut = _Side(graph), _Side(graph)
         self._nodes = _layer_nodes(model, graph, names)
         self.following = {name: _following(graph, nodes[0]) if len(nodes) == 1 else Following() for name, nodes in self._nodes.items()}
-        addends = {nodes[0]: self.following[name].addend for name, nodes in self._nodes.items()}
-        self._order = _running_order(graph, {node: addend for node, addend in addends.items() if addend is not None})
+        self._order = _running_order(graph, {self._nodes[name][0]: after.addend for name, after in self.following.items() if after.addend})
         self._position = {node: index for index, node in enumerate(self._order)}
         self._last_use = {value: index for index, node in enumerate(self._order) for value in node.all_input_nodes}
         self._next = 0  # position of the node to run next
@@ -55,8 +54,9 @@ class SideBySide:
 
     def groups(self) -> Iterator[list[str]]:
         """The layers in running order, in groups that are handled in one pass: here each alone."""
-        for name in sorted(self._nodes, key=lambda name: self._position[self._nodes[name][0]]):
-            self._advance(self._position[self._nodes[name][0]])
+        first = {name: self._position[nodes[0]] for name, nodes in self._nodes.items()}
+        for name in sorted(first, key=first.__getitem__):
+            self._advance(first[name])
             yield [name]
 
     def calls(self, names: Sequence[str]) -> Iterator[LayerCall]:
@@ -68,13 +68,12 @@ class SideBySide:
                     dense, cut = _copied(dense), _copied(cut)
                 position = self._next
                 for node in nodes:
+                    self._run(dense, cut, position, self._position[node])
+                    position, (source,) = self._position[node], node.all_input_nodes
                     with torch.no_grad():
-                        self._run(dense, cut, position, self._position[node])
-                        position = self._position[node]
-                        x = dense[node.all_input_nodes[0]]
-                        target = self._graph.get_submodule(str(node.target))(x)
-                    shortcut = (dense[addend], cut[addend]) if addend is not None and addend in dense else None
-                    yield LayerCall(name, first_image, x, cut[node.all_input_nodes[0]], target, shortcut)
+                        target = self._graph.get_submodule(str(node.target))(dense[source])
+                    shortcut = (dense[addend], cut[addend]) if addend in dense else None
+                    yield LayerCall(name, first_image, dense[source], cut[source], target, shortcut)
 
     def install(self, name: str, layer: nn.Module, batchnorm: nn.Module | None) -> None:
         """Replace a layer of the cut network, and the BatchNorm after it if there is one."""
@@ -89,20 +88,19 @@ class SideBySide:
     def _advance(self, stop: int) -> None:
         """Run both networks up to a position, for all images."""
         store = ActivationStore(self._images.settings.memory, self._graph)
-        with torch.no_grad():
-            if self._next == 0:  # both networks are the same up to the first cut
-                for first_image, inputs in self._images:
-                    dense: Values = {}
-                    self._dense.args_iter = iter(copy.deepcopy(to_device(inputs, model_device(self._graph))))  # may change in place
-                    self._run(dense, None, 0, stop)
-                    store.add(first_image, dense, _copied(dense))
-            else:
-                for first_image, dense, cut in self._store.drain():
-                    self._run(dense, cut, self._next, stop)
-                    store.add(first_image, dense, cut)
+        if self._next == 0:  # both networks are the same up to the first cut
+            for first_image, inputs in self._images:
+                dense: Values = {}
+                self._dense.args_iter = iter(copy.deepcopy(to_device(inputs, model_device(self._graph))))  # may change in place
+                self._run(dense, None, 0, stop)
+                store.add(first_image, dense, _copied(dense))
+        for first_image, dense, cut in self._store.drain():
+            self._run(dense, cut, self._next, stop)
+            store.add(first_image, dense, cut)
         self._store.close()
         self._next, self._store = stop, store
 
+    @torch.no_grad()
     def _run(self, dense: Values, cut: Values | None, start: int, stop: int) -> None:
         """Run the nodes from `start` up to `stop` on some images' values, and drop the values that no later node uses."""
         for index in range(start, stop):
@@ -164,14 +162,13 @@ def _running_order(graph: fx.GraphModule, addends: Mapping[fx.Node, fx.Node]) ->
         if node in addends and node not in started:
             started.add(node)
             earlier = [other for other in _ancestors(addends[node]) if other not in order]
-            if node not in earlier and not any(_in_place(graph, other) for other in earlier):
+            if not any(_in_place(graph, other) for other in earlier):
                 for other in earlier:
                     place(other)
         order.setdefault(node)
 
     for node in graph.graph.nodes:
-        if node not in order:
-            place(node)
+        place(node)
     return list(order)
 
 

@@ -38,6 +38,7 @@ from dsconv_surgery.calibration.batchnorm import _estimate_statistics
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.calibration.moments import Moments, positions_of
 from dsconv_surgery.calibration.reconstruct import _LayerFit
+from dsconv_surgery.calibration.side_by_side import SideBySide
 from dsconv_surgery.network.geometry import ConvSpec, chain_cost
 from dsconv_surgery.schemes import chain_of, factorize, fit, get_scheme, kernel_of, kernel_tensor, refusal, scheme_names
 
@@ -52,7 +53,7 @@ CASES: list[tuple[int, str, dict[str, Any]]] = [
 PLAIN_FIT = _LayerFit._fit
 WITHOUT = {  # the parts of calibration in the order of the ablation, each with a patch that leaves it out
     "+ sweeps": patch.object(_LayerFit, "_fit", lambda fit, objective, ridge, start, _: PLAIN_FIT(fit, objective, ridge, start, 0)),
-    "+ sequential": patch.object(_LayerFit, "_input", lambda _, call: call.dense_input),
+    "+ sequential": patch.object(SideBySide, "install", lambda *_: None),  # both networks stay dense
     "+ bias": patch.object(_LayerFit, "centred", False),
     "+ ridge by held-out images": patch.object(_LayerFit, "_choose_ridge", lambda _fit, start, _held: (0.1, start)),
     "+ shortcut": patch.object(_LayerFit, "_target", lambda _, call: call.target),
