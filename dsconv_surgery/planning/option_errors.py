@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -136,7 +135,7 @@ class OptionErrors:
         if name not in self._sampled_ranks:
             scheme = schemes.get_scheme(name)
             ranks: list[tuple[Rank, float]] = []
-            for rank in scheme.ranks(replace(self._spec.one_group(), bias=False)):
+            for rank in scheme.ranks(self._spec.one_group()):
                 fraction = chain_cost(schemes.chain_of(scheme, self._spec, rank), self._site.sizes).macs / max(self._site.cost.macs, 1)
                 if fraction < 1 or not ranks:
                     ranks.append((rank, fraction))
@@ -217,7 +216,7 @@ class OptionErrors:
     def _fit(self, name: str, rank: Rank, start: Factors | None, iterations: int | None) -> tuple[float, Factors]:
         scheme, (objective, regularised) = schemes.get_scheme(name), self._estimator.objectives(self._site.name)
         factors = schemes.fit(scheme, self._spec, self._weight, rank, regularised, start=start, iterations=iterations)
-        return objective.value(scheme.kernel(replace(self._spec.one_group(), bias=False), factors)), factors
+        return objective.value(scheme.kernel(self._spec.one_group(), factors)), factors
 
     def _measured_damage(self) -> list[tuple[float, float]]:
         """Pairs of an error of this layer and its damage to the network."""

@@ -68,14 +68,14 @@ def layer_options(
         reason = f"{least.scheme} at rank {least.rank} already {costs}"
         if timer is not None and _saves(least, dense, measures):
             reason = f"no option is faster than the layer ({dense.latency:.3f} ms) on this machine."
-    return Skip(site.name, f"left dense - {reason}")
+    return Skip(site.name, reason)
 
 
 def _options_up_to_dense(name: str, site: ConvSite, dense: Cost, measures: Sequence[str]) -> list[Option]:
     """A scheme's options by rising rank; single ranks end with the first that saves nothing, because cost grows with rank."""
     scheme = schemes.get_scheme(name)
     result: list[Option] = []
-    for rank in scheme.ranks(replace(site.spec.one_group(), bias=False)):
+    for rank in scheme.ranks(site.spec.one_group()):
         result.append(Option(name, rank, chain_cost(schemes.chain_of(scheme, site.spec, rank), site.sizes)))
         if isinstance(rank, int) and not _saves(result[-1], dense, measures):
             break

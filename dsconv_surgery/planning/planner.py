@@ -203,7 +203,7 @@ class Planner:
         sites = {site.name: site for site in self._sites}
         for name, option in choice.items():
             if option is None:
-                skips.append(Skip(name, f"left dense: rule {self.settings.rule_text} chose no option for it."))
+                skips.append(Skip(name, f"rule {self.settings.rule_text} chose no option for it."))
                 continue
             site, errors = sites[name], self._errors[name]
             if option.error is None and not errors_later:

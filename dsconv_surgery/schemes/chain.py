@@ -16,7 +16,7 @@ from dsconv_surgery.schemes.base import Factors, Scheme
 
 def group_spec(spec: ConvSpec) -> ConvSpec:
     """The part of a layer that a scheme sees: one group, no bias."""
-    return replace(spec.one_group(), bias=False)
+    return spec.one_group()
 
 
 def refusal(scheme: Scheme, spec: ConvSpec) -> str | None:
