@@ -49,29 +49,24 @@ def fit(
 
 
 def refine(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objective, iterations: int | None = None) -> Factors:
-    """Lower the error of factors (g, out, in, height, width) under an objective.
+    """Lower the error of factors (g, out, in, height, width) by L-BFGS; `iterations` is its limit, and 0 solves for the last link only.
 
-    For fixed other links, the best last link is a linear least-squares solution. It is eliminated (variable projection, Golub &
-    Pereyra 1973), and L-BFGS searches over the others. The scheme's kernel must be linear in each link's weight.
-
-    `iterations`: limit of L-BFGS; 0 solves for the last link only.
+    The best last link is a linear least-squares solution for fixed others, so L-BFGS searches over those (variable projection,
+    Golub & Pereyra 1973). The scheme's kernel must be linear in each link's weight.
     """
-    dtype, device = objective.cross.dtype, objective.cross.device
-    factors = {link: factor.to(device, dtype) for link, factor in factors.items()}
+    factors = {link: factor.to(objective.cross) for link, factor in factors.items()}
     *others, last = factors
     # The last link absorbs the scale of the others, so they start at the same scale.
     free = {link: (factors[link] / factors[link].square().mean().sqrt().clamp(min=1e-30)).contiguous().requires_grad_() for link in others}
     if iterations is None:
-        work = objective.cross.numel() * objective.gram.shape[1]
-        iterations = WIDE_ITERATIONS if work > WIDE else ITERATIONS
+        iterations = WIDE_ITERATIONS if objective.cross.numel() * objective.gram.shape[1] > WIDE else ITERATIONS
     eliminate = _solve_shared if _last_is_shared(factors) else _solve_each
+    search = torch.optim.LBFGS(list(free.values()), history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-12)
 
     def closure() -> float:
-        for link in others:
-            free[link].grad = None
+        search.zero_grad()
         return eliminate(scheme, spec, free, last, factors[last], objective)[1]
 
-    search = torch.optim.LBFGS(list(free.values()), history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-12)
     previous = float("inf")
     for finished in range(0, iterations, ROUND):
         steps = min(ROUND, iterations - finished)
