@@ -22,7 +22,7 @@ from dsconv_surgery.calibration.reconstruct import _LayerFit
 from dsconv_surgery.calibration.side_by_side import SideBySide, network_pair
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.schemes import Objective, factorize, fit, fitting, get_scheme, kernel_of, kernel_tensor, refusal, scheme_names
-from dsconv_surgery.schemes.fitting import PRICE, penalized_error
+from dsconv_surgery.schemes.fitting import PENALTY, penalized_error
 
 LAYERS = [
     nn.Conv2d(4, 6, 3, padding=1),
@@ -199,16 +199,16 @@ def test_a_search_never_ends_above_its_start(trained: tuple[nn.Conv2d, Objective
 
 
 def test_terms_of_cp_do_not_cancel(trained: tuple[nn.Conv2d, Objective], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The price keeps the sum of the terms' squared norms small, at little cost in error."""
+    """The penalty keeps the sum of the terms' squared norms small, at little cost in error."""
     from dsconv_surgery.schemes import degeneracy
 
     layer, objective = trained
     spec, scheme = ConvSpec.of(layer), get_scheme("cp")
     results = {}
-    for price in (0.0, PRICE):
-        monkeypatch.setattr(fitting, "PRICE", price)
+    for penalty in (0.0, PENALTY):
+        monkeypatch.setattr(fitting, "PENALTY", penalty)
         factors = fit(scheme, spec, layer.weight, 33, objective, iterations=300)
-        results[price] = degeneracy(scheme, spec, factors) or 0.0, objective.value(kernel_of(scheme, spec, factors)[None])
+        results[penalty] = degeneracy(scheme, spec, factors) or 0.0, objective.value(kernel_of(scheme, spec, factors)[None])
     (degeneracy_without, error_without), (degeneracy_with, error_with) = results.values()
     assert degeneracy_with < 30
     assert degeneracy_with < 0.5 * degeneracy_without

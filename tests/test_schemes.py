@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import numpy as np
 import pytest
+import tensorly
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorly.tenalg import multi_mode_dot
 from torch import Tensor, nn
 
 from dsconv_surgery import register_scheme, schemes
@@ -362,17 +368,56 @@ def test_pointwise_depthwise_is_fitted_to_layers_with_one_output_channel_per_gro
     assert errors[0] < 0.9 * errors[1]
 
 
-def test_compressing_does_not_import_tensorly() -> None:
-    """It takes a second to import, and its backend is global."""
-    import subprocess
-    import sys
-
+def test_only_tucker_imports_tensorly() -> None:
+    """It takes a second to import."""
     code = """
 import dsconv_surgery, sys, torch
-dsconv_surgery.compress(torch.nn.Conv2d(8, 8, 3), torch.rand(1, 8, 9, 9))
-assert "tensorly" not in sys.modules
+for scheme, imported in (("cp", False), ("tucker", True)):
+    dsconv_surgery.compress(torch.nn.Conv2d(8, 8, 3), torch.rand(1, 8, 9, 9), schemes=scheme)
+    assert ("tensorly" in sys.modules) == imported, scheme
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(("in_all_threads", "in_this_thread"), list(product(("numpy", "pytorch"), repeat=2)))
+def test_tucker_leaves_the_backend_of_tensorly(in_all_threads: str, in_this_thread: str) -> None:
+    """Between two factorisations, after them and after an error: the caller may have chosen a backend, for one thread or for all."""
+    scheme, spec = schemes.get_scheme("tucker"), ConvSpec(4, 6, (3, 3))
+
+    def backends() -> list[str]:
+        with ThreadPoolExecutor() as pool:
+            return [pool.submit(tensorly.get_backend).result(), tensorly.get_backend()]
+
+    before = tensorly.get_backend()
+    try:
+        tensorly.set_backend(in_all_threads)
+        tensorly.set_backend(in_this_thread, local_threadsafe=True)
+        for _ in schemes.factorize(scheme, spec, torch.randn(6, 4, 3, 3), [(1, 1), (2, 2)]):
+            assert backends() == [in_all_threads, in_this_thread]
+        schemes.spectrum(scheme, spec, torch.randn(6, 4, 3, 3))
+        with pytest.raises(torch.linalg.LinAlgError):
+            schemes.spectrum(scheme, spec, torch.full((6, 4, 3, 3), torch.nan))
+        assert backends() == [in_all_threads, in_this_thread]
+    finally:
+        tensorly.set_backend(before)
+
+
+def test_hooi_of_one_group_is_a_tucker_tensor() -> None:
+    """Its reconstruction is the scheme's kernel, its factors are orthonormal, and its core is the kernel's projection on them."""
+    from dsconv_surgery.schemes.hooi import hooi, hosvd
+
+    scheme, spec = schemes.get_scheme("tucker"), ConvSpec(5, 6, (3, 2))
+    weight = torch.randn(spec.weight_shape, dtype=torch.float64)
+    tensor = weight.flatten(2)
+    result = hooi(tensor, (4, 3), [hosvd(tensor)])
+    factors = next(schemes.factorize(scheme, spec, weight, [(3, 4)]))
+    assert result.rank == (4, 3, 6)
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        assert relative(result.to_tensor().reshape(weight.shape), schemes.kernel_of(scheme, spec, factors)) <= 1e-14
+        core = multi_mode_dot(tensor, result.factors, transpose=True)
+    assert relative(result.core, core) <= 1e-14
+    for factor in result.factors:
+        assert relative(factor.T @ factor, torch.eye(factor.shape[1], dtype=torch.float64)) <= 1e-14
 
 
 def test_ranks_above_the_full_rank_are_refused() -> None:

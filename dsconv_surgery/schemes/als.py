@@ -6,6 +6,7 @@ Gillis 2019)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -53,9 +54,6 @@ def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full
         if rank >= full_rank:
             yield _exact(tensor, tap_shape, full_rank)
             continue
-        if result is not None and rank == result[1].shape[-1]:
-            yield result
-            continue
         if result is None:
             start = _slice_terms(tensor, tap_shape, rank)
         else:  # add the strongest terms of the residual
@@ -102,19 +100,14 @@ def _balanced(terms: Terms) -> Terms:
 
 def _slice_terms(tensor: Tensor, tap_shape: tuple[int, ...], count: int) -> Terms:
     """The `count` strongest singular components of all depthwise slices, by input or by output channel: the set of more energy."""
-    by_input = _strongest(tensor.transpose(1, 2), tap_shape, count)
-    by_output = _strongest(tensor, tap_shape, count)
-    if by_input[0] >= by_output[0]:
-        _, inputs, outputs, taps = by_input
-    else:
-        _, outputs, inputs, taps = by_output
-    return (outputs, inputs, *taps)
+    energy_by_input, (inputs, outputs, *taps) = _strongest(tensor.transpose(1, 2), tap_shape, count)
+    energy_by_output, by_output = _strongest(tensor, tap_shape, count)
+    return (outputs, inputs, *taps) if energy_by_input >= energy_by_output else by_output
 
 
-def _strongest(slices: Tensor, tap_shape: tuple[int, ...], count: int) -> tuple[float, Tensor, Tensor, list[Tensor]]:
-    """The strongest components of slices (g, s, c, k): their energy, one-hot (g, s, r), scaled left vectors (g, c, r), taps."""
+def _strongest(slices: Tensor, tap_shape: tuple[int, ...], count: int) -> tuple[float, Terms]:
+    """The strongest components of slices (g, s, c, k): their energy; one-hot (g, s, r), scaled left vectors (g, c, r), taps."""
     left, values, right = torch.linalg.svd(slices, full_matrices=False)  # g s c j, g s j, g s j k
-    slice_count = values.shape[1]
     scaled = (left * values.unsqueeze(-2)).mT  # g s j c
     taps = [right]
     if len(tap_shape) == 2:  # split each tap vector into outer products; each of them is a term
@@ -124,13 +117,9 @@ def _strongest(slices: Tensor, tap_shape: tuple[int, ...], count: int) -> tuple[
         values = (values.unsqueeze(-1) * s).flatten(2)
     chosen = values.flatten(1).topk(count).indices  # g r, an index into the flattened (s, j)
     energy = float(values.flatten(1).gather(1, chosen).square().sum())
-    slice_of_term = one_hot(chosen // values.shape[2], slice_count).to(slices.dtype)
-    return energy, slice_of_term.mT, _pick(scaled.flatten(1, 2), chosen), [_pick(tap.flatten(1, 2), chosen) for tap in taps]
-
-
-def _pick(rows: Tensor, chosen: Tensor) -> Tensor:
-    """The rows (g, n, c) with the indices (g, r), as columns (g, c, r)."""
-    return rows.gather(1, chosen.unsqueeze(-1).expand(-1, -1, rows.shape[2])).mT
+    slice_of_term = one_hot(chosen // values.shape[2], slices.shape[1]).to(slices.dtype)
+    rows = (factor.flatten(1, 2) for factor in (scaled, *taps))  # g (s j) c
+    return energy, (slice_of_term.mT, *(row.gather(1, chosen.unsqueeze(-1).expand(-1, -1, row.shape[2])).mT for row in rows))
 
 
 def _sweep_until_stalled(tensor: Tensor, start: Terms, rough: bool) -> Terms:
@@ -168,20 +157,22 @@ def _sweep(by_output: Tensor, by_input: Tensor, terms: Terms, repeats: int) -> t
     `repeats`: how often taps and channels are updated for each large product; twice costs little in narrow layers.
     """
     outputs, inputs, *taps = terms
-    products = inputs.mT.unsqueeze(1) @ by_input  # g k r o
+    taps, outputs, _ = _half_sweep(by_input, inputs, outputs, taps, repeats)
+    taps, inputs, matched = _half_sweep(by_output, outputs, inputs, taps, repeats)
+    product = float((matched * inputs).sum(dtype=torch.float64))
+    square = float((_gram(outputs) * _gram(inputs) * _gram(_all_taps(taps))).sum(dtype=torch.float64))
+    return (outputs, inputs, *taps), 2 * product - square
+
+
+def _half_sweep(tensor: Tensor, fixed: Tensor, channels: Tensor, taps: list[Tensor], repeats: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Update the taps and one side's channels c (g, c, r) for the tensor (g, k, f, c), given the other side's, fixed (g, f, r)."""
+    products = fixed.mT.unsqueeze(1) @ tensor  # g k r c
     for _ in range(repeats):
-        taps = _update_taps(taps, (products * outputs.mT.unsqueeze(1)).sum(-1), _gram(outputs) * _gram(inputs))
-        all_taps = _all_taps(taps)
-        outputs = _solve((products * all_taps.unsqueeze(-1)).sum(1).mT, _gram(all_taps) * _gram(inputs), outputs)
-    products = outputs.mT.unsqueeze(1) @ by_output  # g k r i
-    for _ in range(repeats):
-        taps = _update_taps(taps, (products * inputs.mT.unsqueeze(1)).sum(-1), _gram(outputs) * _gram(inputs))
+        taps = _update_taps(taps, (products * channels.mT.unsqueeze(1)).sum(-1), _gram(channels) * _gram(fixed))
         all_taps = _all_taps(taps)
         matched = (products * all_taps.unsqueeze(-1)).sum(1).mT
-        inputs = _solve(matched, _gram(all_taps) * _gram(outputs), inputs)
-    product = float((matched * inputs).sum(dtype=torch.float64))
-    square = float((_gram(outputs) * _gram(inputs) * _gram(all_taps)).sum(dtype=torch.float64))
-    return (outputs, inputs, *taps), 2 * product - square
+        channels = _solve(matched, _gram(all_taps) * _gram(fixed), channels)
+    return taps, channels, matched
 
 
 def _update_taps(taps: Sequence[Tensor], matched: Tensor, gram: Tensor) -> list[Tensor]:
@@ -206,24 +197,11 @@ def _solve(matched: Tensor, gram: Tensor, previous: Tensor) -> Tensor:
 
 
 def _exact(tensor: Tensor, tap_shape: tuple[int, ...], full_rank: int) -> Terms:
-    """The exact terms: the longest of the dimensions (o, i, taps) holds the entries of the tensor, the others are one-hot."""
-    g, o, i, k = tensor.shape
-
-    def one_hots(*sizes: int) -> list[Tensor]:
-        """For each of several indices, one-hot columns (g, size, product of sizes): they count through all, the last index fastest."""
-        indices = torch.cartesian_prod(*(torch.arange(size, device=tensor.device) for size in sizes))
-        return [one_hot(index, size).to(tensor.dtype).T.expand(g, -1, -1) for index, size in zip(indices.T, sizes, strict=True)]
-
-    if full_rank in (k * i, k * o):
-        side, *taps = one_hots(i if full_rank == k * i else o, *tap_shape)
-        if full_rank == k * i:
-            return (tensor.flatten(2), side, *taps)
-        return (side, tensor.permute(0, 2, 1, 3).flatten(2), *taps)
-    if len(tap_shape) == 1:
-        return (*one_hots(o, i), tensor.flatten(1, 2).mT)
-    grid = tensor.unflatten(3, tap_shape)
-    if tap_shape[0] > tap_shape[1]:
-        *channels, width = one_hots(o, i, tap_shape[1])
-        return (*channels, grid.transpose(3, 4).flatten(1, 3).mT, width)
-    *channels, height = one_hots(o, i, tap_shape[0])
-    return (*channels, height, grid.flatten(1, 3).mT)
+    """The exact terms: the factor of one mode (out, in or taps) holds the entries of the tensor, the others are one-hot."""
+    tensor = tensor.unflatten(3, tap_shape)
+    g, *sizes = tensor.shape
+    long = next(mode for mode in (0, 1, len(sizes) - 1, 2) if sizes[mode] * full_rank == math.prod(sizes))
+    others = sizes[:long] + sizes[long + 1 :]
+    indices = torch.cartesian_prod(*(torch.arange(size, device=tensor.device) for size in others)).T  # the last index is fastest
+    factors = [one_hot(index, size).to(tensor.dtype).T.expand(g, -1, -1) for index, size in zip(indices, others, strict=True)]
+    return (*factors[:long], tensor.movedim(long + 1, 1).flatten(2), *factors[long:])

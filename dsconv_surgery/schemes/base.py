@@ -30,9 +30,8 @@ class Scheme(ABC):
 
     def refuses(self, spec: ConvSpec) -> str | None:
         """Why the scheme does not apply to this geometry, as a sentence; None if it applies."""
-        if spec.kind == "linear":
-            return "a linear layer has no taps to separate. Use bottleneck."
-        return "a 1x1 kernel has no taps to separate. Use bottleneck." if spec.taps == 1 else None
+        layer = "linear layer" if spec.kind == "linear" else "1x1 kernel"
+        return f"a {layer} has no taps to separate. Use bottleneck." if spec.taps == 1 else None
 
     @abstractmethod
     def full_rank(self, spec: ConvSpec) -> Rank:
@@ -41,9 +40,7 @@ class Scheme(ABC):
     def ranks(self, spec: ConvSpec) -> Iterable[Rank]:
         """The ranks that the planner may choose, in ascending order."""
         full = self.full_rank(spec)
-        if isinstance(full, int):
-            return range(1, full + 1)
-        return product(range(1, full[0] + 1), range(1, full[1] + 1))
+        return range(1, full + 1) if isinstance(full, int) else product(range(1, full[0] + 1), range(1, full[1] + 1))
 
     @abstractmethod
     def chain(self, spec: ConvSpec, rank: Rank) -> dict[str, ConvSpec]:

@@ -14,22 +14,16 @@ from dsconv_surgery.network.geometry import ConvSpec, Rank
 from dsconv_surgery.schemes.base import Factors, Scheme
 
 
-def group_spec(spec: ConvSpec) -> ConvSpec:
-    """The part of a layer that a scheme sees: one group, no bias."""
-    return spec.one_group()
-
-
 def refusal(scheme: Scheme, spec: ConvSpec) -> str | None:
     """Why a scheme does not apply to this layer, or None."""
-    return scheme.refuses(group_spec(spec))
+    return scheme.refuses(spec.one_group())
 
 
 def check_rank(name: str, scheme: Scheme, spec: ConvSpec, rank: Rank) -> None:
     """Raise ValueError, with the layer's name, unless the scheme applies to this layer at this rank."""
-    reason = refusal(scheme, spec)
-    if reason:
+    if reason := refusal(scheme, spec):
         raise ValueError(f"{name}: scheme {scheme.name!r} does not apply: {reason}")
-    full = scheme.full_rank(group_spec(spec))
+    full = scheme.full_rank(spec.one_group())
     per_group = f" per group ({spec.groups} groups)" if spec.groups > 1 else ""
     if isinstance(full, int):
         if not isinstance(rank, int) or isinstance(rank, bool):
@@ -50,7 +44,7 @@ def chain_of(scheme: Scheme, spec: ConvSpec, rank: Rank) -> dict[str, ConvSpec]:
     g = spec.groups
     chain = {
         name: replace(link, in_channels=g * link.in_channels, out_channels=g * link.out_channels, groups=g * link.groups)
-        for name, link in scheme.chain(group_spec(spec), rank).items()
+        for name, link in scheme.chain(spec.one_group(), rank).items()
     }
     last = next(reversed(chain))  # the padding of later links would not see the bias of an earlier one
     chain[last] = replace(chain[last], bias=spec.bias)
@@ -65,17 +59,17 @@ def kernel_tensor(spec: ConvSpec, weight: Tensor) -> Tensor:
 
 def factorize(scheme: Scheme, spec: ConvSpec, weight: Tensor, ranks: Sequence[Rank], rough: bool = False) -> Iterator[Factors]:
     """The factors of a whole layer's weight for ascending ranks, in float64; see `Scheme.factorize`."""
-    return scheme.factorize(group_spec(spec), kernel_tensor(spec, weight), list(ranks), rough)
+    return scheme.factorize(spec.one_group(), kernel_tensor(spec, weight), list(ranks), rough)
 
 
 def spectrum(scheme: Scheme, spec: ConvSpec, weight: Tensor) -> Tensor | None:
     """The scheme's spectrum for a whole layer; see `Scheme.spectrum`."""
-    return scheme.spectrum(group_spec(spec), kernel_tensor(spec, weight))
+    return scheme.spectrum(spec.one_group(), kernel_tensor(spec, weight))
 
 
 def kernel_of(scheme: Scheme, spec: ConvSpec, factors: Factors) -> Tensor:
     """The dense kernel of a whole layer, (out, in / groups, height, width)."""
-    return scheme.kernel(group_spec(spec), factors).flatten(0, 1)
+    return scheme.kernel(spec.one_group(), factors).flatten(0, 1)
 
 
 def degeneracy(scheme: Scheme, spec: ConvSpec, factors: Factors) -> float | None:
@@ -83,7 +77,7 @@ def degeneracy(scheme: Scheme, spec: ConvSpec, factors: Factors) -> float | None
     energy = scheme.term_energy(factors)
     if energy is None:
         return None
-    squares = float(scheme.kernel(group_spec(spec), factors).square().sum())
+    squares = float(scheme.kernel(spec.one_group(), factors).square().sum())
     return energy / squares if squares else 1.0
 
 
@@ -95,6 +89,7 @@ def relative_error(weight: Tensor, kernel: Tensor) -> float:
     return difference / squares if squares else float(difference > 0)
 
 
+@torch.no_grad()
 def build(chain: dict[str, ConvSpec], like: nn.Module, factors: Factors | None) -> nn.Sequential:
     """An nn.Sequential of plain layers for a chain, with the dtype, device, memory format, bias and flags of a layer.
 
@@ -104,19 +99,16 @@ def build(chain: dict[str, ConvSpec], like: nn.Module, factors: Factors | None) 
         factors: weights by link name; None leaves the weights uninitialised. The bias is always copied.
     """
     original: Any = like
-    weight: Tensor = original.weight
     links: OrderedDict[str, nn.Module] = OrderedDict()
     for name, spec in chain.items():
-        layer: Any = make_layer(spec, weight)
-        if is_channels_last(weight):
+        layer: Any = make_layer(spec, original.weight)
+        if is_channels_last(original.weight):
             layer.to(memory_format=torch.channels_last)
-        with torch.no_grad():
-            if factors is not None:
-                layer.weight.copy_(factors[name].reshape(layer.weight.shape))
-            if spec.bias:
-                layer.bias.copy_(original.bias)
-        layer.weight.requires_grad_(weight.requires_grad)
+        if factors is not None:
+            layer.weight.copy_(factors[name].reshape(layer.weight.shape))
+        layer.weight.requires_grad_(original.weight.requires_grad)
         if spec.bias:
+            layer.bias.copy_(original.bias)
             layer.bias.requires_grad_(original.bias.requires_grad)
         links[name] = layer
     return nn.Sequential(links).train(original.training)
@@ -127,9 +119,8 @@ def make_layer(spec: ConvSpec, like: Tensor) -> nn.Module:
     options: Any = {"bias": spec.bias, "device": like.device, "dtype": like.dtype}
     if spec.kind == "linear":
         return nn.utils.skip_init(nn.Linear, spec.in_channels, spec.out_channels, **options)
-    options |= {"stride": spec.stride, "padding": spec.padding, "dilation": spec.dilation}
-    options |= {"groups": spec.groups, "padding_mode": spec.padding_mode}
-    return nn.utils.skip_init(nn.Conv2d, spec.in_channels, spec.out_channels, spec.kernel, **options)
+    geometry = (spec.in_channels, spec.out_channels, spec.kernel, spec.stride, spec.padding, spec.dilation, spec.groups)
+    return nn.utils.skip_init(nn.Conv2d, *geometry, padding_mode=spec.padding_mode, **options)
 
 
 def is_channels_last(weight: Tensor) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsconv_surgery.network.geometry import ConvSpec, Rank
 from dsconv_surgery.schemes.base import Factors, Scheme
-from dsconv_surgery.schemes.chain import factorize, group_spec
+from dsconv_surgery.schemes.chain import factorize
 from dsconv_surgery.schemes.objective import RIDGE, SINGLE_RIDGE, Objective
 
 ROUND = 10  # iterations between two checks of convergence
@@ -15,7 +15,7 @@ STALL = 5e-3  # stop when a round lowered the error by less than this share of i
 ITERATIONS = 100  # limit
 WIDE_ITERATIONS = 16  # limit in wide layers
 WIDE = 2**31  # a layer is wide if its product with the second moment needs more multiply-accumulates
-PRICE = 3e-4  # weight of the penalty on terms that cancel each other, relative to the average error of such terms
+PENALTY = 3e-4  # weight of the penalty on terms that cancel each other, relative to the average error of such terms
 
 
 def fit(
@@ -37,49 +37,40 @@ def fit(
         metric: (groups, out, out). The directions to keep are chosen by `|M (t - V p)|^2`, then the last link by `|t - V p|^2`.
         iterations: limit of the search; 0 solves for the last link only.
     """
-    block = group_spec(spec)
-    if start is None:
-        start = next(factorize(scheme, spec, weight, [rank], rough=True))
+    block = spec.one_group()
+    start = start or next(factorize(scheme, spec, weight, [rank], rough=True))
     if rank == scheme.full_rank(block):
         iterations = 0  # exact for every kernel
-    last_is_depthwise = list(scheme.chain(block, rank).values())[-1].groups > 1
-    weighted = objective if metric is None or last_is_depthwise else objective.weighted(metric.to(objective.cross))
-    best = scheme.optimum(block, weighted, rank) if iterations != 0 else None
-    if best is None:
-        best = refine(scheme, block, start, weighted, iterations)
+    weighted = objective.weighted(metric.to(objective.cross)) if metric is not None and _last_is_shared(start) else objective
+    best = (scheme.optimum(block, weighted, rank) if iterations != 0 else None) or refine(scheme, block, start, weighted, iterations)
     if weighted is not objective:
         best = refine(scheme, block, best, objective, 0)
     return best if penalized_error(scheme, block, best, objective) <= penalized_error(scheme, block, start, objective) else start
 
 
 def refine(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objective, iterations: int | None = None) -> Factors:
-    """Lower the error of factors (g, out, in, height, width) under an objective.
+    """Lower the error of factors (g, out, in, height, width) by L-BFGS; `iterations` is its limit, and 0 solves for the last link only.
 
-    For fixed other links, the best last link is a linear least-squares solution. It is eliminated (variable projection, Golub &
-    Pereyra 1973), and L-BFGS searches over the others. The scheme's kernel must be linear in each link's weight.
-
-    `iterations`: limit of L-BFGS; 0 solves for the last link only.
+    The best last link is a linear least-squares solution for fixed others, so L-BFGS searches over those (variable projection,
+    Golub & Pereyra 1973). The scheme's kernel must be linear in each link's weight.
     """
-    dtype, device = objective.cross.dtype, objective.cross.device
-    factors = {link: factor.to(device, dtype) for link, factor in factors.items()}
+    factors = {link: factor.to(objective.cross) for link, factor in factors.items()}
     *others, last = factors
     # The last link absorbs the scale of the others, so they start at the same scale.
     free = {link: (factors[link] / factors[link].square().mean().sqrt().clamp(min=1e-30)).contiguous().requires_grad_() for link in others}
     if iterations is None:
-        work = objective.cross.numel() * objective.gram.shape[1]
-        iterations = WIDE_ITERATIONS if work > WIDE else ITERATIONS
+        iterations = WIDE_ITERATIONS if objective.cross.numel() * objective.gram.shape[1] > WIDE else ITERATIONS
     eliminate = _solve_shared if _last_is_shared(factors) else _solve_each
+    search = torch.optim.LBFGS(list(free.values()), history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-12)
 
     def closure() -> float:
-        for link in others:
-            free[link].grad = None
+        search.zero_grad()
         return eliminate(scheme, spec, free, last, factors[last], objective)[1]
 
-    search = torch.optim.LBFGS(list(free.values()), max_iter=ROUND, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-12)
     previous = float("inf")
     for finished in range(0, iterations, ROUND):
-        search.param_groups[0]["max_iter"] = min(ROUND, iterations - finished)
-        search.param_groups[0]["max_eval"] = min(ROUND, iterations - finished) + 3  # the line search may need a few more
+        steps = min(ROUND, iterations - finished)
+        search.param_groups[0] |= {"max_iter": steps, "max_eval": steps + 3}  # the line search may need a few more
         error = float(search.step(closure))  # at the start of the round
         if not error < previous * (1 - STALL):
             break
@@ -98,20 +89,19 @@ def penalized_error(scheme: Scheme, spec: ConvSpec, factors: Factors, objective:
         return error
     features = scheme.kernel(spec, {**factors, last: _identity_like(factors[last])}).flatten(2)
     norms = (factors[last].flatten(2).square().sum(1) * features.square().sum(2)).sum(dtype=torch.float64)
-    return error + PRICE * objective.size * float(norms) / objective.energy
+    return error + PENALTY * objective.size * float(norms) / objective.energy
 
 
 def _last_is_shared(factors: Factors) -> bool:
-    """Whether all outputs combine the same features; not so if the last link is depthwise."""
+    """Whether all outputs combine the same features, as the last link is not depthwise."""
     *_, previous, last = factors.values()
     return last.shape[2] == previous.shape[1]
 
 
 def _identity_like(last: Tensor) -> Tensor:
     """A weight of the last link that makes each of its inputs, at each tap, an output."""
-    width = last[0, 0].numel()
-    eye = torch.eye(width, dtype=last.dtype, device=last.device).reshape(1, width, *last.shape[2:])
-    return eye.expand(last.shape[0], *(-1,) * 4)
+    eye = torch.eye(last[0, 0].numel(), dtype=last.dtype, device=last.device)
+    return eye.unflatten(1, last.shape[2:]).expand(last.shape[0], *(-1,) * 4)
 
 
 def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like: Tensor, objective: Objective) -> tuple[Tensor, float]:
@@ -125,12 +115,12 @@ def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like
     with torch.no_grad():
         products = objective.product(features)
         gram, matched = products @ features.mT, objective.cross @ features.mT
-        penalty = PRICE * objective.size * features.square().sum(2)
+        penalty = PENALTY * objective.size * features.square().sum(2)
         solved = _regular_solve(gram + torch.diag_embed(penalty), matched)
         change = ((solved @ gram - 2 * matched) * solved).sum(dtype=torch.float64)
         norms = solved.square().sum(1)
         error = objective.energy + float(change) + float((penalty * norms).sum(dtype=torch.float64))
-        slope = solved.mT @ (solved @ products - objective.cross) + PRICE * objective.size * norms.unsqueeze(2) * features
+        slope = solved.mT @ (solved @ products - objective.cross) + PENALTY * objective.size * norms.unsqueeze(2) * features
     if features.requires_grad:
         features.backward(2 * slope / max(objective.energy, 1e-300))
     return solved.reshape(like.shape), error / max(objective.energy, 1e-300)
@@ -139,11 +129,8 @@ def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like
 def _solve_each(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like: Tensor, objective: Objective) -> tuple[Tensor, float]:
     """The same if the last link is depthwise, so that each output combines other features."""
     with torch.no_grad():
-        features = []
-        for tap in range(like[0, 0].numel()):
-            unit = torch.zeros_like(like).flatten(2)
-            unit[..., tap] = 1
-            features.append(scheme.kernel(spec, {**free, last: unit.reshape(like.shape)}).flatten(2))  # g o n
+        units = _identity_like(like).unsqueeze(2).expand(-1, -1, *like.shape[1:])  # g p o ...
+        features = [scheme.kernel(spec, {**free, last: unit}).flatten(2) for unit in units.unbind(1)]  # g o n
         feature, product = torch.stack(features, 2), torch.stack([_sparse_product(objective, f) for f in features], 2)  # g o p n
         gram, matched = product @ feature.mT, feature @ objective.cross.unsqueeze(-1)  # g o p p, g o p 1
         solved = _regular_solve(gram, matched.mT)  # g o 1 p

@@ -50,15 +50,12 @@ def truncated_svd(matrix: Tensor, ranks: list[int]) -> list[tuple[Tensor, Tensor
     to the error of the product. Float32 eigenvectors are therefore enough for wide layers: they add 1e-12 and take half the time.
     """
     basis = leading_vectors(matrix, max(ranks))
-    dtype, matrix = matrix.dtype, matrix.to(basis.dtype)
-    wide = matrix.shape[-2] <= matrix.shape[-1]
-    left, right = (basis, basis.mT @ matrix) if wide else (matrix @ basis, basis.mT)
-    norms = torch.linalg.vector_norm(left, dim=-2) * torch.linalg.vector_norm(right, dim=-1)
+    dtype, matrix, wide = matrix.dtype, matrix.to(basis.dtype), matrix.shape[-2] <= matrix.shape[-1]
+    projected = basis.mT @ matrix if wide else (matrix @ basis).mT
+    norms = torch.linalg.vector_norm(basis, dim=-2) * torch.linalg.vector_norm(projected, dim=-1)
     scale = torch.where(norms > 0, norms, 1.0).sqrt()
-    up, down = (left, right) if wide else (right.mT, left.mT)
-    up, down = up * scale.unsqueeze(-2), down / scale.unsqueeze(-1)
-    left, right = (up, down) if wide else (down.mT, up.mT)
-    left, right = left.to(dtype), right.to(dtype)
+    basis, projected = (basis * scale.unsqueeze(-2)).to(dtype), (projected / scale.unsqueeze(-1)).to(dtype)
+    left, right = (basis, projected) if wide else (projected.mT, basis.mT)
     return [(left[..., :rank], right[..., :rank, :]) for rank in ranks]
 
 

@@ -14,10 +14,7 @@ _SCHEMES: dict[str, Scheme] = {}
 
 
 def register_scheme(scheme: Scheme) -> None:
-    """Add a scheme, so that plans, the command line and the tests of all schemes find it by its name.
-
-    Args:
-        scheme: an instance of a subclass of `Scheme`, or any object with the same methods and a `name`.
+    """Add an instance of a subclass of `Scheme`, or any object with the same methods, so that plans and commands find it by its name.
 
     Raises:
         TypeError: the object lacks a method of `Scheme`.
