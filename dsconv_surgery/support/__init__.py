@@ -1,1 +1,1 @@
-"""support"""
+"""Helpers that know nothing of compression: copies, comparisons, latency, records, text, files and processes."""
