@@ -6,9 +6,8 @@ import hashlib
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,13 +18,13 @@ from dsconv_surgery.compression import Compressed
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.schemes import is_channels_last
 from dsconv_surgery.support.atomic_files import flush_to_disk, temporary_file
-from dsconv_surgery.support.records import JsonRecord, parse_json
+from dsconv_surgery.support.records import JsonRecord, parse_json, record
 from dsconv_surgery.surgery import apply_plan, check_cut, listed
 
 PLAN_FILE = "plan.json"
 
 
-@dataclass(frozen=True)
+@record
 class _Saved(JsonRecord):
     """The contents of plan.json."""
 
@@ -33,8 +32,6 @@ class _Saved(JsonRecord):
     weights_file: str
     weights_sha256: str
     channels_last: tuple[str, ...]  # names of weights in this memory format, which safetensors does not keep
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
 
 def save(compressed: Compressed | nn.Module, folder: str | os.PathLike[str], plan: Plan | None = None) -> None:
@@ -65,7 +62,9 @@ def save(compressed: Compressed | nn.Module, folder: str | os.PathLike[str], pla
             raise ValueError(f"{name}: expected a tensor with values to save, found {kind}. Nothing was written.")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    previous = _weights_name(target)
+    previous: object = None
+    with suppress(OSError, ValueError, KeyError, TypeError):  # without a readable plan.json, no file is removed
+        previous = json.loads((target / PLAN_FILE).read_bytes())["weights_file"]
     with temporary_file(target) as weights_file, temporary_file(target) as plan_file:
         # safetensors takes neither overlapping nor channels-last tensors. A tensor with several names is saved once.
         tensors = {names[0]: state[names[0]].clone(memory_format=torch.contiguous_format) for names in _names_by_tensor(state)}
@@ -82,13 +81,6 @@ def save(compressed: Compressed | nn.Module, folder: str | os.PathLike[str], pla
     for path in target.glob("weights-*.safetensors"):
         if path.name == previous and path != weights:
             path.unlink()
-
-
-def _weights_name(folder: Path) -> object:
-    """The weights file that a folder's plan.json names, whatever its format version; None without one."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads((folder / PLAN_FILE).read_bytes())["weights_file"]
-    return None
 
 
 def load(fresh_model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:

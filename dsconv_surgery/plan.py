@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
@@ -14,10 +14,11 @@ from dsconv_surgery.network.geometry import ConvSpec, Cost, Rank, Size, chain_co
 from dsconv_surgery.schemes import chain_of, check_rank, get_scheme
 from dsconv_surgery.support.formatting import did_you_mean, text_table
 from dsconv_surgery.support.latency import Latency
-from dsconv_surgery.support.records import JsonRecord
+from dsconv_surgery.support.records import JsonRecord, record
 
 FORMAT_VERSION = 1
-COLUMNS = ("layer", "geometry", "scheme", "rank", "params", "-> params", "MACs", "-> MACs", "error")
+COST_COLUMNS = ("params", "-> params", "MACs", "-> MACs")
+COLUMNS = ("layer", "geometry", "scheme", "rank", *COST_COLUMNS, "error")
 
 
 def _check_version(version: object) -> object:
@@ -26,7 +27,7 @@ def _check_version(version: object) -> object:
     return version
 
 
-@dataclass(frozen=True)
+@record
 class Cut:
     """The replacement of one layer, and the geometry that it was chosen for, to notice a changed layer."""
 
@@ -39,8 +40,6 @@ class Cut:
     error: float | None = None
     # Predicted damage to the network's outputs, for classifiers in nats.
     damage: float | None = None
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         check_rank(self.name, get_scheme(self.scheme), self.spec, self.rank)
@@ -58,7 +57,7 @@ class Cut:
         return chain_cost(self.chain, self.sizes)
 
 
-@dataclass(frozen=True)
+@record
 class Plan(JsonRecord):
     """What to do to a network: its cuts, the layers that stay and why, and how this was decided."""
 
@@ -71,8 +70,6 @@ class Plan(JsonRecord):
     calibrated: bool = False  # errors are of outputs, and apply_plan needs calibration images
     timing: Latency | None = None  # if the budget limits latency
     format_version: Annotated[int, BeforeValidator(_check_version)] = FORMAT_VERSION  # checked on reading
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     @property
     def total_after(self) -> Cost:
@@ -94,10 +91,10 @@ class Plan(JsonRecord):
         if name not in names:
             reason = next((f" It was skipped: {skip.reason}" for skip in self.skips if skip.name == name), "")
             raise ValueError(f"{name}: the plan has no such cut.{reason or did_you_mean(name, names)} See plan.cuts.")
-        index = names.index(name)
-        cut = self.cuts[index]
-        cut = replace(cut, scheme=scheme or cut.scheme, rank=cut.rank if rank is None else rank, error=None, damage=None)
-        return self._edited(cuts=(*self.cuts[:index], cut, *self.cuts[index + 1 :]))
+        cuts = list(self.cuts)
+        cut = cuts[index := names.index(name)]
+        cuts[index] = replace(cut, scheme=scheme or cut.scheme, rank=cut.rank if rank is None else rank, error=None, damage=None)
+        return self._edited(cuts=tuple(cuts))
 
     def without(self, pattern: str) -> Plan:
         """Return a plan without the cuts whose name matches a shell-style pattern, such as "layer1.*".
@@ -119,15 +116,15 @@ class Plan(JsonRecord):
         rows = []
         for cut in self.cuts:
             error = "-" if cut.error is None else f"{cut.error:.4f}"
-            rows.append((cut.name, str(cut.spec), cut.scheme, str(cut.rank), *_costs(cut.cost_before, cut.cost_after), error))
-        rows.append(("whole network", "", "", "", *_costs(self.total, self.total_after), ""))
+            rows.append((cut.name, str(cut.spec), cut.scheme, str(cut.rank), *cost_cells(cut.cost_before, cut.cost_after), error))
+        rows.append(("whole network", "", "", "", *cost_cells(self.total, self.total_after), ""))
         title = f"rule {self.rule}, {self.budget or 'no budget'}{', calibrated' if self.calibrated else ''}"
         lines = [text_table(title, COLUMNS, rows)]
-        if self.timing:
-            t = self.timing
+        if t := self.timing:
             lines.append(f"latency {t.before:.2f} -> {t.after:.2f} ms with random weights ({t.conditions})")
         return "\n".join([*lines, *(f"not cut: {skip.name} - {skip.reason}" for skip in self.skips)])
 
 
-def _costs(before: Cost, after: Cost) -> tuple[str, ...]:
+def cost_cells(before: Cost, after: Cost) -> tuple[str, ...]:
+    """The texts below `COST_COLUMNS`."""
     return (f"{before.params:,}", f"{after.params:,}", f"{before.macs:,}", f"{after.macs:,}")

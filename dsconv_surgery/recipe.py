@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 from torch import Tensor, nn
 
 from dsconv_surgery.budget import Budget
@@ -110,23 +111,15 @@ class Recipe(PlanSettings):
             raise ValueError(f"recipe: it asks for {expected}; found {'none' if train is None else 'some'}.")
         if self.channels_last:
             model, example_inputs = channels_last_copy(model, example_inputs)
-        settings = {name: getattr(self, name) for name in plan_keywords()}
+        settings = {name: getattr(self, name) for name in (*plan_keywords(), "max_drop")}
+        settings |= {"calibration": images, "evaluate": evaluate, "cache": cache, "progress": progress}
         histories: list[History] = []
         dense = model
         for stage in range(1, self.stages + 1):
             if self.budget is not None:
                 limits = self.budget.limits()
                 settings["budget"] = Budget(**{measure: keep ** (stage / self.stages) for measure, keep in limits.items()})
-            small = compress(
-                dense,
-                *example_inputs,
-                calibration=images,
-                max_drop=self.max_drop,
-                evaluate=evaluate,
-                cache=cache,
-                progress=progress,
-                **settings,
-            )
+            small = compress(dense, *example_inputs, **settings)
             if self.fine_tune is not None and train is not None:
                 tuning = replace(self.fine_tune, seed=self.seed + stage - 1)
                 histories.append(fine_tune(small.model, train, teacher=model, validate=validate, settings=tuning, progress=progress))
@@ -150,13 +143,15 @@ class Recipe(PlanSettings):
 
     def to_toml(self) -> str:
         """TOML text that `load` reads; settings with their default value are left out."""
+        import tomli_w
+
         if callable(self.rule):
             raise ValueError(f"recipe: rule={self.rule!r} is a function, which a file cannot hold. Name a rule.")
-        defaults = asdict(Recipe())
-        changed = {name: value for name, value in asdict(self).items() if value != defaults[name]}
+        names = {field.name for field in fields(Recipe) if getattr(self, field.name) != field.default}
+        changed = TypeAdapter(Recipe).dump_python(self, include=names, exclude_none=True)
         if self.fine_tune is not None and self.fine_tune.clip is None:  # TOML has no None, and a missing key means the default
             changed["fine_tune"]["clip"] = math.inf
-        return _toml(changed)
+        return tomli_w.dumps(changed)
 
     @classmethod
     def from_toml(cls, text: str, what: str = "recipe") -> Recipe:
@@ -165,7 +160,7 @@ class Recipe(PlanSettings):
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{what}: not TOML: {error}.") from None
-        return parse_json(cls, _json(data), what)
+        return parse_json(cls, json.dumps(data, default=str), what)
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Recipe:
@@ -203,19 +198,3 @@ class _FirstImages:
             items = batch_items(batch)
             yield tuple(item[:remaining] if isinstance(item, Tensor) else item for item in items)
             remaining -= len(items[0]) if items and isinstance(items[0], Tensor) else 0
-
-
-def _toml(data: dict[str, Any]) -> str:
-    import tomli_w
-
-    def without_none(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: without_none(inner) for key, inner in value.items() if inner is not None}
-        return [without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-    return tomli_w.dumps(without_none(data))
-
-
-def _json(data: dict[str, Any]) -> bytes:
-    """JSON in which infinity stays infinity (by default pydantic writes null)."""
-    return TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants")).dump_json(data)

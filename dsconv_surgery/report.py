@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -13,16 +12,18 @@ from dsconv_surgery.budget import Budget
 from dsconv_surgery.calibration.images import Calibration, Images, check_model_runs, input_shapes
 from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.network.geometry import Cost, Rank
-from dsconv_surgery.plan import Cut, Plan
+from dsconv_surgery.plan import COST_COLUMNS, Cut, Plan, cost_cells
 from dsconv_surgery.support.copies import evaluation_copy
 from dsconv_surgery.support.fidelity import Fidelity, measure_fidelity
 from dsconv_surgery.support.formatting import markdown_table, text_table
-from dsconv_surgery.support.latency import Latency, measure_latency, timing_conditions
-from dsconv_surgery.support.records import JsonRecord
+from dsconv_surgery.support.latency import ROUNDS, Latency, measure_latency, timing_conditions
+from dsconv_surgery.support.records import JsonRecord, record
 from dsconv_surgery.surgery import chain_factors, check_cut
 
+COLUMNS = ("layer", "scheme", "rank", *COST_COLUMNS, "error", "output error", "not cut because")
 
-@dataclass(frozen=True)
+
+@record
 class Row:
     """One layer: `error` is the squared relative error of its weights, `output_error` that of its outputs, each channel about its mean.
 
@@ -39,29 +40,15 @@ class Row:
     output_error: float | None = None
     degeneracy: float | None = None
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+    def cells(self) -> tuple[str, ...]:
+        """The texts below `COLUMNS`."""
+        scheme = ("cut" if self.after != self.before else "") if self.scheme is None else self.scheme
+        rank = "" if self.rank is None else str(self.rank)
+        errors = ("" if error is None else f"{error:.4f}" for error in (self.error, self.output_error))
+        return (self.name, scheme, rank, *cost_cells(self.before, self.after), *errors, self.skipped or "")
 
 
-def _decimals(error: float | None) -> str:
-    return "" if error is None else f"{error:.4f}"
-
-
-# The columns of the report: title, and text of a row.
-COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("layer", lambda row: row.name),
-    ("scheme", lambda row: ("cut" if row.after != row.before else "") if row.scheme is None else row.scheme),
-    ("rank", lambda row: "" if row.rank is None else str(row.rank)),
-    ("params", lambda row: f"{row.before.params:,}"),
-    ("-> params", lambda row: f"{row.after.params:,}"),
-    ("MACs", lambda row: f"{row.before.macs:,}"),
-    ("-> MACs", lambda row: f"{row.after.macs:,}"),
-    ("error", lambda row: _decimals(row.error)),
-    ("output error", lambda row: _decimals(row.output_error)),
-    ("not cut because", lambda row: row.skipped or ""),
-)
-
-
-@dataclass(frozen=True)
+@record
 class Try:
     """One budget that the search for `max_drop` tried: the cost and the score of its network, and whether the drop was small enough."""
 
@@ -70,10 +57,8 @@ class Try:
     score: float
     within: bool
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-
-@dataclass(frozen=True)
+@record
 class Report(JsonRecord):
     """Two networks compared: all parameters, and MACs of convolutions and linear layers for the whole example batch."""
 
@@ -86,8 +71,6 @@ class Report(JsonRecord):
     fidelity: Fidelity | None = None
     tries: tuple[Try, ...] = ()
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
     @property
     def params_saved(self) -> float:
         return 1 - self.after.params / self.before.params
@@ -98,14 +81,13 @@ class Report(JsonRecord):
 
     def to_markdown(self) -> str:
         """The table and the totals, for a README or an issue."""
-        return markdown_table(*self._table()) + "\n" + "\n".join(f"- {line}" for line in self._totals()) + "\n"
+        return markdown_table(COLUMNS, self._cells()) + "\n" + "\n".join(f"- {line}" for line in self._totals()) + "\n"
 
     def __str__(self) -> str:
-        return "\n".join([text_table("", *self._table()), *self._totals()])
+        return "\n".join([text_table("", COLUMNS, self._cells()), *self._totals()])
 
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        rows = (*self.rows, Row("whole network", self.before, self.after, scheme=""))
-        return [title for title, _ in COLUMNS], [[text(row) for _, text in COLUMNS] for row in rows]
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [row.cells() for row in (*self.rows, Row("whole network", self.before, self.after, scheme=""))]
 
     def _totals(self) -> list[str]:
         lines = [
@@ -164,8 +146,11 @@ def compare(
     if plan:
         check_cut(after, plan)
     cuts = {cut.name: cut for cut in plan.cuts} if plan else {}
-    timing = _measure(before, after, example_inputs, plan) if latency else None
-    fidelity = None
+    timing = fidelity = None
+    if latency:
+        predicted = plan.timing.after if plan and plan.timing else None
+        times = measure_latency([before, after], example_inputs)
+        timing = Latency(times[0], times[1], timing_conditions(example_inputs), ROUNDS, predicted)
     if data is not None:
         images = Images(data, input_shapes(example_inputs), same=False)
         check_model_runs(evaluation_copy(before), images)
@@ -173,8 +158,8 @@ def compare(
     skips = (*(plan.skips if plan else ()), *(layer for layer in dense.layers if isinstance(layer, Skip)))
     reasons = {skip.name: skip.reason for skip in skips}
     rows: list[Row] = []
-    for name in (layer.name for layer in dense.layers):
-        costs = dense.costs[name], _cost_under(name, small.costs)
+    for name, cost in dense.costs.items():
+        costs = cost, _cost_under(name, small.costs)
         if name in cuts:
             error, degeneracy = _weight_errors(before.get_submodule(name), after.get_submodule(name), cuts[name])
             output_error = fidelity.layer_errors.get(name) if fidelity else None
@@ -182,11 +167,6 @@ def compare(
         else:
             rows.append(Row(name, *costs, skipped=reasons.get(name)))
     return Report(tuple(rows), dense.total, small.total, dense.remainder_macs, small.remainder_macs, timing, fidelity)
-
-
-def _measure(before: nn.Module, after: nn.Module, inputs: Sequence[Any], plan: Plan | None, rounds: int = 15) -> Latency:
-    dense, cut = measure_latency([before, after], inputs, rounds)
-    return Latency(dense, cut, timing_conditions(inputs), rounds, plan.timing.after if plan and plan.timing else None)
 
 
 def _weight_errors(layer: nn.Module, chain: nn.Module, cut: Cut) -> tuple[float | None, float | None]:

@@ -48,19 +48,9 @@ class DepthwiseConv2d(nn.Conv2d):
     ) -> None:
         if kernels_per_layer < 1:
             raise ValueError(f"DepthwiseConv2d: expected kernels_per_layer of 1 or more, found {kernels_per_layer}.")
-        super().__init__(
-            in_channels,
-            in_channels * kernels_per_layer,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups=in_channels,
-            bias=bias,
-            padding_mode=padding_mode,
-            device=device,
-            dtype=dtype,
-        )
+        groups, out_channels = in_channels, in_channels * kernels_per_layer
+        geometry = (kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -97,8 +87,7 @@ class DepthwiseSeparableConv2d(nn.Sequential):
 
     With m = min(K, O), every normal convolution can be written so without error.
 
-    Its submodules are called `depthwise` and `pointwise`, as in layers cut with the scheme "depthwise", so their state_dicts fit each
-    other: to start from a trained convolution, load the state_dict of its cut.
+    Its submodules are `depthwise` and `pointwise`, as in layers cut with the scheme "depthwise", whose state_dicts it can load.
 
     Args:
         in_channels, out_channels: I, O.
@@ -129,9 +118,8 @@ class DepthwiseSeparableConv2d(nn.Sequential):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        depthwise = DepthwiseConv2d(
-            in_channels, kernels_per_layer, kernel_size, stride, padding, dilation, False, padding_mode, device, dtype
-        )
+        geometry = (kernel_size, stride, padding, dilation)
+        depthwise = DepthwiseConv2d(in_channels, kernels_per_layer, *geometry, False, padding_mode, device, dtype)
         # The bias is on the last layer: after an earlier one, zero padding would be wrong at the border.
         pointwise = PointwiseConv2d(in_channels * kernels_per_layer, out_channels, bias, device=device, dtype=dtype)
         super().__init__(OrderedDict(depthwise=depthwise, pointwise=pointwise))

@@ -73,10 +73,9 @@ def cut_calibrated(
     model: nn.Module, plan: Plan, images: Images, starts: Mapping[str, Factors], progress: bool
 ) -> tuple[nn.Module, dict[str, float]]:
     """A cut model, and the output error of each cut on the calibration images; `starts`: factors to start from."""
-    check_unwrapped(model)
     _check_fit(model, plan)
     for cut in plan.cuts:
-        _check_weight(cut, model.get_submodule(cut.name).get_parameter("weight"))
+        _finite_weight(model, cut)
     dense = evaluation_copy(model)
     fitted = reconstruct(dense, plan.cuts, images, starts, progress)
     result = build_cut_model(model, plan, "factorize", {name: fit.factors for name, fit in fitted.items()}, progress=False)
@@ -89,17 +88,13 @@ def cut_calibrated(
 
 def build_cut_model(model: nn.Module, plan: Plan, init: str, fitted: Mapping[str, Factors], progress: bool) -> nn.Module:
     """`apply_plan` without calibration; layers in `fitted` have their factors already."""
-    check_unwrapped(model)
     _check_fit(model, plan)
     replacements: dict[str, nn.Module] = {}
     for cut in tqdm(plan.cuts, desc="cut", unit="layer", disable=not progress):
-        layer = model.get_submodule(cut.name)
         factors = fitted.get(cut.name)
         if factors is None and init != "empty":
-            weight = layer.get_parameter("weight")
-            _check_weight(cut, weight)
-            factors = next(factorize(get_scheme(cut.scheme), cut.spec, weight, [cut.rank]))
-        replacements[cut.name] = build(cut.chain, layer, factors)
+            factors = next(factorize(get_scheme(cut.scheme), cut.spec, _finite_weight(model, cut), [cut.rank]))
+        replacements[cut.name] = build(cut.chain, model.get_submodule(cut.name), factors)
     result = _copy_with(model, replacements)
     expand_calls(result, {cut.name: list(cut.chain) for cut in plan.cuts})
     return result
@@ -118,7 +113,6 @@ def fold_back(model: nn.Module, plan: Plan) -> nn.Module:
     Example:
         >>> dense = fold_back(small, plan)
     """
-    check_unwrapped(model)
     check_cut(model, plan)
     result = _copy_with(model, {cut.name: _dense_layer(cut, model.get_submodule(cut.name)) for cut in plan.cuts})
     collapse_calls(result, {cut.name: list(cut.chain) for cut in plan.cuts})
@@ -128,7 +122,8 @@ def fold_back(model: nn.Module, plan: Plan) -> nn.Module:
 def _dense_layer(cut: Cut, chain: nn.Module) -> nn.Module:
     """The layer that computes the same as a chain."""
     *_, last = chain.children()
-    layer: Any = build({"dense": cut.spec}, last, {"dense": chain_kernel(cut, chain)})[0]
+    kernel = kernel_of(get_scheme(cut.scheme), cut.spec, chain_factors(cut, chain))
+    layer: Any = build({"dense": cut.spec}, last, {"dense": kernel})[0]
     if any(is_channels_last(link.get_parameter("weight")) for link in chain.children()):
         layer.to(memory_format=torch.channels_last)
     return layer.train(chain.training)
@@ -142,11 +137,6 @@ def chain_factors(cut: Cut, chain: nn.Module) -> Factors:
         weight = weight.to("cpu" if weight.device.type == "mps" else weight.device, torch.float64)
         factors[name] = weight.reshape(cut.spec.groups, -1, *weight.shape[1:], *(1,) * (4 - weight.ndim))
     return factors
-
-
-def chain_kernel(cut: Cut, chain: nn.Module) -> Tensor:
-    """The dense kernel of a cut's nn.Sequential, in float64: (out, in / groups, height, width)."""
-    return kernel_of(get_scheme(cut.scheme), cut.spec, chain_factors(cut, chain))
 
 
 def check_cut(model: nn.Module, plan: Plan) -> None:
@@ -164,6 +154,7 @@ def check_cut(model: nn.Module, plan: Plan) -> None:
 
 def _check_fit(model: nn.Module, plan: Plan) -> None:
     """Raise ValueError, with the mismatches, if a layer of the plan is missing, has changed or cannot be replaced."""
+    check_unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = [name for names in named_layers(model).values() for name in names]
     reasons = irreplaceable_layers(model)
@@ -183,12 +174,14 @@ def _check_fit(model: nn.Module, plan: Plan) -> None:
         raise ValueError(f"the plan was made for another network. {listed(problems)} Make a plan for this network with make_plan.")
 
 
-def _check_weight(cut: Cut, weight: Tensor) -> None:
+def _finite_weight(model: nn.Module, cut: Cut) -> Tensor:
+    """The weight of the layer to cut; ValueError if it has no values, or values that are not finite."""
+    weight = model.get_submodule(cut.name).get_parameter("weight")
     if weight.is_meta:
-        raise ValueError(
-            f"{cut.name}: expected weights to factorise, found a tensor on the meta device. Load weights, or use init='empty'."
-        )
+        message = "expected weights to factorise, found a tensor on the meta device. Load weights, or use init='empty'."
+        raise ValueError(f"{cut.name}: {message}")
     check_finite(cut.name, weight)
+    return weight
 
 
 def _described(module: nn.Module | None) -> str:

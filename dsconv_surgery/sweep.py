@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,29 +55,25 @@ class Sweep(JsonRecord):
         return text_table(f"budgets on {self.measure}", COLUMNS, self._rows())
 
     def _rows(self) -> list[tuple[str, ...]]:
-        return [
-            (
-                f"{point.fraction:g}",
-                f"{point.cost.params:,}",
-                f"{point.cost.macs:,}",
-                f"{point.cost.latency:.2f}" if point.cost.latency else "-",
-                *("-" if value is None else f"{value:.4f}" for value in (point.score, point.agreement, point.divergence, point.error)),
-            )
-            for point in self.points
-        ]
+        rows = []
+        for p in self.points:
+            milliseconds = f"{p.cost.latency:.2f}" if p.cost.latency else "-"
+            qualities = ("-" if value is None else f"{value:.4f}" for value in (p.score, p.agreement, p.divergence, p.error))
+            rows.append((f"{p.fraction:g}", f"{p.cost.params:,}", f"{p.cost.macs:,}", milliseconds, *qualities))
+        return rows
 
     def plot(self, path: str | Path) -> None:
         """Draw the score, or how close outputs are to the dense network's, over MACs, parameters and milliseconds (needs matplotlib)."""
         quality = next((name for name in QUALITIES if getattr(self.points[0], name) is not None), None)
         if quality is None:
             raise ValueError("nothing to plot: quality was not measured. Give pareto evaluate= or data= (--data or --calibration).")
-        costs = {"macs": "MACs", "params": "parameters", "latency": "milliseconds"}
-        if not all(point.cost.latency for point in self.points):
-            del costs["latency"]
         values = [getattr(point, quality) for point in self.points]
-        save_panels(
-            path, [Panel(label, QUALITIES[quality], [getattr(p.cost, m) for p in self.points], values) for m, label in costs.items()]
-        )
+        panels = []
+        for measure, label in (("macs", "MACs"), ("params", "parameters"), ("latency", "milliseconds")):
+            costs = [getattr(point.cost, measure) for point in self.points]
+            if measure != "latency" or all(costs):
+                panels.append(Panel(label, QUALITIES[quality], costs, values))
+        save_panels(path, panels)
 
 
 @takes_plan_settings
@@ -127,16 +124,12 @@ def pareto(
         planner.check(budget)
 
     def point(fraction: float, network: nn.Module, cost: Cost, plan: Plan | None) -> Point:
-        fidelity = None if compared is None else measure_fidelity(model, network, (batch for _, batch in compared))
-        return Point(
-            fraction,
-            Cost(cost.params, cost.macs, measure_latency([network], example_inputs)[0] if latency else 0.0),
-            None if evaluate is None else checked_score(evaluate, network),
-            fidelity.agreement if fidelity else None,
-            fidelity.divergence if fidelity else None,
-            fidelity.error if fidelity else None,
-            plan,
-        )
+        cost = replace(cost, latency=measure_latency([network], example_inputs)[0] if latency else 0.0)
+        score = None if evaluate is None else checked_score(evaluate, network)
+        if compared is None:
+            return Point(fraction, cost, score, plan=plan)
+        fidelity = measure_fidelity(model, network, (batch for _, batch in compared))
+        return Point(fraction, cost, score, fidelity.agreement, fidelity.divergence, fidelity.error, plan)
 
     points = [point(1.0, model, planner.total, None)]
     for fraction, budget in zip(sorted(fractions, reverse=True), budgets, strict=True):

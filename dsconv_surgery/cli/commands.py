@@ -10,25 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsconv_surgery.cli.options import (
-    CalibrationImages,
-    ChannelsLast,
-    Count,
-    Data,
-    Input,
-    Json,
-    Mean,
-    MeasureLatency,
-    Model,
-    Std,
-    UseCache,
-    Weights,
-    takes_plan_options,
-)
+import dsconv_surgery
+from dsconv_surgery.cli import options
 from dsconv_surgery.support.formatting import text_table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from dsconv_surgery.compression import Compressed
 
 IMAGENET_MEAN, IMAGENET_STD = "0.485,0.456,0.406", "0.229,0.224,0.225"
 DEFAULT_INPUT = "1,3,224,224"
@@ -42,121 +31,99 @@ app = typer.Typer(
 
 
 @app.command()
-def inspect(model: Model, input: Input = DEFAULT_INPUT, weights: Weights = "none") -> None:  # noqa: A002
+def inspect(model: options.Model, input: options.Input = DEFAULT_INPUT, weights: options.Weights = "none") -> None:  # noqa: A002
     """List every convolution and linear layer: its cost, or the reason why it cannot be cut."""
     from dsconv_surgery.cli.inputs import example_input, named_model
     from dsconv_surgery.network.discovery import Skip, survey_model
 
     survey = survey_model(named_model(model, weights), example_input(input))
-    rows = []
-    for layer in survey.layers:
-        cost = survey.costs[layer.name]
-        description = layer.reason if isinstance(layer, Skip) else str(layer.spec)
-        rows.append((layer.name, description, f"{cost.params:,}", f"{cost.macs:,}"))
-    rows.append(("whole network", "", f"{survey.total.params:,}", f"{survey.total.macs:,}"))
+    lines = [
+        (layer.name, layer.reason if isinstance(layer, Skip) else str(layer.spec), survey.costs[layer.name]) for layer in survey.layers
+    ]
+    lines.append(("whole network", "", survey.total))
+    rows = [(name, description, f"{cost.params:,}", f"{cost.macs:,}") for name, description, cost in lines]
     _print(text_table("", ("layer", "geometry, or why it stays dense", "params", "MACs"), rows))
     if survey.remainder_macs:
         _print(f"outside layers (functional products): {survey.remainder_macs:,} MACs")
 
 
 @app.command()
-@takes_plan_options()
+@options.takes_plan_options()
 def compress(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the cut network")],
     settings: dict[str, Any],
-    input: Input = DEFAULT_INPUT,  # noqa: A002
-    weights: Weights = "none",
-    calibration: CalibrationImages = None,
-    images: Count = 512,
-    mean: Mean = IMAGENET_MEAN,
-    std: Std = IMAGENET_STD,
-    measure_latency: MeasureLatency = False,
-    channels_last: ChannelsLast = False,
-    cache: UseCache = True,
-    json: Json = False,
+    input: options.Input = DEFAULT_INPUT,  # noqa: A002
+    weights: options.Weights = "none",
+    calibration: options.CalibrationImages = None,
+    images: options.Count = 512,
+    mean: options.Mean = IMAGENET_MEAN,
+    std: options.Std = IMAGENET_STD,
+    measure_latency: options.MeasureLatency = False,
+    channels_last: options.ChannelsLast = False,
+    cache: options.UseCache = True,
+    json: options.Json = False,
 ) -> None:
     """Cut a network, save it with its plan, and print what that saves."""
-    import dsconv_surgery
-    from dsconv_surgery.cli.inputs import image_batches
-
     _check_writable(out)
     dense, example = _load_model(model, weights, input, channels_last)
-    batches = None if calibration is None else image_batches(calibration, example, images, mean, std)
+    batches = _load_images(calibration, example, images, mean, std)
     small = dsconv_surgery.compress(dense, example, calibration=batches, cache=cache, progress=True, **settings)
-    dsconv_surgery.save(small, out)
-    result = small.report
-    if measure_latency or batches:
-        result = dsconv_surgery.compare(dense, small.model, example, plan=small.plan, latency=measure_latency, data=batches)
-    _print(result.to_json() if json else str(result))
-    typer.echo(f"saved to {out}", err=True)
+    _save_and_print(small, out, dense, example, measure_latency, json, batches)
 
 
 @app.command()
 def report(
-    model: Model,
+    model: options.Model,
     folder: Annotated[Path, typer.Argument(help="a folder that compress or run wrote")],
-    input: Input = DEFAULT_INPUT,  # noqa: A002
-    weights: Weights = "none",
-    data: Data = None,
-    images: Count = 512,
-    mean: Mean = IMAGENET_MEAN,
-    std: Std = IMAGENET_STD,
-    measure_latency: MeasureLatency = False,
-    channels_last: ChannelsLast = False,
-    json: Json = False,
+    input: options.Input = DEFAULT_INPUT,  # noqa: A002
+    weights: options.Weights = "none",
+    data: options.Data = None,
+    images: options.Count = 512,
+    mean: options.Mean = IMAGENET_MEAN,
+    std: options.Std = IMAGENET_STD,
+    measure_latency: options.MeasureLatency = False,
+    channels_last: options.ChannelsLast = False,
+    json: options.Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="print Markdown")] = False,
 ) -> None:
     """Compare a saved network with the dense one; errors are relative to the weights that --weights names."""
-    import dsconv_surgery
     from dsconv_surgery.checkpoint import read_plan
-    from dsconv_surgery.cli.inputs import image_batches
 
     dense, example = _load_model(model, weights, input, channels_last)
-    batches = None if data is None else image_batches(data, example, images, mean, std)
+    batches = _load_images(data, example, images, mean, std)
     cut = dsconv_surgery.load(dense, folder)
     result = dsconv_surgery.compare(dense, cut, example, plan=read_plan(folder), latency=measure_latency, data=batches)
     _print(result.to_json() if json else result.to_markdown() if markdown else str(result))
 
 
 @app.command()
-@takes_plan_options(without=("budget",))
+@options.takes_plan_options(budget=False)
 def sweep(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for sweep.json, sweep.md and, with matplotlib, sweep.png")],
     settings: dict[str, Any],
     keep: Annotated[list[float] | None, typer.Option(help="a fraction to keep; may be repeated")] = None,
     measure: Annotated[str, typer.Option(help="the measure that --keep is a fraction of: macs, params or latency")] = "macs",
-    input: Input = DEFAULT_INPUT,  # noqa: A002
-    weights: Weights = "none",
-    calibration: CalibrationImages = None,
-    data: Data = None,
-    images: Count = 512,
-    mean: Mean = IMAGENET_MEAN,
-    std: Std = IMAGENET_STD,
-    measure_latency: MeasureLatency = False,
-    channels_last: ChannelsLast = False,
-    cache: UseCache = True,
+    input: options.Input = DEFAULT_INPUT,  # noqa: A002
+    weights: options.Weights = "none",
+    calibration: options.CalibrationImages = None,
+    data: options.Data = None,
+    images: options.Count = 512,
+    mean: options.Mean = IMAGENET_MEAN,
+    std: options.Std = IMAGENET_STD,
+    measure_latency: options.MeasureLatency = False,
+    channels_last: options.ChannelsLast = False,
+    cache: options.UseCache = True,
 ) -> None:
     """Cut a network to several budgets and print what each costs and how close its outputs are."""
-    import dsconv_surgery
-    from dsconv_surgery.cli.inputs import image_batches
     from dsconv_surgery.sweep import FRACTIONS
 
     _check_writable(out)
     dense, example = _load_model(model, weights, input, channels_last)
-    result = dsconv_surgery.pareto(
-        dense,
-        example,
-        fractions=keep or FRACTIONS,
-        measure=measure,
-        data=None if data is None else image_batches(data, example, images, mean, std),
-        latency=measure_latency,
-        calibration=None if calibration is None else image_batches(calibration, example, images, mean, std),
-        cache=cache,
-        progress=True,
-        **settings,
-    )
+    compared, batches = (_load_images(path, example, images, mean, std) for path in (data, calibration))
+    settings |= {"fractions": keep or FRACTIONS, "measure": measure, "latency": measure_latency, "cache": cache, "progress": True}
+    result = dsconv_surgery.pareto(dense, example, data=compared, calibration=batches, **settings)
     out.mkdir(parents=True, exist_ok=True)
     (out / "sweep.json").write_text(result.to_json())
     (out / "sweep.md").write_text(result.to_markdown())
@@ -173,47 +140,40 @@ def run(
     recipe: Annotated[str, typer.Argument(help="a TOML file, or a recipe's name (see the command recipes)")],
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the cut network")],
     model: Annotated[str | None, typer.Option(help="a model to use instead of the recipe's, named as for compress")] = None,
-    weights: Weights = "none",
-    calibration: CalibrationImages = None,
+    weights: options.Weights = "none",
+    calibration: options.CalibrationImages = None,
     train: Annotated[Path | None, typer.Option(help="images to fine-tune on, if the recipe asks for it; as for --calibration")] = None,
-    mean: Mean = IMAGENET_MEAN,
-    std: Std = IMAGENET_STD,
-    measure_latency: MeasureLatency = False,
-    cache: UseCache = True,
-    json: Json = False,
+    mean: options.Mean = IMAGENET_MEAN,
+    std: options.Std = IMAGENET_STD,
+    measure_latency: options.MeasureLatency = False,
+    cache: options.UseCache = True,
+    json: options.Json = False,
 ) -> None:
     """Compress a network as a recipe says, fine-tune it towards the dense network if it says so, and save it."""
-    import dsconv_surgery
-    from dsconv_surgery.cli.inputs import image_batches, shuffled
+    from dsconv_surgery.cli.inputs import shuffled
 
     _check_writable(out)
     loaded = dsconv_surgery.Recipe.load(recipe)
     if not (model or loaded.model):
         raise ValueError(f"recipe {recipe!r} names no model. Name one with --model.")
     dense, example = _load_model(model or loaded.model, weights, ",".join(map(str, loaded.input)), loaded.channels_last)
-    count = loaded.calibration.images if loaded.calibration else 1
-    batches = None if calibration is None else image_batches(calibration, example, count, mean, std)
-    tuning = None if train is None else shuffled(image_batches(train, example, sys.maxsize, mean, std))
-    small = loaded.run(dense, example, calibration=batches, train=tuning, cache=cache, progress=True)
-    dsconv_surgery.save(small, out)
+    batches = _load_images(calibration, example, loaded.calibration.images if loaded.calibration else 1, mean, std)
+    tuning = _load_images(train, example, sys.maxsize, mean, std)
+    loader = None if tuning is None else shuffled(tuning)
+    small = loaded.run(dense, example, calibration=batches, train=loader, cache=cache, progress=True)
     for history in small.tuned:
         typer.echo(str(history), err=True)
-    result = small.report
-    if measure_latency:
-        result = dsconv_surgery.compare(dense, small.model, example, plan=small.plan, latency=True)
-    _print(result.to_json() if json else str(result))
-    typer.echo(f"saved to {out}", err=True)
+    _save_and_print(small, out, dense, example, measure_latency, json)
 
 
 @app.command()
 def recipes(schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of a recipe's file")] = False) -> None:
     """List the recipes that come with the library."""
-    from dsconv_surgery import Recipe
-
+    recipe_type = dsconv_surgery.Recipe
     if schema:
-        _print(json_module.dumps(Recipe.schema(), indent=1))
+        _print(json_module.dumps(recipe_type.schema(), indent=1))
         return
-    loaded = {name: Recipe.load(path) for name, path in Recipe.known().items()}
+    loaded = {name: recipe_type.load(path) for name, path in recipe_type.known().items()}
     rows = [(name, recipe.model or "-", recipe.description) for name, recipe in loaded.items()]
     _print(text_table("", ("recipe", "model", "what it does"), rows))
 
@@ -235,6 +195,12 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"--out {folder}: {existing} {problem}, expected a folder to write to.")
 
 
+def _load_images(path: Path | None, example: Tensor, count: int, mean: str, std: str) -> list[Tensor] | None:
+    from dsconv_surgery.cli.inputs import image_batches
+
+    return None if path is None else image_batches(path, example, count, mean, std)
+
+
 def _load_model(model: str, weights: str, shape: str, channels_last: bool) -> tuple[nn.Module, Tensor]:
     from dsconv_surgery.cli.inputs import example_input, named_model
     from dsconv_surgery.support.copies import channels_last_copy
@@ -243,6 +209,17 @@ def _load_model(model: str, weights: str, shape: str, channels_last: bool) -> tu
     if channels_last:
         dense, (example,) = channels_last_copy(dense, (example,))
     return dense, example
+
+
+def _save_and_print(
+    small: Compressed, out: Path, dense: nn.Module, example: Tensor, latency: bool, json: bool, data: list[Tensor] | None = None
+) -> None:
+    dsconv_surgery.save(small, out)
+    result = small.report
+    if latency or data:
+        result = dsconv_surgery.compare(dense, small.model, example, plan=small.plan, latency=latency, data=data)
+    _print(result.to_json() if json else str(result))
+    typer.echo(f"saved to {out}", err=True)
 
 
 def _print(text: str) -> None:

@@ -41,12 +41,9 @@ def image_batches(path: Path, example: torch.Tensor, count: int, mean: str, std:
     if not path.exists():
         raise FileNotFoundError(f"{path}: not there. Expected a folder of pictures or a .pt, .safetensors or .npy file with one tensor.")
     try:
-        if path.suffix == ".npy":
-            tensor = torch.from_numpy(np.load(path, allow_pickle=False))
-        elif path.suffix == ".safetensors":
-            (tensor,) = load_file(path).values()
-        else:
-            tensor = torch.load(path, weights_only=True)
+        tensor = torch.from_numpy(np.load(path, allow_pickle=False)) if path.suffix == ".npy" else _read(path)
+        if path.suffix == ".safetensors":
+            (tensor,) = tensor.values()
     except Exception as error:  # readers raise many kinds of errors on damaged files
         raise ValueError(f"{path}: expected a .pt, .safetensors or .npy file with one tensor: {error}") from error
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
@@ -77,9 +74,8 @@ def _picture(file: Path, example: torch.Tensor) -> torch.Tensor:
     with image.open(file) as opened:
         picture = opened.convert("L" if channels == 1 else "RGB")
     scale = max(height / picture.height, width / picture.width)
-    picture = picture.resize(
-        (max(width, round(scale * picture.width)), max(height, round(scale * picture.height))), image.Resampling.BILINEAR
-    )
+    size = max(width, round(scale * picture.width)), max(height, round(scale * picture.height))
+    picture = picture.resize(size, image.Resampling.BILINEAR)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     pixels = np.array(picture.crop((left, top, left + width, top + height)), dtype=np.float32) / 255
     return torch.from_numpy(pixels.reshape(height, width, channels)).permute(2, 0, 1)
@@ -113,11 +109,14 @@ def named_model(name: str, weights: str) -> nn.Module:
         if not path.exists():
             raise FileNotFoundError(f"--weights {weights}: expected none, DEFAULT or a file, and there is no file of this name.")
         try:
-            state: dict[str, Any] = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-            model.load_state_dict(state)
+            model.load_state_dict(_read(path))
         except Exception as error:  # torch.load raises many kinds of errors on damaged files
             raise ValueError(f"--weights {weights}: not a state_dict of {name}: {error}") from error
     return model.eval()
+
+
+def _read(path: Path) -> Any:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
 
 
 def _import(module: str, package: str) -> Any:

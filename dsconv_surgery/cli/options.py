@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -32,53 +31,42 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 OPTION_NAMES = {"schemes": "--scheme"}  # an option that is repeated has a singular name
 TYPES = {"number": float, "integer": int, "string": str}
+MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency, measured here,"}
 
 
-def takes_plan_options(without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes_plan_options(budget: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator that replaces a command's `settings` parameter by one option for every plan setting.
 
-    The command gets a dict of the settings that were given. A budget is three options: --macs, --params and --latency.
-
-    Args:
-        without: settings that the command makes itself.
+    The command gets a dict of the settings that were given. A budget is three options, --macs, --params and --latency, or none if
+    `budget` is false.
     """
-    options = {name: option for name, option in _plan_options().items() if name not in without}
-    fractions = {} if "budget" in without else _budget_options()
+    fractions = {
+        measure: Annotated[float | None, typer.Option(help=f"fraction of the {text} to keep, in (0, 1]")]
+        for measure, text in MEASURES.items()
+    }
+    options = {**(fractions if budget else {}), **_plan_options()}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            limits = {name: values.pop(name) for name in fractions}
             settings = {name: value for name in options if (value := values.pop(name)) not in (None, [])}
+            limits = {measure: settings.pop(measure) for measure in MEASURES if measure in settings}
+            if limits:
+                settings["budget"] = Budget(**limits)
             if "rank" in settings:
                 settings["rank"] = _rank(settings["rank"])
-            if any(fraction is not None for fraction in limits.values()):
-                settings["budget"] = Budget(**limits)
             command(settings=settings, **values)
 
-        hints = get_type_hints(command, include_extras=True)
-        parameters: list[inspect.Parameter] = []
-        for parameter in inspect.signature(command).parameters.values():
-            if parameter.name == "settings":
-                parameters += [
-                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
-                    for name, option in {**fractions, **options}.items()
-                ]
-            else:
-                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name]))
+        named, hints = inspect.Parameter.KEYWORD_ONLY, get_type_hints(command, include_extras=True)
+        parameters = [p.replace(kind=named, annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()]
+        index = list(hints).index("settings")
+        added = [inspect.Parameter(name, named, default=None, annotation=option) for name, option in options.items()]
+        parameters[index : index + 1] = added
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
 
     return decorate
-
-
-def _budget_options() -> dict[str, Any]:
-    names = {"macs": "MACs", "params": "parameters", "latency": "latency, measured here,"}
-    return {
-        field.name: Annotated[float | None, typer.Option(help=f"fraction of the {names[field.name]} to keep, in (0, 1]")]
-        for field in dataclasses.fields(Budget)
-    }
 
 
 def _plan_options() -> dict[str, Any]:
@@ -92,8 +80,7 @@ def _plan_options() -> dict[str, Any]:
         repeated = "array" in kinds and "string" in kinds
         value_type: Any = list[str] if repeated else str if "array" in kinds else TYPES[(kinds & TYPES.keys()).pop()]
         text = schema["description"] + ("; may be repeated" if repeated else "")
-        option = typer.Option(OPTION_NAMES.get(name, f"--{name}"), help=text)
-        options[name] = Annotated[value_type | None, option]
+        options[name] = Annotated[value_type | None, typer.Option(OPTION_NAMES.get(name, f"--{name}"), help=text)]
     return options
 
 

@@ -90,7 +90,6 @@ def find_convs(model: nn.Module, *example_inputs: Any) -> list[ConvSite | Skip]:
 
 
 def survey_model(model: nn.Module, *example_inputs: Any) -> Survey:
-    """`find_convs`, with costs."""
     check_unwrapped(model)
     recorder, all_macs = _record_calls(model, example_inputs)
     reasons = irreplaceable_layers(model)
@@ -122,11 +121,10 @@ class _CallRecorder(TorchFunctionMode):
             self._owners |= {id(parameter): (name, attribute) for attribute, parameter in module.named_parameters(recurse=False)}
             module.register_forward_pre_hook(lambda _module, _inputs, name=name: self._running.append(name))
             module.register_forward_hook(lambda *call, name=name: self._record_call(name, *call), with_kwargs=True)
-            self._watch_attributes(name, module)
+            self._watch_attributes(name, module, type(module))
 
-    def _watch_attributes(self, name: str, module: nn.Module) -> None:
+    def _watch_attributes(self, name: str, module: nn.Module, kind: Any) -> None:
         """Give a layer a subclass of its class that records reads of attributes."""
-        kind: Any = type(module)
 
         def getattribute(layer: nn.Module, attribute: str) -> Any:
             if attribute in _LAYER_ATTRIBUTES:
@@ -178,14 +176,11 @@ def _record_calls(model: nn.Module, inputs: Sequence[Any]) -> tuple[_CallRecorde
 
 def _run(model: nn.Module, inputs: Sequence[Any], how: str) -> tuple[_CallRecorder, int]:
     """Run a copy once; returns the recorded calls, and the MACs of everything that was computed."""
-    fake_mode: Any = nullcontext()
-    if how == "real":
-        clone, values = copy_model(model), tuple(inputs)
-    else:
-        fake_mode, clone, values = fake_copy(model, inputs)
+    copies: Any = (nullcontext(), copy_model(model), tuple(inputs)) if how == "real" else fake_copy(model, inputs)
+    fake_mode, clone, values = copies
     recorder = _CallRecorder(clone)
     with torch.no_grad(), preserve_random_state(), fake_mode, recorder:
-        run: Callable[..., Any] = clone
+        run = clone
         if how == "traced":
             inspect.signature(clone.forward).bind(*values)  # the interpreter ignores surplus inputs
             run = fx.Interpreter(trace(clone)).run

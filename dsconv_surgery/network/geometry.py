@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, Literal
+
+from dsconv_surgery.support.records import record
 
 Pair = tuple[int, int]
 Rank = int | Pair  # of each group; a pair for Tucker
@@ -12,7 +14,7 @@ Rank = int | Pair  # of each group; a pair for Tucker
 Size = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
+@record
 class Cost:
     """Parameters, multiply-accumulates (MACs) and latency of a layer or a network.
 
@@ -30,7 +32,7 @@ class Cost:
         return Cost(self.params - other.params, self.macs - other.macs, self.latency - other.latency)
 
 
-@dataclass(frozen=True)
+@record
 class ConvSpec:
     """The geometry of an nn.Conv2d, or of an nn.Linear as a 1x1 convolution; pairs are (height, width)."""
 
@@ -44,8 +46,6 @@ class ConvSpec:
     bias: bool = False
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
     kind: Literal["conv", "linear"] = "conv"
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     @classmethod
     def of(cls, layer: Any) -> ConvSpec:
@@ -86,8 +86,8 @@ class ConvSpec:
 
     def one_group(self) -> ConvSpec:
         """The geometry of one group, without the bias."""
-        _, inputs, *_ = self.weight_shape
-        return replace(self, in_channels=inputs, out_channels=self.out_channels // self.groups, groups=1, bias=False)
+        inputs, outputs = self.in_channels // self.groups, self.out_channels // self.groups
+        return replace(self, in_channels=inputs, out_channels=outputs, groups=1, bias=False)
 
     def __str__(self) -> str:
         if self.kind == "linear":

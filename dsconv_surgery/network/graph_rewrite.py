@@ -38,7 +38,8 @@ def expand_calls(model: nn.Module, chains: Mapping[str, Sequence[str]]) -> None:
                 for link in links:
                     value = model.graph.call_module(f"{name}.{link}", (value,))
             _substitute(model, [node], value)
-    _finish(model)
+    model.graph.lint()  # only now: until the last call is replaced, the graph calls modules that no longer exist
+    model.recompile()
 
 
 def collapse_calls(model: nn.Module, chains: Mapping[str, Sequence[str]]) -> None:
@@ -56,7 +57,8 @@ def collapse_calls(model: nn.Module, chains: Mapping[str, Sequence[str]]) -> Non
             with model.graph.inserting_before(last):
                 call = model.graph.call_module(name, nodes[-1].args)
             _substitute(model, nodes, call)
-    _finish(model)
+    model.graph.lint()
+    model.recompile()
 
 
 def _substitute(model: fx.GraphModule, nodes: Sequence[fx.Node], result: fx.Node) -> None:
@@ -65,9 +67,3 @@ def _substitute(model: fx.GraphModule, nodes: Sequence[fx.Node], result: fx.Node
     nodes[0].replace_all_uses_with(result)
     for node in nodes:
         model.graph.erase_node(node)
-
-
-def _finish(model: fx.GraphModule) -> None:
-    # Only at the end: until then, the graph calls modules that no longer exist.
-    model.graph.lint()
-    model.recompile()

@@ -50,8 +50,7 @@ def named_layers(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 def irreplaceable_layers(model: nn.Module) -> dict[nn.Module, str]:
     """The layers that cannot be replaced, each with the reason."""
     tied = _tied_layers(model)
-    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
-    in_encoder = {layer for encoder in encoders for layer in encoder.modules()}
+    in_encoder = {layer for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer) for layer in module.modules()}
     reasons = {layer: _reason(layer, tied.get(layer), layer in in_encoder) for layer in named_layers(model)}
     return {layer: reason for layer, reason in reasons.items() if reason}
 
@@ -87,12 +86,8 @@ def _tied_layers(model: nn.Module) -> dict[nn.Module, str]:
                 address = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
                 memory = (address, parameter.storage_offset()) if address else id(parameter)
                 groups.setdefault(memory, []).append((module, f"{name}.{kind}".removeprefix(".")))
-    tied: dict[nn.Module, str] = {}
-    for group in groups.values():
-        for index, (module, _) in enumerate(group):
-            if len(group) > 1 and is_layer(module):
-                tied[module] = group[index - 1][1]
-    return tied
+    shared = [group for group in groups.values() if len(group) > 1]
+    return {module: group[index - 1][1] for group in shared for index, (module, _) in enumerate(group) if is_layer(module)}
 
 
 def check_finite(name: str, weight: Tensor) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from numbers import Real
 from typing import Any
 
@@ -49,7 +51,7 @@ class OutputComparison:
 
     def __init__(self) -> None:
         self.classification = True
-        self._images = 0
+        self.images = 0
         self._sums = torch.zeros(4, dtype=torch.float64)  # squared error, squared norm, images with the same top class, divergence
 
     def add(self, target: Any, output: Any, images: int) -> None:
@@ -61,13 +63,13 @@ class OutputComparison:
         if self.classification:
             sums[2] = float((targets[0].argmax(1) == outputs[0].argmax(1)).sum())
             sums[3] = float(class_divergence(targets[0].double(), outputs[0].double()))
-        self._images += images
+        self.images += images
         self._sums += torch.tensor(sums, dtype=torch.float64)
 
     def all_reduce(self) -> None:
         """Sum over all processes."""
-        *sums, images = distributed.all_reduce_sum(torch.cat([self._sums, self._sums.new_tensor([self._images])]))
-        self._sums, self._images = torch.stack(sums), int(images)
+        *sums, images = distributed.all_reduce_sum(torch.cat([self._sums, self._sums.new_tensor([self.images])]))
+        self._sums, self.images = torch.stack(sums), int(images)
 
     @property
     def error(self) -> float:
@@ -83,12 +85,12 @@ class OutputComparison:
     @property
     def agreement(self) -> float | None:
         """For classifiers, the share of images with the same top class."""
-        return float(self._sums[2]) / self._images if self.classification and self._images else None
+        return float(self._sums[2]) / self.images if self.classification and self.images else None
 
     @property
     def divergence(self) -> float | None:
         """For classifiers, the mean Kullback-Leibler divergence from the dense network's softmax, in nats."""
-        return max(float(self._sums[3]), 0.0) / self._images if self.classification and self._images else None
+        return max(float(self._sums[3]), 0.0) / self.images if self.classification and self.images else None
 
 
 @record
@@ -114,26 +116,23 @@ def measure_fidelity(before: nn.Module, after: nn.Module, batches: Iterable[tupl
         batches: inputs of the networks.
         layers: names of layers that both networks have.
     """
-    images, comparison = 0, OutputComparison()
+    comparison = OutputComparison()
     sums: dict[str, Tensor] = {}
     clones = [evaluation_copy(model) for model in (before, after)]
-    outputs: dict[tuple[int, str], list[Tensor]] = {}
-    for side, clone in enumerate(clones):
-        for name in layers:
-            clone.get_submodule(name).register_forward_hook(
-                lambda _module, _args, output, key=(side, name): outputs.setdefault(key, []).append(output.detach().clone())
-            )
+    outputs: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
+    for side, name in product((0, 1), layers):
+        layer = clones[side].get_submodule(name)
+        layer.register_forward_hook(lambda _layer, _args, output, key=(side, name): outputs[key].append(output.detach().clone()))
     with torch.no_grad():
         for inputs in batches:
             outputs.clear()
             dense, cut = (run_model(clone, inputs) for clone in clones)
-            images += inputs[0].shape[0]
             comparison.add(dense, cut, inputs[0].shape[0])
             for name in layers:
                 for a, b in zip(outputs[0, name], outputs[1, name], strict=True):
                     sums[name] = sums.get(name, torch.zeros(())) + _channel_sums(a, b, clones[0].get_submodule(name))
     layer_errors = {name: _centred_error(total) for name, total in sums.items()}
-    return Fidelity(images, comparison.error, comparison.agreement, comparison.divergence, layer_errors)
+    return Fidelity(comparison.images, comparison.error, comparison.agreement, comparison.divergence, layer_errors)
 
 
 def _channel_sums(target: Tensor, output: Tensor, layer: nn.Module) -> Tensor:

@@ -45,7 +45,7 @@ def checked_record(example: str) -> Callable[[type[T]], type[T]]:
             try:
                 construct(self, *args, **keywords)
             except ValidationError as error:
-                raise ValueError(explain(error, checked, example)) from None
+                raise ValueError(_explain(error, checked, example)) from None
 
         checked.__init__ = init
         return checked
@@ -53,14 +53,14 @@ def checked_record(example: str) -> Callable[[type[T]], type[T]]:
     return decorate
 
 
-def explain(error: ValidationError, cls: Any, example: str) -> str:
+def _explain(error: ValidationError, cls: Any, example: str) -> str:
     """The first problem of a failed construction, in one line."""
     problem = error.errors(include_url=False)[0]
-    known = {field.name: field for field in cls.__dataclass_fields__.values()}
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "unexpected_keyword_argument":
-        settings = f"Known: {', '.join(known)}, as in {example}."
-        return f"{name}={quoted(problem['input'])}: there is no such setting.{did_you_mean(name, known)} {settings}"
+        known = cls.__dataclass_fields__
+        hint = f"{did_you_mean(name, known)} Known: {', '.join(known)}, as in {example}."
+        return f"{name}={quoted(problem['input'])}: there is no such setting.{hint}"
     if problem["type"] == "unexpected_positional_argument":
         return f"found {quoted(problem['input'])} without a name. Write settings by name, as in {example}."
     if problem["type"] == "value_error":
@@ -97,8 +97,8 @@ def parse_json(cls: type[T], text: str | bytes, what: str) -> T:
         raise ValueError(f"{what}: unknown key {key!r} at {place}.{hint} Remove or correct it.")
     message = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
     explained = problem["type"] in ("value_error", "json_invalid")
-    found = "" if explained else f", found {json.dumps(problem['input'], default=str)[:QUOTED]}"
-    raise ValueError(f"{what}: at {place}: {message}{found}.")
+    value = "" if explained else f", found {json.dumps(problem['input'], default=str)[:QUOTED]}"
+    raise ValueError(f"{what}: at {place}: {message}{value}.")
 
 
 def json_schema(cls: type[Any]) -> dict[str, Any]:
@@ -114,8 +114,6 @@ def quoted(value: object) -> str:
 
 def _json_keys(schema: Any) -> set[str]:
     """Every property name in a JSON schema."""
-    if isinstance(schema, list):
-        return set().union(*map(_json_keys, schema)) if schema else set()
-    if not isinstance(schema, dict):
-        return set()
-    return set(schema.get("properties", {})).union(*(_json_keys(value) for value in schema.values()))
+    if isinstance(schema, dict):
+        return set(schema.get("properties", ())).union(*map(_json_keys, schema.values()))
+    return set[str]().union(*map(_json_keys, schema)) if isinstance(schema, list) else set()
