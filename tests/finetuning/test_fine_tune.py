@@ -32,7 +32,7 @@ from dsconv_surgery.finetuning.loss import DistillationLoss
 from dsconv_surgery.finetuning.optimizers import learning_rate_factor
 from dsconv_surgery.support import distributed
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Block(nn.Module):
@@ -256,7 +256,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, batchnorm
 KILLED = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-import test_finetune as t
+import test_fine_tune as t
 dense, model, _ = t.cut_net(dropout=0.3)
 def report(step, values):
     print(step, flush=True)
@@ -270,7 +270,7 @@ def test_a_killed_process_resumes(tmp_path: Path) -> None:
     dense, model, _ = cut_net(dropout=0.3)
     fine_tune(model, Labelled(), teacher=dense, settings=FineTune(epochs=4, save_every=1))
     end = tmp_path / "end.pt"
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r}){KILLED}", str(ROOT / "tests")]
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r}){KILLED}", str(Path(__file__).parent)]
     command += [str(tmp_path / "run.pt"), str(end)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -691,7 +691,7 @@ TWO = """
 import sys, torch
 sys.path[:0] = sys.argv[1:3]
 import torch.distributed as dist
-import test_finetune as t
+import test_fine_tune as t
 from dsconv_surgery import Calibration, FineTune, fine_tune
 from dsconv_surgery.calibration import reconstruct
 from dsconv_surgery.calibration.images import Images
@@ -741,7 +741,7 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     """gloo, parts of unequal size: calibration gives the same factors, and fine-tuning the same losses to 1e-5."""
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    arguments = [str(script), str(ROOT / "tests"), str(ROOT / "examples")]
+    arguments = [str(script), str(Path(__file__).parent), str(ROOT / "examples")]
     (tmp_path / "alone").mkdir()
     alone = subprocess.run([sys.executable, *arguments, str(tmp_path / "alone")], check=True, capture_output=True, text=True).stdout
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments, str(tmp_path)]
@@ -757,7 +757,7 @@ ON_CUDA = """
 import sys, torch
 sys.path[:0] = sys.argv[1:3]
 import torch.distributed as dist
-import test_finetune as t
+import test_fine_tune as t
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")  # nccl would need a device for each process
 dense, model, _ = t.cut_net(schemes="channel")
@@ -777,7 +777,7 @@ def test_two_processes_on_cuda_train_batchnorm(tmp_path: Path) -> None:
     """Statistics are those of the whole batch: the same losses and statistics as in one process."""
     script = tmp_path / "cuda.py"
     script.write_text(ON_CUDA)
-    arguments = [str(script), str(ROOT / "tests"), str(ROOT / "examples")]
+    arguments = [str(script), str(Path(__file__).parent), str(ROOT / "examples")]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     results = []
     for options in ([], launch):

@@ -19,7 +19,7 @@ from dsconv_surgery import Budget, apply_plan, compress, fold_back, make_plan, r
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.schemes import Scheme, registry
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     "plain": nn.Conv2d(6, 10, 3, padding=1),
     "grouped": nn.Conv2d(8, 12, (3, 2), groups=2, padding=(1, 0)),

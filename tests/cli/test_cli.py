@@ -190,7 +190,7 @@ def test_json_and_markdown(home: str, tmp_path: Path) -> None:
 
 def test_it_runs_as_a_module(home: str) -> None:
     """`python -m dsconv_surgery`, in a process of its own, on a mistake."""
-    environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
 
     words = [sys.executable, "-m", "dsconv_surgery", "inspect", f"{home}:smal", *INPUT]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
