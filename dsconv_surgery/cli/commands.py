@@ -5,6 +5,8 @@ from __future__ import annotations
 import json as json_module
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -181,10 +183,29 @@ def recipes(schema: Annotated[bool, typer.Option("--schema", help="print the JSO
 def main() -> None:
     """Run the command line; a user's mistake is one line, not a traceback."""
     try:
-        app()
+        with _native_output_to_stderr():
+            app()
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
+
+
+@contextmanager
+def _native_output_to_stderr() -> Iterator[None]:
+    """Send what native libraries print (rarely, scipy's solver does) to standard error: standard output holds the result alone."""
+    if sys.stdout is None or sys.stdout is not sys.__stdout__:  # replaced by the caller
+        yield
+        return
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w") as stdout:
+        os.dup2(2, 1)
+        sys.stdout = stdout
+        try:
+            yield
+        finally:
+            stdout.flush()
+            os.dup2(stdout.fileno(), 1)
+            sys.stdout = sys.__stdout__
 
 
 def _check_writable(folder: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import tensorly  # type: ignore[import-untyped]
+import tensorly
 import torch
-from tensorly.tenalg import multi_mode_dot  # type: ignore[import-untyped]
-from tensorly.tucker_tensor import TuckerTensor  # type: ignore[import-untyped]
+from tensorly.tenalg import multi_mode_dot
+from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
 
 SWEEPS = 10  # limit; more than two gain little

@@ -400,3 +400,21 @@ def test_recipes_are_listed_with_their_schema() -> None:
     assert "add [calibration]" in run("recipes")  # not taken for markup
     assert "resnet20-cifar10-macs-50" in run("recipes")
     assert "budget" in json.loads(run("recipes", "--schema"))["properties"]
+
+
+def test_native_libraries_cannot_write_into_the_result() -> None:
+    """What is written to file descriptor 1 past Python's sys.stdout goes to the standard error."""
+    code = """
+import os, sys, typer
+from dsconv_surgery.cli import commands
+
+@commands.app.command()
+def noisy():
+    os.write(1, b"from C\\n")
+    typer.echo("{}")
+
+sys.argv = ["dsconv-surgery", "noisy"]
+commands.main()
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "{}\n", "from C\n")
