@@ -193,10 +193,9 @@ def main() -> None:
 @contextmanager
 def _native_output_to_stderr() -> Iterator[None]:
     """Send what native libraries print (rarely, scipy's solver does) to standard error: standard output holds the result alone."""
-    if sys.stdout is None or sys.stdout is not sys.__stdout__:  # replaced by the caller
+    if sys.stdout is not sys.__stdout__:  # replaced by the caller
         yield
         return
-    sys.stdout.flush()
     with os.fdopen(os.dup(1), "w") as stdout:
         os.dup2(2, 1)
         sys.stdout = stdout

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure  # noqa: F401 - before a fixture puts a copy in the place of sys.modules
+import matplotlib.figure  # noqa: F401 - imported before a fixture copies sys.modules
 import numpy as np
 import pytest
+import scipy.optimize  # noqa: F401 - the same
 import torch
 import torch._dynamo
 from PIL import Image
