@@ -108,7 +108,8 @@ def _smallest_within(
     floor = min(planner.smallest_fraction(measure) + 1e-6, 1.0)
     low, high = max(floor, lowest.limits()[measure]) if lowest else floor, 1.0
     target = checked_score(evaluate, planner.model) - max_drop
-    cut, plan = cut_to_budget(planner, Budget(**{measure: 1.0}))  # nothing is cut, so the score is within any drop
+    plan = planner.plan_without_cuts(Budget(**{measure: 1.0}))  # its score is within any drop
+    cut = build_cut_model(planner.model, plan, "factorize", {}, progress=False)
     tries: list[Try] = []
     for number in range(MAX_DROP_TRIES):
         fraction = low if number == 0 else (low + high) / 2

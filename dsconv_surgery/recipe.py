@@ -24,19 +24,20 @@ from dsconv_surgery.report import compare
 from dsconv_surgery.support.batch import batch_items
 from dsconv_surgery.support.copies import channels_last_copy
 from dsconv_surgery.support.formatting import did_you_mean
-from dsconv_surgery.support.records import checked_record, json_schema, parse_json, record
+from dsconv_surgery.support.records import checked_record, json_schema, parse_json
 from dsconv_surgery.surgery import fold_back
 
+Count = Annotated[int, Field(ge=1, description="a whole number, 1 or more")]
 FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a clone
 
 
-@record
+@checked_record("CalibrationSettings(images=512)")
 class CalibrationSettings:
     """How many calibration images a recipe uses, and the settings of `Calibration` for them."""
 
-    images: int = 512
-    patches: int = 2**17
-    memory: int = 2**31
+    images: Count = 512
+    patches: Count = 2**17
+    memory: Count = 2**31
 
 
 @checked_record("Recipe(budget=Budget(macs=0.5), schemes=['cp', 'bottleneck'])")
@@ -44,7 +45,8 @@ class Recipe(PlanSettings):
     """Settings of `compress` and `fine_tune`, kept in a TOML file.
 
     Args:
-        budget, schemes, rule, energy, rank, include, exclude, multiple: as in `PlanSettings`.
+        The settings of a plan are those of `PlanSettings`. Besides these:
+
         description: a sentence for readers.
         model: torchvision:NAME, timm:NAME or package.module:callable, for the command line.
         input: shape of the example input, batch first, for the command line.
@@ -109,6 +111,8 @@ class Recipe(PlanSettings):
         if (self.fine_tune is None) != (train is None):
             expected = "no training batches" if self.fine_tune is None else "training batches (train=)"
             raise ValueError(f"recipe: it asks for {expected}; found {'none' if train is None else 'some'}.")
+        if validate is not None and self.fine_tune is None:
+            raise ValueError("recipe: it has no fine_tune, so there is nothing to validate. Leave out validate=.")
         if self.channels_last:
             model, example_inputs = channels_last_copy(model, example_inputs)
         settings = {name: getattr(self, name) for name in (*plan_keywords(), "max_drop")}
@@ -121,7 +125,7 @@ class Recipe(PlanSettings):
                 settings["budget"] = Budget(**{measure: keep ** (stage / self.stages) for measure, keep in limits.items()})
             small = compress(dense, *example_inputs, **settings)
             if self.fine_tune is not None and train is not None:
-                tuning = replace(self.fine_tune, seed=self.seed + stage - 1)
+                tuning = replace(self.fine_tune, seed=self.seed + self.fine_tune.seed + stage - 1)
                 histories.append(fine_tune(small.model, train, teacher=model, validate=validate, settings=tuning, progress=progress))
             if stage < self.stages:
                 dense = fold_back(small.model, small.plan)

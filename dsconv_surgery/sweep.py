@@ -15,6 +15,7 @@ from dsconv_surgery.compression import cut_to_budget
 from dsconv_surgery.network.geometry import Cost
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.planning.planner import Planner
+from dsconv_surgery.planning.rules import RULES
 from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
 from dsconv_surgery.support.fidelity import checked_score, measure_fidelity
 from dsconv_surgery.support.formatting import markdown_table, text_table
@@ -115,6 +116,10 @@ def pareto(
         raise ValueError("fractions: none given. Pass some in (0, 1], as in fractions=(0.5, 0.3).")
     if settings.get("budget") is not None:
         raise ValueError("budget=: pareto makes its budgets from fractions= and measure=, as in fractions=(0.5, 0.3), measure='macs'.")
+    rule = settings.get("rule", "budget")
+    if isinstance(rule, str) and rule in RULES and RULES[rule].needs != "budget":
+        names = ", ".join(name for name, known in RULES.items() if known.needs == "budget")
+        raise ValueError(f"rule {rule!r} takes no budget, but pareto cuts to budgets. Use one of {names}, or a function.")
     budgets = [Budget(**{measure: fraction}) for fraction in sorted(fractions, reverse=True)]
     checked = PlanSettings(**{**settings, "budget": budgets[-1]})
     images = None if calibration is None else Images(calibration, input_shapes(example_inputs))

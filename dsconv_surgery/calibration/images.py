@@ -1,4 +1,4 @@
-"""Calibration images: checked in the first pass, then given to the networks a few at a time."""
+"""Calibration images: checked in the first pass, given to the networks a few at a time, the first ones also to probe with."""
 
 from __future__ import annotations
 

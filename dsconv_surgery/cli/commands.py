@@ -156,6 +156,8 @@ def run(
 
     _check_writable(out)
     loaded = dsconv_surgery.Recipe.load(recipe)
+    if loaded.max_drop is not None:
+        raise ValueError(f"recipe {recipe!r} has max_drop, which needs a score. Run it in Python: Recipe.load(...).run(..., evaluate=...).")
     if not (model or loaded.model):
         raise ValueError(f"recipe {recipe!r} names no model. Name one with --model.")
     dense, example = _load_model(model or loaded.model, weights, ",".join(map(str, loaded.input)), loaded.channels_last)

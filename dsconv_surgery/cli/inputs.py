@@ -63,7 +63,7 @@ def _numbers(text: str, channels: int) -> list[float]:
     except ValueError:
         numbers = []
     if len(numbers) not in (1, channels):
-        raise ValueError(f"{text!r}: expected {channels} numbers separated by commas, one for each channel.")
+        raise ValueError(f"--mean or --std {text!r}: expected one number, or {channels} with commas, as the input has {channels} channels.")
     return numbers
 
 

@@ -80,7 +80,7 @@ def _plan_options() -> dict[str, Any]:
         repeated = "array" in kinds and "string" in kinds
         value_type: Any = list[str] if repeated else str if "array" in kinds else TYPES[(kinds & TYPES.keys()).pop()]
         text = schema["description"] + ("; may be repeated" if repeated else "")
-        options[name] = Annotated[value_type | None, typer.Option(OPTION_NAMES.get(name, f"--{name}"), help=text)]
+        options[name] = Annotated[value_type | None, typer.Option(OPTION_NAMES.get(name, f"--{name.replace('_', '-')}"), help=text)]
     return options
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dsconv_surgery.support.fidelity import class_divergence, is_classification, output_tensors
+from dsconv_surgery.support.fidelity import output_distance
 
 Loss = Callable[..., Tensor]  # (outputs, *targets) -> the mean over the batch
 
@@ -42,7 +42,7 @@ class DistillationLoss:
             if count < len(targets):
                 parts["labels"] = parts["labels"] + (1 - k) * self._labels_loss(outputs, targets[count:])
         if self.teacher is not None:
-            parts["teacher"] = self._teacher_loss(output_tensors(outputs), output_tensors(teacher_outputs))
+            parts["teacher"] = output_distance(teacher_outputs, outputs, self._temperature)
         weights = {"labels": 1 - share, "teacher": share}
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return total, {name: part.detach() for name, part in parts.items()}
@@ -53,17 +53,3 @@ class DistillationLoss:
             kind = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise ValueError(f"fine_tune: loss gave {kind}, expected a tensor of one number, the mean over the batch.")
         return result.reshape(())
-
-    def _teacher_loss(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        shapes, expected = ([tuple(tensor.shape) for tensor in tensors] for tensors in (outputs, targets))
-        if shapes != expected:
-            raise ValueError(
-                f"fine_tune: the network's outputs have shapes {shapes} and the teacher's {expected}, expected the same shapes. Pass the "
-                "network that was cut as teacher=, and switch off outputs that exist in training only (aux_logits)."
-            )
-        pairs = [(output.float(), target.float()) for output, target in zip(outputs, targets, strict=True)]
-        if is_classification(outputs):
-            output, target = pairs[0]
-            return class_divergence(target, output, self._temperature) / len(target) * self._temperature**2
-        error = torch.stack([(output - target).square().sum() for output, target in pairs]).sum()
-        return error / torch.stack([target.square().sum() for _, target in pairs]).sum().clamp(min=1e-12)

@@ -1,4 +1,4 @@
-"""Find the convolutions and linear layers of a model: which can be cut, on which input sizes they run, and what they cost."""
+"""Find the convolutions and linear layers of a model, with their input sizes and counted MACs, and the reasons why some stay dense."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Geometry and cost of convolutions: plain integers, no tensors and no modules."""
+"""Geometry of planned convolutions, and the cost that follows from it: plain integers, no tensors and no modules."""
 
 from __future__ import annotations
 

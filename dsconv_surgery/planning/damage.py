@@ -61,8 +61,8 @@ class DamageEstimator:
             parts.append(trace(evaluation_copy(self._model)).code)
         except Exception:  # the network cannot be traced, for any reason: its outputs stand for its code
             parts.append("not traced")
-            for outputs in self._targets if self.images is not None else []:
-                parts += outputs
+            for _, output in self._targets if self.images is not None else []:
+                parts += output_tensors(output)
         if self.images is not None:
             parts.append(f"{self.images.settings.patches} {self.images.settings.seed} {self.images.example}")
             for _, inputs in self.images:
@@ -90,8 +90,8 @@ class DamageEstimator:
         finally:
             handle.remove()
         comparison = OutputComparison()
-        for target, output in zip(targets, outputs, strict=True):
-            comparison.add(target, output, len(target[0]) if target else 0)
+        for (count, target), (_, output) in zip(targets, outputs, strict=True):
+            comparison.add(target, output, count)
         comparison.all_reduce()
         result = comparison.error if comparison.divergence is None else comparison.divergence
         if not math.isfinite(result):
@@ -103,16 +103,18 @@ class DamageEstimator:
         return evaluation_copy(self._model)
 
     @cached_property
-    def _targets(self) -> list[list[Tensor]]:
+    def _targets(self) -> list[tuple[int, Any]]:
         targets = self._outputs()
-        if not all(not bool(t.isnan().any()) and bool(t.isfinite().any()) for batch in targets for t in batch if t.numel()):
+        tensors = [tensor for _, output in targets for tensor in output_tensors(output) if tensor.numel()]
+        if not all(not bool(t.isnan().any()) and bool(t.isfinite().any()) for t in tensors):
             raise ValueError("calibration: the network's own outputs on these images are NaN, or nothing but infinite. Repair it first.")
         return targets
 
-    def _outputs(self) -> list[list[Tensor]]:
+    def _outputs(self) -> list[tuple[int, Any]]:
+        """The number of images and the output, for each batch."""
         images: Any = self.images
         with torch.no_grad():
-            return [output_tensors(run_model(self._dense, inputs)) for inputs in images.probe_batches()]
+            return [(len(inputs[0]), run_model(self._dense, inputs)) for inputs in images.probe_batches()]
 
 
 def smooth_curve(x: Any, y: Any, targets: Any) -> Any:

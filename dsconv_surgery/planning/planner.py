@@ -1,4 +1,4 @@
-"""The planner: which layers to cut, with which scheme, at which rank."""
+"""The planner: which layers to cut, with which scheme, at which rank; it meets latency budgets within a tolerance."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def make_plan(
         cache: where to keep measurements for the next plan: True for the user's cache folder (or the one named by the environment
             variable DSCONV_SURGERY_CACHE), a folder, or False for nowhere.
         progress: show a progress bar over layers.
-        settings: the fields of `PlanSettings`: budget, schemes, rule, energy, rank, include, exclude, multiple.
+        settings: any fields of `PlanSettings`, such as budget, schemes and exclude.
 
     Returns:
         A `Plan`, which `apply_plan` carries out.
@@ -121,6 +121,10 @@ class Planner:
         dense = sum(getattr(table.dense, measure) for table in self._tables.values())
         saved = dense - smallest_total(self._tables, (measure,))[measure]
         return float(1 - saved / getattr(self.total, measure))
+
+    def plan_without_cuts(self, budget: Budget) -> Plan:
+        """The plan that keeps every layer dense."""
+        return self._as_plan(budget, dict.fromkeys(self._tables), errors_later=True)[0]
 
     def plan(self, budget: Budget | None, errors_later: bool = False) -> tuple[Plan, FactorsByLayer]:
         """A plan for a budget, with the factors that were computed for the chosen options.

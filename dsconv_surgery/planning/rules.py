@@ -55,6 +55,8 @@ def least_damage(tables: Tables, allowed: Allowed, damage: Damage = Table.damage
 
 def equal_error(tables: Tables, allowed: Allowed) -> Choice:
     """The cheapest option of each layer within one relative error, the least at which all fit (ALDS, Liebenwein et al. 2021)."""
+    if not tables:
+        return {}
     measures = tuple(allowed)
     fronts: dict[str, list[tuple[float, Cost, Option | None]]] = {}
     for name, table in tables.items():

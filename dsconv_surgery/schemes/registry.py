@@ -27,6 +27,8 @@ def register_scheme(scheme: Scheme) -> None:
         >>> get_scheme("narrow").full_rank(ConvSpec(8, 16, (3, 3)))
         16
     """
+    if isinstance(scheme, type):
+        raise TypeError(f"{scheme.__name__} is a class. Register an instance: register_scheme({scheme.__name__}()).")
     missing = [name for name in ("name", *vars(Scheme)) if not name.startswith("_") and not hasattr(scheme, name)]
     if missing:
         raise TypeError(f"{scheme!r} has no {', '.join(missing)}. Derive it from dsconv_surgery.schemes.Scheme, which has defaults.")

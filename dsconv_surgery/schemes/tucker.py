@@ -18,8 +18,8 @@ OFFERED = 24  # ranks per side that the planner may choose: 24 x 24 pairs
 class Tucker(Scheme):
     """`V[o,i,y,x] = sum_{p,q} E[o,q] C[q,p,y,x] R[p,i]` at rank (p, q): HOSVD, then HOOI (Kim et al. 2016).
 
-    The time relative to einsums over all groups at once: 0.6 to 0.85 for one group of 64, 128 or 256 channels, 1.8 for 32 groups of 32,
-    6 to 9 for 32 groups of 8. For tensorly's `partial_tucker` it is 1.6 to 1.9 for one group and 4.4 to 20 for 32.
+    Groups are decomposed one after the other, so many small groups are slow: 32 groups of 8 channels take 6 to 9 times as long as all
+    groups at once would. tensorly's `partial_tucker` takes at least twice as long as this.
     """
 
     name = "tucker"

@@ -46,6 +46,26 @@ def squared_error(target: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     return (a - b).square().sum(), a.square().sum()
 
 
+def output_distance(target: Any, output: Any, temperature: float) -> Tensor:
+    """How far an output is from a teacher's, differentiable: for classifiers `T^2 / N sum_n KL_n`, else `|output - target|^2 / |target|^2`.
+
+    Raises:
+        ValueError: the tensors of the two outputs have different shapes.
+    """
+    outputs, targets = output_tensors(output), output_tensors(target)
+    shapes, expected = ([tuple(tensor.shape) for tensor in tensors] for tensors in (outputs, targets))
+    if shapes != expected:
+        raise ValueError(
+            f"fine_tune: the network's outputs have shapes {shapes} and the teacher's {expected}, expected the same shapes. Pass the "
+            "network that was cut as teacher=, and switch off outputs that exist in training only (aux_logits)."
+        )
+    pairs = [(a.float(), b.float()) for a, b in zip(outputs, targets, strict=True)]
+    if is_classification(outputs):
+        return class_divergence(pairs[0][1], pairs[0][0], temperature) / len(targets[0]) * temperature**2
+    error = torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
+    return error / torch.stack([b.square().sum() for _, b in pairs]).sum().clamp(min=1e-12)
+
+
 class OutputComparison:
     """Compares outputs of two networks batch by batch; error, agreement and divergence follow from its sums."""
 

@@ -729,3 +729,45 @@ def test_shipped_recipes_load_and_have_results() -> None:
 def test_the_schema_is_exported() -> None:
     assert {"budget", "calibration", "schemes"} <= set(Recipe.schema()["properties"])
     assert dsconv_surgery.Recipe is Recipe
+
+
+@pytest.mark.parametrize("layers", [6, 20])
+def test_a_knapsack_whose_limit_only_just_fits(layers: int) -> None:
+    """Costs that differ by less than the solver's tolerance: the only choice that fits is found, and nothing above the limit is taken."""
+    damages = [np.array([0.0, 1.0, 2.0 + layer]) for layer in range(layers)]
+    costs = [np.array([[2e6], [1_000_001.0], [1_000_000.0]]) for _ in range(layers)]
+    assert choose(damages, costs, np.array([1e6 * layers])) == [2] * layers
+    assert choose(damages, costs, np.array([1e6 * layers - 1])) is None
+
+
+def test_layers_that_are_nearly_alike_do_not_keep_the_solver_busy() -> None:
+    """Twenty layers of one shape, as in an untrained network, make millions of choices nearly equal."""
+    generator = np.random.default_rng(0)
+    ranks = np.arange(1, 300)
+    damages = [np.append(0.0, (1 - ranks / 300) ** 2 * (1 + 1e-3 * generator.random(299))) for _ in range(20)]
+    costs = [np.append(600.0, 2.0 * ranks)[:, None] for _ in range(20)]
+    choice = choose(damages, costs, np.array([6001.0]))
+    assert choice is not None
+    assert sum(costs[layer][k, 0] for layer, k in enumerate(choice)) <= 6001
+    assert sum(damages[layer][k] for layer, k in enumerate(choice)) < 1.001 * 20 * 0.25
+
+
+def test_equal_errors_without_any_option(net: Net, x: Tensor) -> None:
+    """Nothing can be cut, so the plan is empty, as with the other rules."""
+    for rule in ("equal_error", "uniform", "budget"):
+        plan = make_plan(net, x, rule=rule, budget=Budget(macs=1.0), include="stem", schemes="bottleneck")
+        assert plan.cuts == ()
+
+
+def test_a_rule_that_ignores_the_budget_still_leaves_a_dense_network_within_the_drop(net: Net, x: Tensor) -> None:
+    def cheapest(tables: Any, _allowed: Any) -> Choice:
+        return {name: table.measure(table.cheapest(("macs",))) for name, table in tables.items()}
+
+    dense = float(net(x).detach().sum())
+    small = compress(net, x, rule=cheapest, max_drop=0.0, evaluate=lambda model: float(abs(float(model(x).detach().sum()) - dense) < 1e-9))
+    assert small.plan.cuts == ()
+
+
+def test_calibration_settings_of_a_recipe_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"at calibration.images: Input should be greater than or equal to 1, found 0"):
+        Recipe.from_toml("[calibration]\nimages = 0")
