@@ -141,6 +141,7 @@ def chain_factors(cut: Cut, chain: nn.Module) -> Factors:
 
 def check_cut(model: nn.Module, plan: Plan) -> None:
     """Raise ValueError, with the mismatches, if a model does not hold the chains of a plan."""
+    check_unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     problems: list[str] = []
     for cut in plan.cuts:

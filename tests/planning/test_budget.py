@@ -359,7 +359,7 @@ def test_damaged_entries_are_noticed_and_made_anew(tmp_path: Path) -> None:
     other = next(p for p in tmp_path.rglob("*.json") if p != path).read_text()
     for damaged in (whole[: len(whole) // 2], "", "\x00" * 40, json.dumps({**entry, "value": [1.5, 2.6]}), other, "[]"):
         path.write_text(damaged)
-        with pytest.warns(UserWarning, match="cache entry is damaged"):
+        with pytest.warns(UserWarning, match="a damaged cache entry"):
             assert cache.get("kind", ["key"], lambda: [1.5, 2.5]) == [1.5, 2.5]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
