@@ -105,7 +105,7 @@ def sweep(
     model: options.Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for sweep.json, sweep.md and, with matplotlib, sweep.png")],
     settings: dict[str, Any],
-    keep: Annotated[list[float] | None, typer.Option(help="a fraction to keep; may be repeated")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="a fraction to keep (0.7 to 0.2 if not given); may be repeated")] = None,
     measure: Annotated[str, typer.Option(help="the measure that --keep is a fraction of: macs, params or latency")] = "macs",
     input: options.Input = DEFAULT_INPUT,  # noqa: A002
     weights: options.Weights = "none",

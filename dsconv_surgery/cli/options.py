@@ -31,7 +31,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 OPTION_NAMES = {"schemes": "--scheme"}  # an option that is repeated has a singular name
 TYPES = {"number": float, "integer": int, "string": str}
-MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency, measured here,"}
+MEASURES = {"macs": "MACs (half of them if no budget is given)", "params": "parameters", "latency": "latency, measured here,"}
 
 
 def takes_plan_options(budget: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:

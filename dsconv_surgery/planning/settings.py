@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -140,9 +141,18 @@ def plan_keywords() -> dict[str, Any]:
 
 
 def takes_plan_settings(function: F) -> F:
-    """A decorator that shows the plan settings in the signature of a function with `**settings`, for help() and notebooks."""
+    """A decorator for functions with `**settings`: shows the plan settings in the signature, and refuses misspelt keywords with a hint."""
     signature = inspect.signature(function)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
     settings = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in plan_keywords().items()]
-    function.__signature__ = signature.replace(parameters=[*own, *settings])  # type: ignore[attr-defined]
-    return function
+    names = [parameter.name for parameter in (*own, *settings) if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **keywords: Any) -> Any:
+        for name in keywords.keys() - set(names) - {"model"}:
+            hint = f"Known: {', '.join(names)}, as in {function.__name__}(model, x, budget=Budget(macs=0.5), schemes=['cp', 'bottleneck'])."
+            raise ValueError(f"{name}=: there is no such setting.{did_you_mean(name, names)} {hint}")
+        return function(*args, **keywords)
+
+    checked.__signature__ = signature.replace(parameters=[*own, *settings])  # type: ignore[attr-defined]
+    return checked  # type: ignore[return-value]

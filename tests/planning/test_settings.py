@@ -54,7 +54,7 @@ def test_every_setting_is_a_key_of_recipes_and_an_option_of_the_commands() -> No
         ({"budget": {"macs": 0.5}}, r"budget=\{'macs': 0.5\}: expected a Budget. Write budget=Budget\(macs=0.5\)"),
         (
             {"shemes": "cp"},
-            r"shemes='cp': there is no such setting. Did you mean 'schemes'\?.*compress\(model, x, budget=",
+            r"shemes=.*: there is no such setting. Did you mean 'schemes'\?.*\(model, x, budget=",
         ),
         ({"budgets": Budget(macs=0.5)}, r"there is no such setting. Did you mean 'budget'\?"),
         ({"schemes": ()}, r"schemes=\(\): expected a scheme to choose from"),
@@ -80,6 +80,13 @@ def test_wrong_settings_are_refused_with_the_correct_call(settings: dict[str, An
     for call in (lambda: PlanSettings(**settings), lambda: make_plan(model, x, **settings), lambda: compress(model, x, **settings)):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_misspelt_keyword_of_compress_itself(model: nn.Module, x: torch.Tensor) -> None:
+    """It is compared with the settings and with the other keywords; its value, perhaps a list of images, is not printed."""
+    with pytest.raises(ValueError, match=r"calibraton=: there is no such setting. Did you mean 'calibration'\?") as caught:
+        compress(model, x, calibraton=[x])
+    assert "tensor" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
