@@ -325,7 +325,7 @@ def test_pictures_are_scaled_cropped_and_normalised(tmp_path: Path) -> None:
         (["--calibration", "empty"], "no pictures in this folder"),
         (["--calibration", "text.pt"], "text.pt: expected a .pt, .safetensors or .npy file with one tensor"),
         (["--calibration", "whole.npy"], "found torch.int64, expected a tensor of normalised images"),
-        (["--calibration", "folder", "--mean", "0.5,x"], "'0.5,x': expected 3 numbers separated by commas"),
+        (["--calibration", "folder", "--mean", "0.5,x"], "--mean or --std '0.5,x': expected one number, or 3 with commas"),
     ],
 )
 def test_calibration_that_cannot_be_read(home: str, fails: Fails, words: list[str], message: str) -> None:
