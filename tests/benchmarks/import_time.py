@@ -1,6 +1,6 @@
 """CPU time to import the package, compared with torch, in one run.
 
-python tests/benchmarks/import_time.py --json tests/benchmarks/results/import_time.json
+python tests/benchmarks/import_time.py --runs 2 --json tests/benchmarks/results/import_time.json
 
 Each statement runs in new processes; the least CPU time (user and system) counts. "all public names" imports every module that they need.
 """
