@@ -87,8 +87,8 @@ class PlanSettings:
             raise ValueError(f"unknown rule {quoted(self.rule)}.{did_you_mean(self.rule, RULES)} {known}")
         for owner, rule in RULES.items():
             if rule.needs not in (None, "budget") and ((value := getattr(self, rule.needs)) is not None) != (self.rule == owner):
-                found = f"found rule={self.rule!r}, {rule.needs}={value!r}"
-                raise ValueError(f"{rule.needs}= goes with rule={owner!r} and only with it; {found}.")
+                actual = f"found rule={self.rule!r}, {rule.needs}={value!r}"
+                raise ValueError(f"{rule.needs}= goes with rule={owner!r} and only with it; {actual}.")
         if self.budget is not None and not self._takes_budget:
             raise ValueError(f"rule {self.rule!r} takes no budget. Use rule='budget', or leave out budget=.")
         scheme = RULES[self.rule].scheme if isinstance(self.rule, str) else None
