@@ -117,8 +117,9 @@ def copy_of(case: Case, model: nn.Module) -> nn.Module:
 
 
 def reference(case: Case, model: nn.Module, cut: nn.Module, plan: Plan) -> nn.Module:
-    """The dense network, in which hooks replace the output of each cut layer by that of its chain."""
-    other = copy_of(case, model)
+    """The dense network, in which hooks replace the output of each cut layer by that of its chain; BatchNorm as in the cut network."""
+    other, shared = copy_of(case, model), cut.state_dict()
+    other.load_state_dict({name: shared.get(name, value) for name, value in model.state_dict().items()})
     for planned in plan.cuts:
         chain = cut.get_submodule(planned.name)
         other.get_submodule(planned.name).register_forward_hook(
@@ -181,9 +182,9 @@ def low_rank(rng: random.Random, site: ConvSite) -> tuple[str, Any] | None:
 
 def settings_for(rng: random.Random, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """Random settings of a plan that the network can meet."""
-    names = rng.sample(scheme_names(), 2)
-    if rng.random() < 0.5 or {"channel", "bottleneck"} - set(names):
-        names = ["channel", "bottleneck", *(name for name in names if name not in ("channel", "bottleneck", "tucker"))]
+    names = ["channel", "bottleneck"]  # in closed form, so quick
+    if rng.random() < 0.3:
+        names.append(rng.choice([name for name in scheme_names() if name not in (*names, "tucker")]))
     lowest = make_plan(model, *inputs, schemes=names, rule="fixed", rank=1, cache=False)
     if rng.random() < 0.4:
         return {"schemes": names, "rule": "fixed", "rank": rng.choice((1, 2, 3))}
@@ -261,6 +262,8 @@ class Check:
         else:
             plan = make_plan(self.model, *self.inputs, cache=False, **settings_for(self.rng, self.model, self.inputs))
             cut = apply_plan(self.model, plan)
+        shared, before = cut.state_dict(), self.model.state_dict()
+        assert all(torch.equal(before[name], value) for name, value in shared.items() if name in before), "values of other layers changed"
         self.check_cut(cut, plan)
 
     def check_cut(self, cut: nn.Module, plan: Plan) -> None:
@@ -329,11 +332,12 @@ class Check:
             pairs = [(run(cut, as_inputs(batch)), run(dense, as_inputs(batch))) for batch in self.case.batches]
             outputs, expected = ([t for pair in pairs for t in pair[k]] for k in (0, 1))
             errors.append(difference(outputs, expected) ** 2)
-        if not self.case.depends_on_values:
+        if not self.case.depends_on_values:  # otherwise the networks may run other layers
             assert errors[0] <= 1.1 * errors[1] + 1e-6, f"calibrated outputs are worse: error {errors[0]:.2e}, without images {errors[1]:.2e}"
         report = compare(self.model, small.model, *self.inputs, plan=plan, data=self.case.batches)
         error = report.fidelity.error
-        assert abs(error - errors[0]) <= 0.02 * errors[0] + 1e-9, f"compare reports the error {error:.3e}, measured {errors[0]:.3e}"
+        tolerance = 0.5 if self.case.is_random else 0.01
+        assert abs(error - errors[0]) <= tolerance * errors[0] + 1e-9, f"compare reports the error {error:.3e}, measured {errors[0]:.3e}"
 
 
 def with_gradient(model: nn.Module, inputs: tuple[Any, ...]) -> set[str]:

@@ -43,6 +43,7 @@ class Case:
     refused: str | None  # a word of the error with which find_convs and make_plan have to refuse the network
     warned: str | None  # a word of the warnings that may come
     depends_on_values: bool  # which layers run depends on values of activations
+    is_random: bool  # draws random numbers in evaluation mode
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------------------
@@ -645,6 +646,7 @@ def make_case(description: Description) -> Case:
         {"lock": "guard", "closure": "forward"}.get(features["refused"]),
         "outside" if "functional_conv" in kinds else None,
         "value_control" in kinds,
+        bool(kinds & {"dropout", "noise"}),
     )
 
 
