@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from random_networks import DEFAULTS, Case, Description, make_case
+from random_networks import DEFAULTS, Arguments, Case, Description, make_case
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -94,11 +94,11 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in tensors_of(item)]
 
 
-def run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+def run(model: nn.Module, inputs: Arguments) -> list[Tensor]:
     """Outputs without gradients; each run draws the same random numbers."""
     torch.manual_seed(1)
     with torch.no_grad():
-        return [tensor.clone() for tensor in tensors_of(model(*inputs))]
+        return [tensor.clone() for tensor in tensors_of(inputs.call(model))]
 
 
 def difference(outputs: list[Tensor], expected: list[Tensor]) -> float:
@@ -128,19 +128,15 @@ def reference(case: Case, model: nn.Module, cut: nn.Module, plan: Plan) -> nn.Mo
     return other
 
 
-def as_inputs(batch: Any) -> tuple[Any, ...]:
-    return batch if isinstance(batch, tuple) else (batch,)
-
-
-def counted_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
+def counted_macs(model: nn.Module, inputs: Arguments) -> int:
     with FlopCounterMode(display=False) as counter:
-        run(model, inputs)
+        run(model.eval(), inputs)
     return counter.get_total_flops() // 2
 
 
 def state(model: nn.Module) -> dict[str, Any]:
     """All that must not change: values, modes, flags."""
-    tensors = {name: (t.detach().clone(), t.requires_grad, t._version) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    tensors = {name: (t.detach().clone(), t.requires_grad) for name, t in (*model.named_parameters(), *model.named_buffers())}
     return tensors | {f"{name}:": (type(module), module.training, set(vars(module))) for name, module in model.named_modules()}
 
 
@@ -180,12 +176,12 @@ def low_rank(rng: random.Random, site: ConvSite) -> tuple[str, Any] | None:
     return scheme, ranks if isinstance(full, tuple) else ranks[0]
 
 
-def settings_for(rng: random.Random, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
+def settings_for(rng: random.Random, model: nn.Module, inputs: Arguments) -> dict[str, Any]:
     """Random settings of a plan that the network can meet."""
     names = ["channel", "bottleneck"]  # in closed form, so quick
     if rng.random() < 0.3:
         names.append(rng.choice([name for name in scheme_names() if name not in (*names, "tucker")]))
-    lowest = make_plan(model, *inputs, schemes=names, rule="fixed", rank=1, cache=False)
+    lowest = make_plan(model, *inputs.args, example_kwargs=inputs.kwargs or None, schemes=names, rule="fixed", rank=1, cache=False)
     if rng.random() < 0.4:
         return {"schemes": names, "rule": "fixed", "rank": rng.choice((1, 2, 3))}
     measure = rng.choice(("macs", "params"))
@@ -203,6 +199,7 @@ class Check:
         self.is_calibrated = calibrated
         self.tolerance = TOLERANCE[(DEFAULTS | description.features)["dtype"]]
         self.model, self.inputs = self.case.build(description.seed), self.case.inputs
+        self.args, self.keywords = self.inputs.args, {"example_kwargs": self.inputs.kwargs} if self.inputs.kwargs else {}
         self.outputs = run(copy_of(self.case, self.model), self.inputs)
         assert all(bool(t.isfinite().all()) for t in self.outputs), "the dense outputs are not finite: mend the generator"
 
@@ -230,15 +227,15 @@ class Check:
 
     def refuses(self) -> None:
         try:
-            plan = make_plan(self.model, *self.inputs, schemes=("channel", "bottleneck"), rule="fixed", rank=1, cache=False)
-            apply_plan(self.model, plan)
+            plan = make_plan(self.model, *self.args, **self.keywords, schemes=("channel", "bottleneck"), rule="fixed", rank=1, cache=False)
+            apply_plan(self.model, plan, *self.args, **self.keywords)
         except (ValueError, TypeError) as error:
             assert self.case.refused in str(error), f"the error does not name {self.case.refused!r}: {error}"
         else:
             raise AssertionError(f"not refused: {self.case.refused}")
 
     def find(self) -> None:
-        layers = find_convs(self.model, *self.inputs)
+        layers = find_convs(self.model, *self.args, **self.keywords)
         kinds = nn.modules.conv._ConvNd | nn.Linear
         names = {name for name, module in self.model.named_modules() if isinstance(module, kinds)}
         missing = names - {layer.name for layer in layers}
@@ -246,22 +243,22 @@ class Check:
         self.sites = [layer for layer in layers if isinstance(layer, ConvSite)]
         if not self.sites:
             return
-        plan = make_plan(self.model, *self.inputs, schemes=("channel", "bottleneck"), rule="fixed", rank=1, cache=False)
+        plan = make_plan(self.model, *self.args, **self.keywords, schemes=("channel", "bottleneck"), rule="fixed", rank=1, cache=False)
         self.base = replace(plan, skips=(*plan.skips, *(Skip(cut.name, "not chosen.") for cut in plan.cuts)), cuts=())
 
     def full_rank(self) -> None:
         plan = plan_with(self.base, self.sites, lambda site: full_rank(self.rng, site))
-        cut = apply_plan(self.model, plan)
+        cut = apply_plan(self.model, plan, *self.args, **self.keywords)
         error = difference(run(cut, self.inputs), self.outputs)
         assert error < self.tolerance, f"outputs differ from the dense network's by {error:.1e}"
 
     def reduced_rank(self) -> None:
         if self.rng.random() < 0.5:
             plan = plan_with(self.base, self.sites, lambda site: low_rank(self.rng, site))
-            cut = apply_plan(self.model, plan)
+            cut = apply_plan(self.model, plan, *self.args, **self.keywords)
         else:
-            plan = make_plan(self.model, *self.inputs, cache=False, **settings_for(self.rng, self.model, self.inputs))
-            cut = apply_plan(self.model, plan)
+            plan = make_plan(self.model, *self.args, **self.keywords, cache=False, **settings_for(self.rng, self.model, self.inputs))
+            cut = apply_plan(self.model, plan, *self.args, **self.keywords)
         shared, before = cut.state_dict(), self.model.state_dict()
         assert all(torch.equal(before[name], value) for name, value in shared.items() if name in before), "values of other layers changed"
         self.check_cut(cut, plan)
@@ -278,7 +275,7 @@ class Check:
         assert error < self.tolerance, f"outputs differ from the reference by {error:.1e}"
         cut.load_state_dict(before)
         self.check_costs(cut, plan)
-        self.check_gradients(cut, plan)
+        self.check_gradients(cut.train(self.model.training), plan)
         cut.load_state_dict(before)
         with tempfile.TemporaryDirectory() as folder:
             save(cut, folder, plan)
@@ -289,16 +286,16 @@ class Check:
         assert folded < self.tolerance, f"outputs differ after fold_back by {folded:.1e}"
 
     def check_costs(self, cut: nn.Module, plan: Plan) -> None:
-        report = compare(self.model, cut, *self.inputs, plan=plan)
+        report = compare(self.model, cut, *self.args, **self.keywords, plan=plan)
         for name, model, cost, planned in (("dense", self.model, report.before, plan.total), ("cut", cut, report.after, plan.total_after)):
             params = sum(p.numel() for p in model.parameters())
             assert cost.params == planned.params == params, f"{name} params: report {cost.params}, plan {planned.params}, counted {params}"
             assert cost.macs == planned.macs, f"{name} MACs: report {cost.macs}, plan {planned.macs}"
         for name, model, macs in (
-            ("dense", copy_of(self.case, self.model), report.before.macs + report.remainder_macs_before),
-            ("cut", cut, report.after.macs + report.remainder_macs_after),
+            ("dense", copy_of(self.case, self.model), report.before.macs + report.outside_before.macs),
+            ("cut", cut, report.after.macs + report.outside_after.macs),
         ):
-            counted = counted_macs(model, self.inputs)
+            counted = counted_macs(model, self.inputs)  # in evaluation mode, as the report counts
             assert macs == counted, f"{name} MACs: report {macs}, counted {counted}"
 
     def check_gradients(self, cut: nn.Module, plan: Plan) -> None:
@@ -317,33 +314,37 @@ class Check:
 
     def calibrated(self) -> None:
         """Compress for random images: finite errors, and outputs no worse than without the images."""
-        settings = settings_for(self.rng, self.model, self.inputs)
-        small = compress(self.model, *self.inputs, calibration=self.case.batches, cache=False, **settings)
+        settings, batches = settings_for(self.rng, self.model, self.inputs), [inputs.batch for inputs in self.case.batches]
+        small = compress(self.model, *self.args, **self.keywords, calibration=batches, cache=False, **settings)
         plan = small.plan
         for planned in plan.cuts:
-            assert planned.error is not None and -1e-9 <= planned.error <= 1.1, f"{planned.scheme} of rank {planned.rank}: error {planned.error}"
+            assert planned.error is not None and -1e-9 <= planned.error <= 1.1, (
+                f"{planned.scheme} of rank {planned.rank}: error {planned.error}"
+            )
         self.check_cut(small.model, plan)
         if not plan.cuts:
             return
-        free = apply_plan(self.model, replace(plan, calibrated=False))
+        free = apply_plan(self.model, replace(plan, calibrated=False), *self.args, **self.keywords)
         dense = copy_of(self.case, self.model).eval()
         errors = []
         for cut in (small.model.eval(), free.eval()):
-            pairs = [(run(cut, as_inputs(batch)), run(dense, as_inputs(batch))) for batch in self.case.batches]
+            pairs = [(run(cut, inputs), run(dense, inputs)) for inputs in self.case.batches]
             outputs, expected = ([t for pair in pairs for t in pair[k]] for k in (0, 1))
             errors.append(difference(outputs, expected) ** 2)
         if not self.case.depends_on_values:  # otherwise the networks may run other layers
-            assert errors[0] <= 1.1 * errors[1] + 1e-6, f"calibrated outputs are worse: error {errors[0]:.2e}, without images {errors[1]:.2e}"
-        report = compare(self.model, small.model, *self.inputs, plan=plan, data=self.case.batches)
+            assert errors[0] <= 1.1 * errors[1] + 1e-6, (
+                f"calibrated outputs are worse: error {errors[0]:.2e}, without images {errors[1]:.2e}"
+            )
+        report = compare(self.model, small.model, *self.args, **self.keywords, plan=plan, data=batches)
         error = report.fidelity.error
         tolerance = 0.5 if self.case.is_random else 0.01
         assert abs(error - errors[0]) <= tolerance * errors[0] + 1e-9, f"compare reports the error {error:.3e}, measured {errors[0]:.3e}"
 
 
-def with_gradient(model: nn.Module, inputs: tuple[Any, ...]) -> set[str]:
+def with_gradient(model: nn.Module, inputs: Arguments) -> set[str]:
     """The parameters that a loss gives a gradient."""
     torch.manual_seed(1)
-    losses = [tensor.square().mean() for tensor in tensors_of(model(*inputs)) if tensor.requires_grad]
+    losses = [tensor.square().mean() for tensor in tensors_of(inputs.call(model)) if tensor.requires_grad]
     if losses:
         sum(losses).backward()
     reached = {name for name, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
@@ -372,7 +373,9 @@ def shrink(description: Description, kind: str, calibrated: bool | None = None) 
     changed_one = True
     while changed_one:
         changed_one = False
-        smaller = [replace(description, blocks=description.blocks[:i] + description.blocks[i + 1 :]) for i in range(len(description.blocks))]
+        smaller = [
+            replace(description, blocks=description.blocks[:i] + description.blocks[i + 1 :]) for i in range(len(description.blocks))
+        ]
         smaller = [candidate for candidate in smaller if candidate.blocks]
         for name, value in description.features.items():
             if value != DEFAULTS[name]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import types
@@ -33,13 +34,31 @@ class Description:
 
 
 @dataclass(frozen=True)
+class Arguments:
+    """The arguments of one call of a network."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def call(self, model: nn.Module) -> Any:
+        return model(*self.args, **self.kwargs)
+
+    @property
+    def batch(self) -> Any:
+        """The arguments as a data loader would give them."""
+        if self.kwargs:
+            return self.kwargs
+        return self.args[0] if len(self.args) == 1 and not isinstance(self.args[0], tuple) else self.args
+
+
+@dataclass(frozen=True)
 class Case:
     """A network, how to build it with other weights, its inputs, and what to expect of it."""
 
     description: Description
     build: Callable[[int], nn.Module]
-    inputs: tuple[Any, ...]
-    batches: list[Any]
+    inputs: Arguments
+    batches: list[Arguments]
     refused: str | None  # a word of the error with which find_convs and make_plan have to refuse the network
     warned: str | None  # a word of the warnings that may come
     depends_on_values: bool  # which layers run depends on values of activations
@@ -486,6 +505,11 @@ class NumberInput(Network):
         return self.run((x.flip(3) if flip else x) * scale)
 
 
+class KeywordInput(Network):
+    def forward(self, *, pixels: Tensor) -> Any:
+        return self.run(pixels)
+
+
 class OptionalInput(Network):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
         return self.run(x if mask is None else x * mask)
@@ -498,11 +522,12 @@ NETWORKS = {
     "dict": DictInput,
     "pair": PairInput,
     "number": NumberInput,
+    "keyword": KeywordInput,
     "optional": OptionalInput,
 }
 
 
-def draw_inputs(kind: str, count: int, channels: int, size: tuple[int, int], features: dict[str, Any]) -> tuple[Any, ...]:
+def draw_inputs(kind: str, count: int, channels: int, size: tuple[int, int], features: dict[str, Any]) -> Arguments:
     """The arguments of a network for so many images."""
 
     def image(number: int = channels) -> Tensor:
@@ -511,7 +536,9 @@ def draw_inputs(kind: str, count: int, channels: int, size: tuple[int, int], fea
         return x.to(memory_format=torch.channels_last) if features["channels_last"] else x
 
     half = max(channels // 2, 1)
-    return {
+    if kind == "keyword":
+        return Arguments((), {"pixels": image()})
+    args: tuple[Any, ...] = {
         "tensor": lambda: (image(),),
         "two": lambda: (image(half), image(channels - half)),
         "vector": lambda: (image(), torch.rand(count, 3, dtype=features["dtype"])),
@@ -520,10 +547,11 @@ def draw_inputs(kind: str, count: int, channels: int, size: tuple[int, int], fea
         "number": lambda: (image(), 1.5, True),
         "optional": lambda: (image(), None),
     }[kind]()
+    return Arguments(args)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------------------
-def train_by_chance(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def train_by_chance(model: nn.Module, inputs: Arguments) -> None:
     """Weights as after training: a decaying spectrum, some dead filters, BatchNorm with statistics, scales and shifts."""
     for module in list(model.modules()):
         weight = getattr(module, "_parameters", {}).get("weight")
@@ -540,7 +568,7 @@ def train_by_chance(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     with torch.no_grad():
         model.train()
         for _ in range(3):
-            model(*inputs)
+            inputs.call(model)
     for module, training in mode.items():
         module.training = training
 
@@ -569,7 +597,7 @@ def describe(seed: int) -> Description:
     names, weights = list(BLOCKS), [weight for _, weight in BLOCKS.values()]
     kinds = rng.choices(names, weights, k=rng.randint(1, 4))
     features = {
-        "inputs": rng.choices(list(NETWORKS), (12, 2, 2, 3, 2, 2, 1))[0],
+        "inputs": rng.choices(list(NETWORKS), (12, 2, 2, 3, 2, 2, 2, 1))[0],
         "output": rng.choices(list(OUTPUTS), (10, 2, 3, 2, 1))[0],
         "head": rng.choices(("none", "linear", "one_channel", "two_linear"), (3, 4, 2, 2))[0],
         "images": rng.choice(("normal", "uniform")),
@@ -618,15 +646,13 @@ def make_network(description: Description, weights_seed: int) -> nn.Module:
         for parameter in list(model.parameters())[::2]:
             parameter.requires_grad_(False)
     if features["graph_module"] and kind != "optional":
-        try:
+        with contextlib.suppress(Exception):  # a network that cannot be traced stays as it is
             model = fx.symbolic_trace(model)
-        except Exception:  # not every network can be traced: this one stays as it is
-            pass
     if features["refused"] == "lock":
         model.guard = threading.Lock()
     elif features["refused"] == "closure":
         forward = model.forward
-        model.forward = lambda *inputs: forward(*inputs)
+        model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     return model.train(features["training"])
 
 
@@ -636,7 +662,7 @@ def make_case(description: Description) -> Case:
     torch.manual_seed(description.seed)
     settings = (channels, features["size"], features)
     inputs = draw_inputs(features["inputs"], 2, *settings)
-    batches = [as_batch(draw_inputs(features["inputs"], IMAGES, *settings)) for _ in range(BATCHES)]
+    batches = [draw_inputs(features["inputs"], IMAGES, *settings) for _ in range(BATCHES)]
     kinds = {kind for kind, _ in description.blocks}
     return Case(
         description,
@@ -648,8 +674,3 @@ def make_case(description: Description) -> Case:
         "value_control" in kinds,
         bool(kinds & {"dropout", "noise"}),
     )
-
-
-def as_batch(inputs: tuple[Any, ...]) -> Any:
-    """Arguments as a data loader would give them."""
-    return inputs[0] if len(inputs) == 1 and not isinstance(inputs[0], tuple) else inputs

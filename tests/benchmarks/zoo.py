@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,8 +24,191 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 RESULT = Path(__file__).resolve().with_name("results") / "zoo.json"
-TIME_LIMIT = 900  # seconds for one model
+TIME_LIMIT = 600  # seconds for one model
+# The smallest model of each family of timm 1.0, or two of large families, with at most 45 million parameters (dm_nfnet_f0: 71 million).
+TIMM = [
+    "bat_resnext26ts",
+    "botnet26t_256",
+    "caformer_s18",
+    "cait_xxs24_224",
+    "coat_tiny",
+    "coatnet_pico_rw_224",
+    "coatnext_nano_rw_224",
+    "convformer_s18",
+    "convit_tiny",
+    "convmixer_768_32",
+    "convnext_atto_rms",
+    "convnextv2_atto",
+    "cpubone_nano",
+    "crossvit_tiny_240",
+    "cs3darknet_focus_s",
+    "csatv2",
+    "cspdarknet53",
+    "cspnext_s",
+    "cspresnet50",
+    "cspresnext50",
+    "darknet17",
+    "darknetaa53",
+    "davit_tiny",
+    "deit_tiny_patch16_224",
+    "densenet121",
+    "densenetblur121d",
+    "dla34",
+    "dm_nfnet_f0",
+    "dpn68",
+    "eca_botnext26ts_256",
+    "eca_nfnet_l0",
+    "eca_resnext26ts",
+    "eca_vovnet39b",
+    "ecaresnet26t",
+    "ecaresnetlight",
+    "ecaresnext26t_32x4d",
+    "edgenext_x_small",
+    "efficientformer_l1",
+    "efficientformerv2_s0",
+    "efficientnet_b0",
+    "efficientnet_b0_g8_gn",
+    "efficientnetv2_rw_t",
+    "efficientvim_m1",
+    "efficientvit_b0",
+    "efficientvit_m0",
+    "ese_vovnet19b_slim_dw",
+    "eva02_tiny_patch14_224",
+    "fasternet_t0",
+    "fastvit_s12",
+    "fbnetc_100",
+    "fbnetv3_b",
+    "flexivit_small",
+    "focalnet_tiny_srf",
+    "gc_efficientnetv2_rw_t",
+    "gcresnet33ts",
+    "gcresnext26ts",
+    "gcvit_xxtiny",
+    "gernet_s",
+    "ghostnet_050",
+    "ghostnetv3_050",
+    "gmixer_12_224",
+    "gmlp_ti16_224",
+    "halo2botnet50ts_256",
+    "halonet_h1",
+    "haloregnetz_b",
+    "hardcorenas_b",
+    "hgnet_tiny",
+    "hgnetv2_b0",
+    "hiera_tiny_224",
+    "hieradet_small",
+    "hrnet_w18_small",
+    "iformer_t",
+    "inception_next_atto",
+    "inception_v3",
+    "inception_v4",
+    "lambda_resnet26t",
+    "lamhalobotnet50ts_256",
+    "lcnet_035",
+    "lcnetv2_small",
+    "legacy_seresnext26_32x4d",
+    "legacy_xception",
+    "levit_384_s8",
+    "lowformer_b0",
+    "mambaout_femto",
+    "maxvit_pico_rw_256",
+    "maxvit_rmlp_nano_rw_256",
+    "maxxvit_rmlp_nano_rw_256",
+    "maxxvitv2_nano_rw_256",
+    "mixer_s16_224",
+    "mixnet_s",
+    "mnasnet_small",
+    "mobilenet_edgetpu_100",
+    "mobilenetv2_035",
+    "mobilenetv3_small_050",
+    "mobileone_s1",
+    "mobilevit_xxs",
+    "mobilevitv2_050",
+    "mvitv2_tiny",
+    "nest_tiny",
+    "nextvit_small",
+    "nf_regnet_b0",
+    "pit_xs_224",
+    "poolformer_s12",
+    "poolformerv2_s12",
+    "pvt_v2_b0",
+    "rdnet_tiny",
+    "regnetv_040",
+    "regnetx_002",
+    "regnety_002",
+    "regnetz_005",
+    "regnetz_b16",
+    "repghostnet_050",
+    "repvgg_a0",
+    "repvit_m1",
+    "res2next50",
+    "resmlp_12_224",
+    "resnest14d",
+    "resnet14t",
+    "resnet26",
+    "resnet32ts",
+    "resnetaa34d",
+    "resnetblur18",
+    "resnetrs50",
+    "resnetv2_18",
+    "resnetv2_50x1_bit",
+    "resnext26ts",
+    "resnext50_32x4d",
+    "rexnet_100",
+    "rexnetr_100",
+    "sebotnet33ts_256",
+    "sedarknet21",
+    "sehalonet33ts",
+    "selecsls42",
+    "semnasnet_050",
+    "sequencer2d_s",
+    "seresnet18",
+    "seresnet33ts",
+    "seresnetaa50d",
+    "seresnext26ts",
+    "seresnext50_32x4d",
+    "shvit_s1",
+    "skresnet18",
+    "skresnext50_32x4d",
+    "spnasnet_100",
+    "starnet_s1",
+    "swiftformer_xs",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_cr_tiny_224",
+    "swinv2_tiny_window16_256",
+    "test_byobnet",
+    "test_coatnet",
+    "test_convnext",
+    "test_efficientnet",
+    "test_mambaout",
+    "test_nfnet",
+    "test_resnet",
+    "test_vit",
+    "test_vit_relpos",
+    "tf_efficientnet_b0",
+    "tf_efficientnetv2_s",
+    "tf_mixnet_s",
+    "tf_mobilenetv3_small_075",
+    "tiny_vit_5m_224",
+    "tinynet_d",
+    "tnt_s_legacy_patch16_224",
+    "tresnet_m",
+    "twins_svt_small",
+    "visformer_tiny",
+    "vit_pe_core_tiny_patch16_384",
+    "vit_srelpos_small_patch16_224",
+    "vit_tiny_patch16_224",
+    "vit_tiny_patch16_dinov3_qkvb",
+    "vit_tiny_r_s16_p8_224",
+    "vitamin_small_224",
+    "volo_d1_224",
+    "vovnet39a",
+    "xception41p",
+    "xcit_nano_12_p16_384",
+    "xcit_nano_12_p8_224",
+]
 SCHEMES = ("channel", "bottleneck")  # one for each kind of layer, in closed form
 RANK = 2
 
@@ -140,7 +324,7 @@ def serve(name: str) -> dict[str, Any]:
     layers = {key for key, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)}
     sites = [layer for layer in survey.layers if isinstance(layer, ConvSite)]
     costs = [survey.costs[site.name] for site in sites]
-    all_macs = survey.total.macs + survey.remainder_macs
+    all_macs = survey.total.macs + survey.outside.macs
     row: dict[str, Any] = {
         "params": survey.total.params,
         "macs": all_macs,
@@ -154,7 +338,7 @@ def serve(name: str) -> dict[str, Any]:
     if not sites:
         return row | {"served": False, "reason": "no site"}
     plan = make_plan(model, *inputs, schemes=SCHEMES, rule="fixed", rank=RANK, cache=False)
-    cut = apply_plan(model, plan)
+    cut = apply_plan(model, plan, *inputs)
     row |= {"cuts": len(plan.cuts), "params_cut": plan.total_after.params}
     check(sum(p.numel() for p in cut.parameters()) == plan.total_after.params, "the plan's parameters are not those of the network")
     with tempfile.TemporaryDirectory() as folder:
@@ -198,36 +382,47 @@ def plain_nms() -> None:
 
 # --- all models ------------------------------------------------------------------------------------------------------------------
 def all_names() -> list[str]:
-    import conftest  # noqa: F401
     from torchvision import models
 
     return [f"torchvision:{name}" for name in models.list_models()] + [f"timm:{name}" for name in TIMM]
 
 
 def run_child(name: str) -> dict[str, Any]:
-    """The row of a model, from a process of its own."""
-    start = time.time()
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as file, tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "DSCONV_SURGERY_CACHE": cache}
-        try:
-            command = [sys.executable, "-W", "ignore", __file__, "--child", file.name, name]
-            process = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, env=environment, check=False)
-            text = file.read()
-            if text:
-                row = json.loads(text)
-            else:
-                row = {"served": False, "reason": f"the process ended with {process.returncode}: {process.stderr.strip()[-200:]}"}
-        except subprocess.TimeoutExpired:
+    """The row of a model, from a process of its own, so that memory is freed and a crash or a hang is a row, too."""
+    start, context = time.time(), multiprocessing.get_context("fork")  # what is imported already is not imported again
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
+        process = context.Process(target=child, args=(name, Path(file.name)))
+        process.start()
+        process.join(TIME_LIMIT)
+        if process.is_alive():
+            process.kill()
+            process.join()
             row = {"served": False, "reason": f"no result within {TIME_LIMIT} s"}
+        else:
+            text = file.read()
+            row = json.loads(text) if text else {"served": False, "reason": f"the process ended with exit code {process.exitcode}"}
     return {"model": name, **row, "seconds": round(time.time() - start, 1)}
 
 
 def child(name: str, path: Path) -> None:
+    warnings.simplefilter("ignore")
     try:
         row = serve(name)
     except Exception as error:
         row = {"served": False, "reason": f"{type(error).__name__}: {error}"[:600]}
     path.write_text(json.dumps(row))
+
+
+def import_everything() -> None:
+    """Cut a small network, so that all modules are imported before the processes of the models begin."""
+    import timm  # noqa: F401
+    import torch
+
+    from dsconv_surgery import apply_plan, make_plan
+
+    torch.set_num_threads(1)
+    model, x = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(8, 8, 1)), torch.rand(1, 4, 8, 8)
+    apply_plan(model, make_plan(model, x, schemes=SCHEMES, rule="fixed", rank=1, cache=False), x)
 
 
 def run_all(names: Iterable[str], path: Path, again: bool) -> None:
@@ -243,7 +438,10 @@ def run_all(names: Iterable[str], path: Path, again: bool) -> None:
 def table(path: Path) -> str:
     """The summary in Markdown."""
     rows = json.loads(path.read_text())["rows"]
-    lines = ["| library | models | served | sites | unexplained | MACs that can be cut, median | parameters |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| library | models | served | sites | unexplained | MACs that can be cut, median | parameters |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for library in ("torchvision", "timm"):
         group = [row for row in rows if row["model"].startswith(library)]
         if not group:
@@ -274,20 +472,18 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="run models again that were not served")
     parser.add_argument("--shuffle", action="store_true", help="in random order, for a first impression")
     parser.add_argument("--json", type=Path, default=RESULT)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        child(arguments.names[0], arguments.child)
-    elif arguments.table:
+    if arguments.table:
         print(table(arguments.json))
     else:
+        import conftest  # noqa: F401  # makes torchvision importable beside a CPU build of torch
+
         names = arguments.names or all_names()
         if arguments.shuffle:
             random.Random(0).shuffle(names)
+        import_everything()
         run_all(names, arguments.json, arguments.again)
 
-
-TIMM: tuple[str, ...] = ()
 
 if __name__ == "__main__":
     main()
