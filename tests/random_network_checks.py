@@ -226,13 +226,13 @@ class Check:
         return self.failures
 
     def refuses(self) -> None:
+        message = "it was not refused"
         try:
             plan = make_plan(self.model, *self.args, **self.keywords, schemes=("channel", "bottleneck"), rule="fixed", rank=1, cache=False)
             apply_plan(self.model, plan, *self.args, **self.keywords)
         except (ValueError, TypeError) as error:
-            assert self.case.refused in str(error), f"the error does not name {self.case.refused!r}: {error}"
-        else:
-            raise AssertionError(f"not refused: {self.case.refused}")
+            message = str(error)
+        assert self.case.refused in message, f"expected an error that names {self.case.refused!r}, got: {message}"
 
     def find(self) -> None:
         layers = find_convs(self.model, *self.args, **self.keywords)
@@ -290,7 +290,8 @@ class Check:
         for name, model, cost, planned in (("dense", self.model, report.before, plan.total), ("cut", cut, report.after, plan.total_after)):
             params = sum(p.numel() for p in model.parameters())
             assert cost.params == planned.params == params, f"{name} params: report {cost.params}, plan {planned.params}, counted {params}"
-            assert cost.macs == planned.macs, f"{name} MACs: report {cost.macs}, plan {planned.macs}"
+            may_differ = name == "cut" and self.case.depends_on_values  # the cut network may run other layers
+            assert cost.macs == planned.macs or may_differ, f"{name} MACs: report {cost.macs}, plan {planned.macs}"
         for name, model, macs in (
             ("dense", copy_of(self.case, self.model), report.before.macs + report.outside_before.macs),
             ("cut", cut, report.after.macs + report.outside_after.macs),
@@ -318,9 +319,9 @@ class Check:
         small = compress(self.model, *self.args, **self.keywords, calibration=batches, cache=False, **settings)
         plan = small.plan
         for planned in plan.cuts:
-            assert planned.error is not None and -1e-9 <= planned.error <= 1.1, (
-                f"{planned.scheme} of rank {planned.rank}: error {planned.error}"
-            )
+            error = planned.error
+            assert error is not None, f"no error of {planned.name}"
+            assert -1e-9 <= error <= 1.1, f"{planned.scheme} of rank {planned.rank}: error {error}"
         self.check_cut(small.model, plan)
         if not plan.cuts:
             return

@@ -430,18 +430,18 @@ def pool(b: Builder) -> nn.Module:
     return nn.Sequential(b.rng.choice((nn.MaxPool2d(2), nn.AvgPool2d(2))), b.plain())
 
 
-BLOCKS: dict[str, tuple[Callable[[Builder], nn.Module], int]] = {
-    function.__name__: (function, weight)
-    for weight, functions in {
-        12: (unit,),
-        5: (residual, branches, separable),
-        3: (called_twice, two_names, one_channel_groups, module_list, nested, squeeze_excite, pool, mlp),
-        2: (value_control, shape_control, dropout, noise, module_dict, attributes, keyword_call, buffers, stored, transposed),
-        1: (module_dropout, extra_state, type_test, reads_dtype, reads_weight, reads_geometry, functional_conv, normed, attention)
-        + (shuffle, hooked, tied, patched, subclasses),
-    }.items()
-    for function in functions
-}
+# The more often a block is drawn, the higher its group.
+_BLOCKS_BY_WEIGHT = {
+    12: (unit,),
+    5: (residual, branches, separable),
+    3: (called_twice, two_names, one_channel_groups, module_list, nested, squeeze_excite, pool, mlp),
+    2: (value_control, shape_control, dropout, noise, module_dict, attributes, keyword_call, buffers, stored, transposed),
+    1: (
+        module_dropout, extra_state, type_test, reads_dtype, reads_weight, reads_geometry, functional_conv, normed, attention, shuffle,
+        hooked, tied, patched, subclasses,
+    ),
+}  # fmt: skip
+BLOCKS = {function.__name__: (function, weight) for weight, functions in _BLOCKS_BY_WEIGHT.items() for function in functions}
 
 
 # --- inputs and outputs ----------------------------------------------------------------------------------------------------------
