@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import random
 import re
 import tempfile
@@ -31,6 +32,8 @@ from dsconv_surgery.schemes import get_scheme, scheme_names
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # norm of the difference over the norm of the outputs
 CALIBRATED = 0.4  # share of the networks that are calibrated, too
+ITERATIVE = ("cp", "cp_split", "tucker")  # only for small layers, for time
+SMALL = 1500  # weights
 EXACT = ("spatial", "channel", "depthwise", "pointwise_depthwise", "tucker", "bottleneck")  # closed forms: exact at full rank
 # torch's own, once in a process, for the dense network too.
 TORCH_WARNINGS = ("padding='same' with even kernel lengths",)
@@ -167,7 +170,8 @@ def full_rank(rng: random.Random, site: ConvSite) -> tuple[str, Any] | None:
 
 
 def low_rank(rng: random.Random, site: ConvSite) -> tuple[str, Any] | None:
-    names = schemes_for(site, scheme_names())
+    small = math.prod(site.spec.weight_shape) <= SMALL
+    names = schemes_for(site, tuple(name for name in scheme_names() if small or name not in ITERATIVE))
     if not names or rng.random() < 0.15:
         return None
     scheme = rng.choice(names)
@@ -176,10 +180,10 @@ def low_rank(rng: random.Random, site: ConvSite) -> tuple[str, Any] | None:
     return scheme, ranks if isinstance(full, tuple) else ranks[0]
 
 
-def settings_for(rng: random.Random, model: nn.Module, inputs: Arguments) -> dict[str, Any]:
+def settings_for(rng: random.Random, model: nn.Module, inputs: Arguments, sites: list[ConvSite]) -> dict[str, Any]:
     """Random settings of a plan that the network can meet."""
     names = ["channel", "bottleneck"]  # in closed form, so quick
-    if rng.random() < 0.3:
+    if len(sites) <= 4 and all(math.prod(site.spec.weight_shape) <= SMALL for site in sites):
         names.append(rng.choice([name for name in scheme_names() if name not in (*names, "tucker")]))
     lowest = make_plan(model, *inputs.args, example_kwargs=inputs.kwargs or None, schemes=names, rule="fixed", rank=1, cache=False)
     if rng.random() < 0.4:
@@ -257,7 +261,9 @@ class Check:
             plan = plan_with(self.base, self.sites, lambda site: low_rank(self.rng, site))
             cut = apply_plan(self.model, plan, *self.args, **self.keywords)
         else:
-            plan = make_plan(self.model, *self.args, **self.keywords, cache=False, **settings_for(self.rng, self.model, self.inputs))
+            plan = make_plan(
+                self.model, *self.args, **self.keywords, cache=False, **settings_for(self.rng, self.model, self.inputs, self.sites)
+            )
             cut = apply_plan(self.model, plan, *self.args, **self.keywords)
         shared, before = cut.state_dict(), self.model.state_dict()
         assert all(torch.equal(before[name], value) for name, value in shared.items() if name in before), "values of other layers changed"
@@ -315,7 +321,7 @@ class Check:
 
     def calibrated(self) -> None:
         """Compress for random images: finite errors, and outputs no worse than without the images."""
-        settings, batches = settings_for(self.rng, self.model, self.inputs), [inputs.batch for inputs in self.case.batches]
+        settings, batches = settings_for(self.rng, self.model, self.inputs, self.sites), [inputs.batch for inputs in self.case.batches]
         small = compress(self.model, *self.args, **self.keywords, calibration=batches, cache=False, **settings)
         plan = small.plan
         for planned in plan.cuts:

@@ -670,7 +670,7 @@ def make_case(description: Description) -> Case:
         inputs,
         batches,
         {"lock": "guard", "closure": "forward"}.get(features["refused"]),
-        "outside" if "functional_conv" in kinds else None,
+        "outside" if kinds & {"functional_conv", "attention"} else None,
         "value_control" in kinds,
         bool(kinds & {"dropout", "noise"}),
     )

@@ -257,6 +257,7 @@ def child(name: str, path: Path) -> None:
     warnings.simplefilter("ignore")
     try:
         row = serve(name)
+        row["cpu_seconds"] = round(time.process_time(), 1)
     except Exception as error:
         row = {"served": False, "reason": f"{type(error).__name__}: {error}"[:600]}
     path.write_text(json.dumps(row))

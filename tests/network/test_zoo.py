@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from dsconv_surgery import Budget, Plan, apply_plan, find_convs, fold_back, load
 from dsconv_surgery.network.discovery import ConvSite, Skip, survey_model
 
 models = pytest.importorskip("torchvision.models")
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # for its zoo.py
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,24 @@ def test_zoo(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert equal(loaded(x), cut(x))
         assert not equal(loaded(x), model.eval()(x))  # the cut changed the outputs
+
+
+# Small models of many kinds; `python tests/benchmarks/zoo.py` runs all.
+SERVED = (
+    "torchvision:mnasnet0_5", "torchvision:quantized_shufflenet_v2_x0_5", "torchvision:raft_small", "torchvision:regnet_x_400mf",
+    "torchvision:squeezenet1_1", "torchvision:lraspp_mobilenet_v3_large", "timm:efficientvit_m0", "timm:ghostnet_050", "timm:lcnet_035",
+    "timm:mnasnet_small", "timm:mobilenetv2_035", "timm:mobilenetv3_small_050", "timm:mobilevitv2_050", "timm:repghostnet_050",
+    "timm:shvit_s1", "timm:starnet_s1", "timm:test_byobnet", "timm:test_coatnet", "timm:test_convnext", "timm:test_efficientnet",
+    "timm:test_mambaout", "timm:test_nfnet", "timm:test_resnet", "timm:test_vit", "timm:test_vit_relpos",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_model_is_served_end_to_end(name: str) -> None:
+    """Find, plan, cut, run, train, save and load; each layer is a site or a skip with its reason."""
+    row = import_module("zoo").serve(name)
+    assert row["served"]
+    assert row["unexplained"] == []
 
 
 def test_geometry_of_the_special_ones() -> None:
