@@ -24,7 +24,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 RESULT = Path(__file__).resolve().with_name("results") / "zoo.json"
 TIME_LIMIT = 600  # seconds for one model
 # The smallest model of each family of timm 1.0, or two of large families, with at most 45 million parameters (dm_nfnet_f0: 71 million).
@@ -326,6 +325,7 @@ def main() -> None:
     if arguments.table:
         print(table(arguments.json))
     else:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
         import conftest  # noqa: F401  # makes torchvision importable beside a CPU build of torch
 
         names = arguments.names or all_names()

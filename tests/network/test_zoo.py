@@ -125,11 +125,11 @@ def test_zoo(name: str, tmp_path: Path) -> None:
 
 # Small models of many kinds; `python tests/benchmarks/zoo.py` runs all.
 SERVED = (
-    "torchvision:mnasnet0_5", "torchvision:quantized_shufflenet_v2_x0_5", "torchvision:raft_small", "torchvision:regnet_x_400mf",
-    "torchvision:squeezenet1_1", "torchvision:lraspp_mobilenet_v3_large", "timm:efficientvit_m0", "timm:ghostnet_050", "timm:lcnet_035",
-    "timm:mnasnet_small", "timm:mobilenetv2_035", "timm:mobilenetv3_small_050", "timm:mobilevitv2_050", "timm:repghostnet_050",
-    "timm:shvit_s1", "timm:starnet_s1", "timm:test_byobnet", "timm:test_coatnet", "timm:test_convnext", "timm:test_efficientnet",
-    "timm:test_mambaout", "timm:test_nfnet", "timm:test_resnet", "timm:test_vit", "timm:test_vit_relpos",
+    "torchvision:mnasnet0_5", "torchvision:quantized_shufflenet_v2_x0_5", "torchvision:squeezenet1_1", "torchvision:shufflenet_v2_x1_0",
+    "timm:lcnet_035", "timm:mobilenetv3_small_050", "timm:starnet_s1", "timm:test_byobnet", "timm:test_coatnet", "timm:test_convnext",
+    "timm:test_convnext2", "timm:test_convnext3", "timm:test_efficientnet", "timm:test_efficientnet_evos", "timm:test_efficientnet_gn",
+    "timm:test_efficientnet_ln", "timm:test_mambaout", "timm:test_maxvit", "timm:test_nfnet", "timm:test_resnet", "timm:test_vit",
+    "timm:test_vit2", "timm:test_vit3", "timm:test_vit4", "timm:test_vit_relpos",
 )  # fmt: skip
 
 
