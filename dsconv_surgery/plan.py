@@ -13,6 +13,7 @@ from dsconv_surgery.network.discovery import Skip
 from dsconv_surgery.network.geometry import ConvSpec, Cost, Rank, Size, chain_cost
 from dsconv_surgery.schemes import chain_of, check_rank, get_scheme
 from dsconv_surgery.support.formatting import did_you_mean, text_table
+from dsconv_surgery.support.input_description import InputDescription
 from dsconv_surgery.support.latency import Latency
 from dsconv_surgery.support.records import JsonRecord, record
 
@@ -63,13 +64,19 @@ class Plan(JsonRecord):
 
     cuts: tuple[Cut, ...]
     skips: tuple[Skip, ...]
-    input_shapes: tuple[tuple[int, ...], ...]
+    inputs: InputDescription
     rule: str
     budget: Budget | None
     total: Cost  # of the dense network
+    outside: Cost  # parameters and MACs outside of layers; the MACs are not part of `total`
     calibrated: bool = False  # errors are of outputs, and apply_plan needs calibration images
     timing: Latency | None = None  # if the budget limits latency
     format_version: Annotated[int, BeforeValidator(_check_version)] = FORMAT_VERSION  # checked on reading
+
+    @property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of all tensors in the example inputs."""
+        return self.inputs.shapes
 
     @property
     def total_after(self) -> Cost:
@@ -117,6 +124,8 @@ class Plan(JsonRecord):
         for cut in self.cuts:
             error = "-" if cut.error is None else f"{cut.error:.4f}"
             rows.append((cut.name, str(cut.spec), cut.scheme, str(cut.rank), *cost_cells(cut.cost_before, cut.cost_after), error))
+        if self.outside.params or self.outside.macs:
+            rows.append(("outside layers", "", "", "", *cost_cells(self.outside, self.outside), ""))
         rows.append(("whole network", "", "", "", *cost_cells(self.total, self.total_after), ""))
         title = f"rule {self.rule}, {self.budget or 'no budget'}{', calibrated' if self.calibrated else ''}"
         lines = [text_table(title, COLUMNS, rows)]

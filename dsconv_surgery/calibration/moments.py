@@ -210,8 +210,8 @@ def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -
         def add(first_image: int, name: str, x: Tensor, _output: Tensor) -> None:
             result[name][0].add(x, None, first_image)
 
-        for first_image, inputs in images:
-            observe_layers(dense, names, partial(add, first_image), inputs)
+        for first_image, _, inputs in images:
+            observe_layers(dense, names, partial(add, first_image), inputs, first_image)
         for moments, _ in result.values():
             moments.all_reduce()
         return result

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from dsconv_surgery.finetuning.batches import can_mix, derived_seed, mix_images, seed_epoch, step_batches
@@ -24,11 +25,11 @@ from dsconv_surgery.finetuning.optimizers import MakeOptimizer, learning_rate_fa
 from dsconv_surgery.finetuning.settings import FineTune
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.atomic_files import atomic_write
-from dsconv_surgery.support.batch import batch_inputs, batch_items
 from dsconv_surgery.support.cache import digest
 from dsconv_surgery.support.copies import as_channels_last, model_device, to_device
 from dsconv_surgery.support.fidelity import checked_score
-from dsconv_surgery.support.random_state import preserve_random_state
+from dsconv_surgery.support.inputs import batch_inputs, batch_items
+from dsconv_surgery.support.random_state import from_random_state, preserve_random_state, random_state
 
 
 @dataclass
@@ -42,6 +43,7 @@ class TrainingLoop:
     settings: FineTune
     make_optimizer: MakeOptimizer
     inputs: int
+    prepare: Callable[[Any], Any] | None
     steps: int
     callback: Callable[[int, Mapping[str, float]], object] | None
     checkpoint: Path | None
@@ -137,6 +139,7 @@ class TrainingLoop:
 
     def _mix(self, batch: Any) -> tuple[tuple[Any, ...], float]:
         """Check a batch and apply `mix_images`. A batch that cannot be mixed is an error only where `mix` was set."""
+        batch = batch if self.prepare is None else self.prepare(batch)
         batch_inputs(batch, self.inputs, "fine_tune: a batch")
         items = batch_items(batch)
         if len(items) == self.inputs and self.loss.teacher is None:
@@ -148,11 +151,14 @@ class TrainingLoop:
         items = to_device(items, self.device)
         inputs, targets = items[: self.inputs], items[self.inputs :]
         if self.settings.channels_last:
-            inputs = tuple(map(as_channels_last, inputs))
+            inputs = pytree.tree_map_only(Tensor, as_channels_last, inputs)
         dtype = getattr(torch, self.settings.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            outputs = self.network(*inputs)
-            teacher_outputs = self.loss.teacher_outputs(inputs)
+            call = batch_inputs(inputs, self.inputs, "fine_tune: a batch")
+            state = random_state(self.device)
+            outputs = self.network(*call.args, **call.kwargs)
+            with from_random_state(state, self.device):  # a network that samples draws the same as its teacher
+                teacher_outputs = self.loss.teacher_outputs(call)
         return self.loss(outputs, teacher_outputs, targets, k)
 
     def _stop(self, loss: float, norm: float) -> None:

@@ -42,10 +42,12 @@ def local_part(batch: Any) -> tuple[Any, float]:
     process, world_size = process_and_world_size()
     if world_size == 1:
         return batch, 1.0
-    count = next(t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
+    count = next(t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim)
     first, last = process * count // world_size, (process + 1) * count // world_size
     weight = (last - first) * world_size / count
-    return pytree.tree_map_only(Tensor, lambda t: t[first : max(last, first + 1)] if first < count else t[:1], batch), weight
+    part = slice(first, max(last, first + 1)) if first < count else slice(0, 1)
+    # Tensors without a row per image are the same for all processes.
+    return pytree.tree_map_only(Tensor, lambda t: t[part] if t.ndim and len(t) == count else t, batch), weight
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
