@@ -168,7 +168,8 @@ def compare(
     if data is not None:
         images = Images(data, inputs, prepare, output, same=False)
         check_model_runs(evaluation_copy(before), images)
-        fidelity = measure_fidelity(before, after, images, images.select_outputs, list(cuts))
+        last_links = {cut.name: f"{cut.name}.{list(cut.chain)[-1]}".removeprefix(".") for cut in cuts.values()}
+        fidelity = measure_fidelity(before, after, images, images.select_outputs, last_links)
     skips = (*(plan.skips if plan else ()), *(layer for layer in dense.layers if isinstance(layer, Skip)))
     reasons = {skip.name: skip.reason for skip in skips}
     rows: list[Row] = []

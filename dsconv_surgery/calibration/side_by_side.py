@@ -16,10 +16,9 @@ from dsconv_surgery.calibration.hooks import Following, HookedPair, LayerCall
 from dsconv_surgery.calibration.images import Images, check_model_runs
 from dsconv_surgery.network.graph_rewrite import placeholder_values, trace
 from dsconv_surgery.network.layers import is_layer, named_layers
-from dsconv_surgery.support.copies import model_device, own_copy, run_model
-from dsconv_surgery.support.inputs import Inputs
+from dsconv_surgery.support.copies import model_device, own_copy
 from dsconv_surgery.support.outputs import output_tensors
-from dsconv_surgery.support.random_state import preserve_random_state, set_seed
+from dsconv_surgery.support.random_state import preserve_random_state, seeded, set_seed
 
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _ADDITIONS: frozenset[Any] = frozenset((operator.add, operator.iadd, torch.add, "add", "add_"))
@@ -141,8 +140,9 @@ def _checked_trace(model: nn.Module, images: Images) -> fx.GraphModule | None:
     try:
         with torch.no_grad():
             graph = trace(model)
-            ordered = Inputs(*placeholder_values(model, graph, inputs))
-            outputs = output_tensors(run_model(graph, ordered, first_image))
+            values = placeholder_values(model, graph, own_copy(inputs, model_device(model)))
+            with seeded(first_image):
+                outputs = output_tensors(fx.Interpreter(graph).run(*values))  # a GraphModule would print its traceback
     except Exception:  # tracing fails in many ways; a graph fails where the trace took another branch than these images
         return None
     same = (a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(expected, outputs, strict=False))

@@ -60,7 +60,7 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 def all_reduce_mean(value: float) -> float:
     """The mean over processes, the same in all of them."""
-    return float(all_reduce_sum(torch.tensor(value, dtype=torch.float64))) / process_and_world_size()[1]
+    return float(all_reduce_sum(torch.tensor(value, dtype=torch.float64, device="cpu"))) / process_and_world_size()[1]
 
 
 def from_first_process(make: Callable[[], T], device: torch.device) -> T:
@@ -83,7 +83,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     process, world_size = process_and_world_size()
     if world_size == 1:
         return rows
-    counts = torch.zeros(world_size, dtype=torch.long)
+    counts = torch.zeros(world_size, dtype=torch.long, device="cpu")
     counts[process] = rows.shape[1]
     starts = [0, *all_reduce_sum(counts).cumsum(0).tolist()]
     result = rows.new_zeros(rows.shape[0], starts[-1], rows.shape[2])

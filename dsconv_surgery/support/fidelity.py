@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from numbers import Real
 from typing import Any
@@ -122,7 +122,11 @@ class Fidelity:
 
 
 def measure_fidelity(
-    before: nn.Module, after: nn.Module, batches: Iterable[tuple[int, int, Inputs]], select: OutputSelector, layers: Sequence[str] = ()
+    before: nn.Module,
+    after: nn.Module,
+    batches: Iterable[tuple[int, int, Inputs]],
+    select: OutputSelector,
+    layers: Mapping[str, str] | None = None,
 ) -> Fidelity:
     """Send the same images through both networks, in evaluation mode, and compare the outputs of the networks and of some layers.
 
@@ -130,21 +134,21 @@ def measure_fidelity(
         before, after: the dense network and the one made from it.
         batches: the number of the first image, the number of images and the inputs of each batch.
         select: the tensors of the outputs to compare.
-        layers: names of layers that both networks have.
+        layers: names of layers of the dense network, each with the name of the layer of the other network that has the same output.
     """
     comparison = OutputComparison(select)
     sums: dict[str, Tensor] = {}
     clones = [evaluation_copy(model) for model in (before, after)]
     outputs: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
-    for side, name in product((0, 1), layers):
-        layer = clones[side].get_submodule(name)
+    for side, (name, other) in product((0, 1), (layers or {}).items()):
+        layer = clones[side].get_submodule((name, other)[side])
         layer.register_forward_hook(lambda _layer, _args, output, key=(side, name): outputs[key].append(output.detach().clone()))
     with torch.no_grad():
         for first_image, count, inputs in batches:
             outputs.clear()
             dense, cut = (run_model(clone, inputs, first_image) for clone in clones)
             comparison.add(dense, cut, count)
-            for name in layers:
+            for name in layers or ():
                 for a, b in zip(outputs[0, name], outputs[1, name], strict=True):
                     total = _channel_sums(a, b, clones[0].get_submodule(name))
                     sums[name] = sums[name] + total if name in sums else total
