@@ -19,6 +19,8 @@ from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import evaluation_copy, run_model
 from dsconv_surgery.support.records import record
 
+ROUNDING = 2.0**-42  # squared relative rounding errors of layer outputs in float32: four times its epsilon, squared
+
 
 def output_tensors(output: Any) -> list[Tensor]:
     """The floating-point tensors of a network's output, in order."""
@@ -44,6 +46,11 @@ def squared_error(target: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     mask = ~(target.isinf() & (target == output))
     a, b = target[mask].double(), output[mask].double()
     return (a - b).square().sum(), a.square().sum()
+
+
+def relative_to_energy(error: float, energy: float, floor: float = 0.0) -> float:
+    """`error / energy`; values up to `floor` are rounding errors and count as zero, and an error of zero energy as 1."""
+    return max(error, 0.0) / energy if energy > floor else float(error > floor)
 
 
 def output_distance(target: Any, output: Any, temperature: float) -> Tensor:
@@ -95,7 +102,7 @@ class OutputComparison:
     def error(self) -> float:
         """The squared relative error of all outputs."""
         missed, norm = self._sums[:2].tolist()
-        return missed / norm if norm else float(missed > 0)
+        return relative_to_energy(missed, norm)
 
     @property
     def squared_error(self) -> float:
@@ -165,7 +172,8 @@ def _channel_sums(target: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
 def _centred_error(sums: Tensor) -> float:
     count, target, target_squares, difference, difference_squares = sums
     variance = float((target_squares - target.square() / count).sum())
-    return float((difference_squares - difference.square() / count).sum()) / variance if variance > 0 else 0.0
+    missed = float((difference_squares - difference.square() / count).sum())
+    return relative_to_energy(missed, variance, ROUNDING * float(target_squares.sum()))
 
 
 def checked_score(evaluate: Callable[[nn.Module], float], model: nn.Module, name: str = "evaluate") -> float:
