@@ -27,9 +27,7 @@ def naming_layer(name: str) -> Iterator[None]:
     try:
         yield
     except LinAlgError as error:
-        raise ValueError(
-            f"{name}: it cannot be fitted to the calibration images: {error} Exclude the layer, or check its inputs."
-        ) from error
+        raise ValueError(f"{name}: cannot be fitted to the calibration images: {error} Exclude it, or check its inputs.") from error
 
 
 def fit(
