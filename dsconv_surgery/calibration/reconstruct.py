@@ -60,7 +60,8 @@ def reconstruct(model: nn.Module, cuts: Iterable[Cut], images: Images, starts: M
                 for call in pair.calls(names):
                     fits[call.name].add(call)
                 for name, fit in fits.items():
-                    results[name] = fit.solve(pair, starts.get(name))
+                    with schemes.naming_layer(name):
+                        results[name] = fit.solve(pair, starts.get(name))
                     bar.update()
     if missing := [name for name in by_name if name not in results]:
         raise ValueError(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -88,6 +89,16 @@ def _tied_layers(model: nn.Module) -> dict[nn.Module, str]:
                 groups.setdefault(memory, []).append((module, f"{name}.{kind}".removeprefix(".")))
     shared = [group for group in groups.values() if len(group) > 1]
     return {module: group[index - 1][1] for group in shared for index, (module, _) in enumerate(group) if is_layer(module)}
+
+
+def check_finite_state(model: nn.Module) -> None:
+    """Raise ValueError if a bias, or a parameter or statistic of a normalisation layer, is NaN or infinite."""
+    for name, module in model.named_modules():
+        norm = isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm)
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if (norm or (key == "bias" and is_layer(module))) and not tensor.is_meta and not bool(tensor.isfinite().all()):
+                path, bad = f"{name}.{key}".removeprefix("."), int((~tensor.isfinite()).sum())
+                raise ValueError(f"{path}: {bad} of {tensor.numel()} entries are NaN or infinite, expected finite ones. Repair them first.")
 
 
 def check_finite(name: str, weight: Tensor) -> None:

@@ -58,7 +58,7 @@ class DamageEstimator:
         """A digest of the network (weights, structure and, if it can be traced, code) and of the images and their settings."""
         parts: list[Tensor | str] = [str(self._model)]
         for name, value in self._model.state_dict().items():
-            parts += [name, value if isinstance(value, Tensor) else repr(value)]
+            parts += [name, value.device.type, value] if isinstance(value, Tensor) else [name, repr(value)]
         parts += unregistered_tensors(self._model)
         try:
             parts.append(trace(evaluation_copy(self._model)).code)

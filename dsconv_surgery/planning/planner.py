@@ -152,6 +152,7 @@ class Planner:
         with tqdm(total=len(self._tables), desc="judge options", unit="layer", disable=not self.progress) as bar:
             for errors in self._errors.values():
                 errors.on_start = bar.update  # rules measure options when they need them, layer by layer
+                errors.start_plan()
             if budget is None:
                 return self._as_plan(budget, self._choose({}), errors_later)
             allowed = allowed_costs(self._tables, self.total, budget)

@@ -20,6 +20,8 @@ from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.outputs import OutputSelector
 from dsconv_surgery.support.records import record
 
+ROUNDING = 2.0**-42  # squared relative rounding errors of layer outputs in float32: four times its epsilon, squared
+
 
 def is_classification(tensors: Sequence[Tensor]) -> bool:
     """Whether an output is one tensor of logits, (images, classes)."""
@@ -40,6 +42,11 @@ def squared_error(target: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     mask = ~(target.isinf() & (target == output))
     a, b = target[mask].double(), output[mask].double()
     return (a - b).square().sum(), a.square().sum()
+
+
+def relative_to_energy(error: float, energy: float, floor: float = 0.0) -> float:
+    """`error / energy`; values up to `floor` are rounding errors and count as zero, and an error of zero energy as 1."""
+    return max(error, 0.0) / energy if energy > floor else float(error > floor)
 
 
 def output_distance(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> Tensor:
@@ -88,7 +95,7 @@ class OutputComparison:
     def error(self) -> float:
         """The squared relative error of all outputs."""
         missed, norm = self._sums[:2].tolist()
-        return missed / norm if norm else float(missed > 0)
+        return relative_to_energy(missed, norm)
 
     @property
     def squared_error(self) -> float:
@@ -166,7 +173,8 @@ def _channel_sums(target: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
 def _centred_error(sums: Tensor) -> float:
     count, target, target_squares, difference, difference_squares = sums
     variance = float((target_squares - target.square() / count).sum())
-    return float((difference_squares - difference.square() / count).sum()) / variance if variance > 0 else 0.0
+    missed = float((difference_squares - difference.square() / count).sum())
+    return relative_to_energy(missed, variance, ROUNDING * float(target_squares.sum()))
 
 
 def checked_score(evaluate: Callable[[nn.Module], float], model: nn.Module, name: str = "evaluate") -> float:
