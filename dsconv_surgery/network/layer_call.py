@@ -106,10 +106,10 @@ def record_call(layer: nn.Module, x: Tensor) -> LayerCall | None:
     if product is not output or call["input"] is not recorder.values[-1]:
         return None
     padding = call.get("padding", 0)
-    stride, dilation = tuple(_pair(call.get("stride", 1))), tuple(_pair(call.get("dilation", 1)))
-    padding = padding if isinstance(padding, str) else tuple(_pair(padding))
-    geometry: Any = (_PRODUCTS[func], stride, padding, dilation, call.get("groups", 1))
-    return LayerCall(call["weight"], call.get("bias"), output, recorder.others, *geometry, recorder.pads, recorder.pad_mode)
+    geometry: Any = {name: tuple(_pair(call.get(name, 1))) for name in ("stride", "dilation")}
+    geometry |= {"product": _PRODUCTS[func], "padding": padding if isinstance(padding, str) else tuple(_pair(padding))}
+    geometry |= {"groups": call.get("groups", 1), "pads": recorder.pads, "pad_mode": recorder.pad_mode}
+    return LayerCall(call["weight"], call.get("bias"), output, recorder.others, **geometry)
 
 
 def input_shapes(layer: Any) -> Iterator[tuple[int, ...]]:
@@ -133,7 +133,7 @@ def computes_the_same(layer: Any) -> bool:
     base: type[nn.Module] = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
     parents = [kind for kind in type(layer).__mro__ if kind not in base.__mro__]
     own = [item for kind in parents for item in vars(kind).items()]
-    guarded = {*dir(base), *STANDARD_ATTRIBUTES, "weight", "bias"} - _MAY_OVERRIDE - _CLASS_MACHINERY
+    guarded = {*dir(base), *STANDARD_ATTRIBUTES, "weight", "bias", "__deepcopy__", "__copy__"} - _MAY_OVERRIDE - _CLASS_MACHINERY
     if any(map(is_of_torch, parents)) or any(name in guarded and (callable(value) or hasattr(value, "__get__")) for name, value in own):
         return False
     forwards = [value for name, value in own if name in ("forward", "_conv_forward")]

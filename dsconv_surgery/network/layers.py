@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from dsconv_surgery.network.geometry import ConvSpec
-from dsconv_surgery.network.layer_call import STANDARD_ATTRIBUTES, computes_the_same
+from dsconv_surgery.network.layer_call import GEOMETRY, STANDARD_ATTRIBUTES, computes_the_same, is_of_torch
 from dsconv_surgery.network.source_reads import source_reads
 
 # Classes of torch that hide or copy a model's modules, and what to do instead.
@@ -25,6 +25,7 @@ _WRAPPERS = {
 }
 
 _MAKE_PLAIN = "Call dsconv_surgery.plain(model) first."
+_MAYBE_PLAIN = "If it only pads its input or computes its weight, dsconv_surgery.plain(model) makes it one."
 # Methods that decide what a layer computes.
 _METHODS = {nn.Module: ("__call__", "_call_impl"), nn.Conv2d: ("forward", "_conv_forward"), nn.Linear: ("forward",)}
 _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -64,7 +65,7 @@ def irreplaceable_layers(model: nn.Module) -> dict[nn.Module, str]:
     layers = named_layers(model)
     tied, reads = _tied_layers(model), source_reads(model, layers)
     in_encoder = layers_in_encoders(model)
-    same: dict[tuple[type, ConvSpec], bool] = {}
+    same: dict[Any, bool] = {}
     reasons: dict[nn.Module, str] = {}
     for layer in layers:
         reason = _computation_reason(layer, same) or _state_reason(layer)
@@ -91,7 +92,7 @@ def layers_in_encoders(model: nn.Module) -> set[nn.Module]:
     return {layer for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer) for layer in module.modules()}
 
 
-def is_plain(layer: Any, same: dict[tuple[type, ConvSpec], bool] | None = None) -> bool:
+def is_plain(layer: Any, same: dict[Any, bool] | None = None) -> bool:
     """Whether a layer computes what nn.Conv2d or nn.Linear compute, with a weight of its own; `same`: results so far."""
     if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
         return False
@@ -99,14 +100,17 @@ def is_plain(layer: Any, same: dict[tuple[type, ConvSpec], bool] | None = None) 
         return True
     if layer._parameters["weight"] is None or not isinstance(layer, nn.Conv2d | nn.Linear):
         return False
-    results, key = {} if same is None else same, (type(layer), ConvSpec.of(layer))
+    geometry = [repr(vars(layer).get(name)) for name in sorted(GEOMETRY)]
+    results, key = {} if same is None else same, (type(layer), *geometry, layer._parameters.get("bias") is None)
     if key not in results:
         results[key] = computes_the_same(layer)
     return results[key]
 
 
-def _computation_reason(layer: Any, same: dict[tuple[type, ConvSpec], bool]) -> str | None:
+def _computation_reason(layer: Any, same: dict[Any, bool]) -> str | None:
     """Why a layer may compute something else than nn.Conv2d or nn.Linear, or None."""
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        return f"{class_path(type(layer))} is not a plain nn.Conv2d or nn.Linear."
     if parametrize.is_parametrized(layer):
         return f"its weight is parametrised. {_MAKE_PLAIN}"
     if "weight" not in layer._parameters:
@@ -120,23 +124,26 @@ def _computation_reason(layer: Any, same: dict[tuple[type, ConvSpec], bool]) -> 
     if patched := [name for name, value in vars(layer).items() if _is_patch(name, value)]:
         return f"its {patched[0]} was replaced on the instance, so it may compute something else. Restore it, or cut before you replace it."
     if not is_plain(layer, same):
-        return f"{class_path(type(layer))} is not a plain nn.Conv2d or nn.Linear." + _hint(layer)
+        hint = "" if is_of_torch(type(layer)) else f" {_MAYBE_PLAIN}"
+        return f"{class_path(type(layer))} is not a plain nn.Conv2d or nn.Linear.{hint}"
     return None
 
 
 def _state_reason(layer: Any) -> str | None:
     """Why a layer holds more than a chain can take over, or None."""
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    for tensor in (weight, bias):
+        if isinstance(tensor, Tensor) and not is_plain_tensor(tensor):
+            kind = class_path(type(tensor.data if type(tensor) is nn.Parameter else tensor))
+            return f"its weights are tensors of the subclass {kind}. Cut the network before you quantise or shard it."
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return f"its weights are {getattr(weight, 'dtype', type(weight).__name__)}, and only floating-point weights can be factorised."
-    for tensor in (weight, bias):
-        if tensor is not None and (type(tensor) not in (Tensor, nn.Parameter) or type(tensor.data) is not Tensor):
-            kind = class_path(type(tensor if type(tensor) is not nn.Parameter else tensor.data))
-            return f"its weights are a tensor subclass, {kind}. Cut the network before you quantise or shard it."
     if weight.layout is not torch.strided:
         return f"its weights are sparse ({weight.layout}). Convert them with to_dense() first."
     if weight.numel() == 0:
         return f"it has no weights (shape {tuple(weight.shape)})."
+    if edited := _edited_geometry(layer):
+        return f"{edited}. Set its attributes as a new layer would."
     if any(hooks for name, hooks in vars(layer).items() if name.endswith("_hooks")):
         return "it has hooks, which would be lost. Remove them first."
     extra = [*({*layer._parameters} - {"weight", "bias"}), *layer._buffers, *layer._modules]
@@ -148,6 +155,26 @@ def _state_reason(layer: Any) -> str | None:
         if name in LINK_NAMES or (hasattr(nn.Sequential, name) and not hasattr(nn.Module, name)):
             return f"its attribute {name} has the name of a link or a method of nn.Sequential. Rename it."
     return None
+
+
+def _edited_geometry(layer: Any) -> str | None:
+    """How the attributes of a layer contradict its weight or each other, or None."""
+    spec = ConvSpec.of(layer)
+    shape = spec.weight_shape[:2] if spec.kind == "linear" else spec.weight_shape
+    if (actual := tuple(layer._parameters["weight"].shape)) != shape:
+        return f"its weight has the shape {actual}, but its attributes say {shape}"
+    if spec.padding_mode != "zeros":
+        totals = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
+        sides = [(t // 2, t - t // 2) for t in totals] if spec.padding == "same" else [(p, p) for p in spec.padding]
+        pads = [pad for side in reversed(sides) for pad in side]
+        if list(layer._reversed_padding_repeated_twice) != pads:
+            return f"it pads by {list(layer._reversed_padding_repeated_twice)}, but its attributes say {pads}"
+    return None
+
+
+def is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor or parameter is of no subclass, as quantised and sharded ones are."""
+    return type(tensor) in (Tensor, nn.Parameter) and type(tensor.data) is Tensor
 
 
 def _is_patch(name: str, value: Any) -> bool:
@@ -181,19 +208,14 @@ def class_path(kind: type) -> str:
     return f"nn.{kind.__name__}" if kind.__module__.startswith("torch.nn.modules.") else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _hint(layer: nn.Module) -> str:
-    if isinstance(layer, nn.Conv2d | nn.Linear) and not type(layer).__module__.startswith("torch."):
-        return " If it only pads its input or computes its weight, dsconv_surgery.plain(model) makes it one."
-    return ""
-
-
 def _tied_layers(model: nn.Module) -> dict[nn.Module, str]:
     """For each layer that shares memory with another parameter, the name of that parameter."""
     groups: dict[Any, list[tuple[nn.Module, str]]] = {}
     for name, module in model.named_modules():
         for kind, parameter in module._parameters.items():
             if parameter is not None and parameter.numel():
-                address = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
+                stored = is_plain_tensor(parameter) and parameter.layout is torch.strided and not parameter.is_meta
+                address = parameter.untyped_storage().data_ptr() if stored else 0
                 memory = (address, parameter.storage_offset()) if address else id(parameter)
                 groups.setdefault(memory, []).append((module, f"{name}.{kind}".removeprefix(".")))
     shared = [group for group in groups.values() if len(group) > 1]
@@ -205,3 +227,12 @@ def check_finite(name: str, weight: Tensor) -> None:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite. Repair them, or exclude the layer.")
+
+
+def check_not_quantized(model: nn.Module) -> None:
+    """Raise ValueError if a layer of a model is one of torch.ao's quantised ones, whose weights are not parameters."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith("torch.ao.nn.") and "quantized" in kind.__module__:
+            message = f"expected floating-point weights, found {class_path(kind)}. Pass the network as it was before it was quantised."
+            raise ValueError(f"{name}: {message}")

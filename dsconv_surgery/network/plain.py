@@ -77,7 +77,7 @@ def plain(model: nn.Module) -> nn.Module:
         read = any(not r.only_properties for r in reads.get(layer, ()))
         if tied or read or layer in in_encoder or _has_other_hooks(layer) or is_plain(layer):
             continue
-        with preserve_random_state():
+        with preserve_random_state(), torch.inference_mode(False):
             result = _plain_layer(layer)
         if result is not None and not (reads.get(layer) and isinstance(result, nn.Sequential)):
             memo[id(layer)] = replaced[name] = result
@@ -103,7 +103,7 @@ def _plain_layer(layer: nn.Module) -> nn.Module | None:
     if not isinstance(layer, nn.Conv2d | nn.Linear) or not parameters or not all(p.is_floating_point() for p in parameters):
         return None
     shapes, generator, probe = list(input_shapes(layer)), torch.Generator().manual_seed(0), copy_model(layer).eval()
-    inputs = [torch.randn(shape, generator=generator).to(parameters[0]) for shape in (shapes[0], shapes[-1])]
+    inputs = [torch.randn(shape, generator=generator, device="cpu").to(parameters[0]) for shape in (shapes[0], shapes[-1])]
     try:
         computed = [record_call(probe, x) for x in inputs]
         probe.to("meta")  # other sizes and modes: only the geometry counts
@@ -161,8 +161,8 @@ def _agree(call: LayerCall | None, result: Any, x: Tensor) -> bool:
     """Whether a plain layer has the recorded weight and output; without values, the shape of the output."""
     if call is None:
         return False
-    output, last = result(x), result[-1] if isinstance(result, nn.Sequential) else result
-    tensors = ((call.weight, last.weight), (call.bias, last.bias))
+    output, last = result(x), list(result.modules())[-1]
+    tensors: Any = ((call.weight, last.weight), (call.bias, last.bias))
     if output.is_meta:
         return output.shape == call.output.shape
     if not all(tensor is None or torch.equal(tensor, other) for tensor, other in tensors):
