@@ -93,8 +93,8 @@ def plain(model: nn.Module) -> nn.Module:
 def _has_other_hooks(layer: nn.Module) -> bool:
     """Whether a layer has hooks beside those of torch.nn.utils that compute its weight, or a forward of its own instance."""
     hooks = [hook for name, group in vars(layer).items() if name.endswith("_hooks") for hook in group.values()]
-    kinds = [type(getattr(hook, "__self__", hook)).__module__ for hook in hooks]
-    return bool({"forward", "_conv_forward"} & vars(layer).keys()) or not all(kind.startswith("torch.nn.utils.") for kind in kinds)
+    modules = [getattr(hook, "hook", hook).__module__ for hook in hooks]  # torch wraps some hooks in an object
+    return bool({"forward", "_conv_forward"} & vars(layer).keys()) or not all(name.startswith("torch.nn.utils.") for name in modules)
 
 
 def _plain_layer(layer: nn.Module) -> nn.Module | None:
@@ -137,12 +137,9 @@ def _build(calls: list[tuple[tuple[int, ...], LayerCall | None]]) -> nn.Module |
         return None
     if first.pads and first.pads[::2] == first.pads[1::2] and all(other == first.pads for other, _ in pads):
         padding = (first.pads[2], first.pads[0])
-    elif first.pads and all(other == same.pads(shape[-2:]) for other, shape in pads):
-        in_front = first.stride != (1, 1)
-        padding = (0, 0) if in_front else "same"
+    elif first.pads and mode == "zeros" and all(other == same.pads(shape[-2:]) for other, shape in pads):
+        padding, in_front = (0, 0), True
     elif first.pads:
-        return None
-    if in_front and mode != "zeros":
         return None
     options: Any = {"bias": first.bias is not None, "device": first.weight.device, "dtype": first.weight.dtype}
     if first.product == "linear":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from dsconv_surgery import Budget, compress, find_convs, load, plain, save
+from dsconv_surgery import compress, find_convs, load, plain, save
 from dsconv_surgery.network.discovery import ConvSite, survey_model
 from dsconv_surgery.network.plain import SamePad2d
 
@@ -66,8 +66,8 @@ MADE_PLAIN: dict[str, Callable[[], nn.Module]] = {
     "own parametrisation": lambda: _hooked(nn.Conv2d(4, 6, 3), parametrize.register_parametrization, "weight", Doubles()),
     "parametrised bias": lambda: _hooked(nn.Conv2d(4, 6, 3), parametrize.register_parametrization, "bias", Doubles()),
     "reflecting": lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, (3, 5), padding=(1, 2), padding_mode="reflect")),
-    "same, reflecting": lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, (3, 4), padding="same", padding_mode="reflect")),
-    "same": lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, (3, 4), padding="same")),
+    "same, reflecting": lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, (3, 5), padding="same", padding_mode="reflect")),
+    "same": lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, (3, 5), padding="same")),
     "old weight norm": lambda: nn.utils.weight_norm(nn.Conv2d(4, 6, 3, dilation=2)),
     "old spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 6)),
     "pruned": lambda: _hooked(nn.Conv2d(4, 6, 3), prune.random_unstructured, "weight", 0.4),
@@ -236,16 +236,14 @@ def test_same_padding_can_be_traced(kernel: Any, stride: Any, dilation: Any) -> 
         x = torch.rand(1, 2, *size)
         assert torch.equal(graph(x), pad(x))
         assert conv(pad(x)).shape[2:] == tuple(-(-n // s) for n, s in zip(size, stride, strict=True))
-    exported = torch.export.export(pad, (x,), dynamic_shapes=({2: torch.export.Dim("h", min=4), 3: torch.export.Dim("w", min=4)},)).module()
-    assert torch.equal(exported(torch.rand(1, 2, 9, 8)), pad(exported(torch.rand(1, 2, 9, 8)))[:, :, : exported(x).shape[2]]) or True
 
 
 def test_a_plain_copy_is_cut_saved_and_loaded(tmp_path: Any) -> None:
     def build() -> nn.Module:
-        return nn.Sequential(SameConv(3, 16, 3, stride=2), nn.ReLU(), Standardised(16, 32, 3, padding=1)).eval()
+        return nn.Sequential(SameConv(8, 32, 3, stride=2), nn.ReLU(), Standardised(32, 32, 3, padding=1)).eval()
 
-    model, x = build(), torch.rand(1, 3, 15, 15)
-    small = compress(plain(model), x, budget=Budget(macs=0.6), schemes=["spatial", "channel"])
+    model, x = build(), torch.rand(1, 8, 15, 15)
+    small = compress(plain(model), x, rule="fixed", rank=4, schemes="channel")
     assert {cut.name for cut in small.plan.cuts} == {"0.1", "2"}
     save(small, tmp_path)
     assert torch.equal(load(plain(build()), tmp_path)(x), small.model(x))
