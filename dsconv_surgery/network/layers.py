@@ -149,9 +149,10 @@ def _state_reason(layer: Any) -> str | None:
     extra = [*({*layer._parameters} - {"weight", "bias"}), *layer._buffers, *layer._modules]
     if extra:
         return f"it holds {', '.join(sorted(extra))} beside its weight and bias, which would be lost. Move them to the module around it."
-    for name, value in _extra_attributes(layer).items():
-        if not _is_simple(value):
-            return f"its attribute {name} ({class_path(type(value))}) would be lost. Keep it in the module around the layer, or delete it."
+    if lost := uncarried_attributes(layer):
+        kind = class_path(type(vars(layer)[lost[0]]))
+        return f"its attribute {lost[0]} ({kind}) would be lost. Keep it in the module around the layer, or delete it."
+    for name in _extra_attributes(layer):
         if name in LINK_NAMES or (hasattr(nn.Sequential, name) and not hasattr(nn.Module, name)):
             return f"its attribute {name} has the name of a link or a method of nn.Sequential. Rename it."
     return None
@@ -185,6 +186,11 @@ def _is_patch(name: str, value: Any) -> bool:
 
 def _extra_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in STANDARD_ATTRIBUTES}
+
+
+def uncarried_attributes(module: nn.Module) -> list[str]:
+    """The names of attributes that `carry_attributes` does not copy."""
+    return [name for name, value in _extra_attributes(module).items() if not _is_simple(value)]
 
 
 def _is_simple(value: Any) -> bool:

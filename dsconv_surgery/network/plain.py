@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from dsconv_surgery.network.geometry import Pair
 from dsconv_surgery.network.layer_call import LayerCall, input_shapes, record_call
-from dsconv_surgery.network.layers import carry_attributes, check_unwrapped, is_plain, layers_in_encoders, named_layers
+from dsconv_surgery.network.layers import (
+    carry_attributes,
+    check_unwrapped,
+    is_plain,
+    layers_in_encoders,
+    named_layers,
+    uncarried_attributes,
+)
 from dsconv_surgery.network.source_reads import source_reads
 from dsconv_surgery.support.copies import copy_model, deepcopy_memo
 from dsconv_surgery.support.random_state import preserve_random_state
@@ -75,7 +82,7 @@ def plain(model: nn.Module) -> nn.Module:
         own = Counter(id(p) for module in layer.modules() for p in module._parameters.values() if p is not None)
         tied = any(uses[key] > count for key, count in own.items())
         read = any(not r.only_properties for r in reads.get(layer, ()))
-        if tied or read or layer in in_encoder or _has_other_hooks(layer) or is_plain(layer):
+        if tied or read or layer in in_encoder or _holds_more(layer) or is_plain(layer):
             continue
         with preserve_random_state(), torch.inference_mode(False):
             result = _plain_layer(layer)
@@ -90,11 +97,12 @@ def plain(model: nn.Module) -> nn.Module:
     return result
 
 
-def _has_other_hooks(layer: nn.Module) -> bool:
-    """Whether a layer has hooks beside those of torch.nn.utils that compute its weight, or a forward of its own instance."""
+def _holds_more(layer: nn.Module) -> bool:
+    """Whether a layer has hooks beside those of torch.nn.utils that compute its weight, or objects that would be lost."""
     hooks = [hook for name, group in vars(layer).items() if name.endswith("_hooks") for hook in group.values()]
     modules = [getattr(hook, "hook", hook).__module__ for hook in hooks]  # torch wraps some hooks in an object
-    return bool({"forward", "_conv_forward"} & vars(layer).keys()) or not all(name.startswith("torch.nn.utils.") for name in modules)
+    others = {*uncarried_attributes(layer)} - {"weight", "bias"}  # what the hooks computed
+    return bool(others) or not all(name.startswith("torch.nn.utils.") for name in modules)
 
 
 def _plain_layer(layer: nn.Module) -> nn.Module | None:

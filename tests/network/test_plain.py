@@ -166,9 +166,15 @@ def _with_hook(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def _with(layer: nn.Module, name: str, value: Any) -> nn.Module:
+    setattr(layer, name, value)
+    return layer
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: _with(SameConv(4, 4, 3), "note", object()), lambda: _with(SameConv(4, 4, 3), "forward", lambda x: x),
         lambda: FlippedPad(4, 4, 2), lambda: PadsWithOnes(4, 4, 3), lambda: Activates(4, 4, 3), lambda: Normalises(4, 4),
         lambda: Dynamic(4, 4), lambda: Adapter(4, 4), lambda: DropsInTraining(4, 4), lambda: Twice(4, 4, 3), lambda: RandomWeight(4, 4),
         lambda: Raises(4, 4), lambda: _with_hook(SameConv(4, 4, 3)), lambda: parametrizations.weight_norm(nn.Conv1d(4, 4, 3)),
