@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dsconv_surgery.finetuning.fine_tune import fine_tune
     from dsconv_surgery.finetuning.settings import FineTune
     from dsconv_surgery.network.discovery import find_convs
+    from dsconv_surgery.network.plain import plain
     from dsconv_surgery.plan import Plan
     from dsconv_surgery.planning.planner import make_plan
     from dsconv_surgery.planning.settings import PlanSettings
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Budget", "Calibration", "DepthwiseConv2d", "DepthwiseSeparableConv2d", "FineTune", "Plan", "PlanSettings", "PointwiseConv2d", "Recipe",
-    "apply_plan", "compare", "compress", "find_convs", "fine_tune", "fold_back", "load", "make_plan", "pareto", "register_scheme", "save",
+    "apply_plan", "compare", "compress", "find_convs", "fine_tune", "fold_back", "load", "make_plan", "pareto", "plain", "register_scheme",
+    "save",
 ]  # fmt: skip
 
 _NAMES_BY_MODULE = {
@@ -37,6 +39,7 @@ _NAMES_BY_MODULE = {
     "finetuning.fine_tune": ("fine_tune",),
     "finetuning.settings": ("FineTune",),
     "network.discovery": ("find_convs",),
+    "network.plain": ("plain",),
     "plan": ("Plan",),
     "planning.planner": ("make_plan",),
     "planning.settings": ("PlanSettings",),

@@ -53,8 +53,8 @@ class ConvSpec:
         bias = layer.bias is not None
         if hasattr(layer, "in_features"):
             return cls(layer.in_features, layer.out_features, bias=bias, kind="linear")
-        kernel, stride, dilation = tuple(layer.kernel_size), tuple(layer.stride), tuple(layer.dilation)
-        padding: Any = {"same": "same", "valid": (0, 0)}[layer.padding] if isinstance(layer.padding, str) else tuple(layer.padding)
+        kernel, stride, dilation = _pair(layer.kernel_size), _pair(layer.stride), _pair(layer.dilation)
+        padding: Any = {"same": "same", "valid": (0, 0)}[layer.padding] if isinstance(layer.padding, str) else _pair(layer.padding)
         return cls(layer.in_channels, layer.out_channels, kernel, stride, padding, dilation, layer.groups, bias, layer.padding_mode)
 
     @property
@@ -99,6 +99,11 @@ class ConvSpec:
             if value != getattr(defaults, field):
                 text += f", {field} {value if isinstance(value, int | str) else 'x'.join(map(str, value))}"
         return text + (", bias" if self.bias else "")
+
+
+def _pair(value: Any) -> Any:
+    """A pair from the attribute of a layer: programs set `layer.stride = 2`, too."""
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def chain_cost(chain: dict[str, ConvSpec], sizes: tuple[Size, ...]) -> Cost:

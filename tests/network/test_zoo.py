@@ -265,8 +265,8 @@ def test_layers_whose_attributes_are_read_stay() -> None:
     model, x = ReadsAttributes().eval(), torch.rand(2, 3, 8, 8)
     conv, other, fc = find_convs(model, x)
     assert isinstance(conv, ConvSite)
-    assert other == Skip("other", "its bias is read outside its own call, so the layer must stay.")
-    assert fc == Skip("fc", "its in_features is read outside its own call, so the layer must stay.")
+    assert other == Skip("other", "its bias is read by ReadsAttributes.forward, so the layer must stay.")
+    assert fc == Skip("fc", "its in_features is read by ReadsAttributes.forward, so the layer must stay.")
     assert type(model.fc) is nn.Linear  # only a copy is watched
     plan = make_plan(model, x, schemes="spatial", budget=Budget(macs=0.95), rule="uniform")
     assert [planned.name for planned in plan.cuts] == ["conv"]
