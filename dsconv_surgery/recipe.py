@@ -163,7 +163,7 @@ class Recipe(PlanSettings):
     def from_toml(cls, text: str, what: str = "recipe") -> Recipe:
         """Read TOML; ValueError names the place, the problem and, for an unknown key, the most similar known one."""
         try:
-            data = json.dumps(tomllib.loads(text), default=str)
+            data = json.dumps(tomllib.loads(text), default=_refuse_date)
         except (ValueError, RecursionError) as error:  # not TOML, a number of thousands of digits, or nested thousands deep
             raise ValueError(f"{what}: not TOML that can be read: {shortened(str(error))}.") from None
         return parse_json(cls, data, what)
@@ -191,6 +191,10 @@ class Recipe(PlanSettings):
     def schema() -> dict[str, Any]:
         """The JSON schema of a recipe's file."""
         return json_schema(Recipe)
+
+
+def _refuse_date(value: object) -> None:
+    raise ValueError(f"found the date or time {value}, which no setting takes")
 
 
 class _FirstImages:
