@@ -6,12 +6,11 @@ import hashlib
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,12 +20,11 @@ from torch import Tensor, nn
 from dsconv_surgery.compression import Compressed
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.schemes import is_channels_last
-from dsconv_surgery.support.atomic_files import atomic_write, check_regular, folder_lock, read_file
+from dsconv_surgery.support.atomic_files import atomic_write, folder_lock, read_file
 from dsconv_surgery.support.cache import json_sha256
 from dsconv_surgery.support.records import JsonRecord, parse_json, quoted, record
 from dsconv_surgery.surgery import apply_plan, check_cut, listed
 
-T = TypeVar("T")
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -139,7 +137,12 @@ def load(fresh_model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
     Example:
         >>> small = load(torchvision.models.resnet18(), "resnet18-half")
     """
-    saved, tensors = _read(Path(folder), _read_weights)
+    saved, data = _read(Path(folder))
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:
+        weights = Path(folder) / saved.weights_file
+        raise ValueError(f"{weights}: expected a safetensors file, found another ({error}). Save the network again.") from error
     model = apply_plan(fresh_model, saved.plan, init="empty")
     if any(value.is_meta for value in model.state_dict().values() if isinstance(value, Tensor)):
         raise ValueError("load: expected a fresh model with values, found one on the meta device. Build it on a real device.")
@@ -213,11 +216,11 @@ def _names_by_tensor(state: dict[str, Any]) -> list[list[str]]:
 
 def read_plan(folder: str | PathLike[str]) -> Plan:
     """The plan of a saved network, after a check that its weights are whole."""
-    return _read(Path(folder), _check_digest)[0].plan
+    return _read(Path(folder))[0].plan
 
 
-def _read(folder: Path, read_weights: Callable[[Path, str], T]) -> tuple[_Saved, T]:
-    """The contents of plan.json, checked for damage, and the result of reading the weights.
+def _read(folder: Path) -> tuple[_Saved, bytes]:
+    """The contents of plan.json and of the weights file, both checked for damage.
 
     Another process may save beside this one and remove the weights that were about to be read. Then plan.json is read again.
     """
@@ -231,11 +234,16 @@ def _read(folder: Path, read_weights: Callable[[Path, str], T]) -> tuple[_Saved,
         saved = _parse(path, data)
         weights = folder / saved.weights_file
         try:
-            return saved, read_weights(weights, saved.weights_sha256)
+            content = read_file(weights)
         except FileNotFoundError:
             if data == previous:
                 message = f"not there, but {PLAN_FILE} names it. Copy the whole folder, or save again."
                 raise FileNotFoundError(f"{weights}: {message}") from None
+            continue
+        if (digest := hashlib.sha256(content).hexdigest()) != saved.weights_sha256:
+            digests = f"expected SHA-256 {saved.weights_sha256[:16]}..., found {digest[:16]}..."
+            raise ValueError(f"{weights}: the file is damaged: {digests} Copy it again, or save again.")
+        return saved, content
 
 
 def _parse(path: Path, data: bytes) -> _Saved:
@@ -253,20 +261,3 @@ def _own_sha256(text: bytes) -> str:
     content = json.loads(text.decode())
     content.pop("sha256", None)
     return json_sha256(content)
-
-
-def _check_digest(path: Path, expected: str) -> None:
-    check_regular(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != expected:
-        digests = f"expected SHA-256 {expected[:16]}..., found {digest[:16]}..."
-        raise ValueError(f"{path}: the file is damaged: {digests} Copy it again, or save again.")
-
-
-def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
-    _check_digest(path, expected)
-    try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, found another ({error}). Save the network again.") from error

@@ -31,6 +31,7 @@ from dsconv_surgery.surgery import fold_back
 
 Count = Annotated[int, Field(ge=1, description="a whole number, 1 or more")]
 FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a clone
+LONGEST_KEY = 1000  # parts of a dotted key
 
 
 @checked_record("CalibrationSettings(images=512)")
@@ -163,6 +164,8 @@ class Recipe(PlanSettings):
     def from_toml(cls, text: str, what: str = "recipe") -> Recipe:
         """Read TOML; ValueError names the place, the problem and, for an unknown key, the most similar known one."""
         try:
+            if any(part.count(".") > LONGEST_KEY for part in text.split("=")):  # tomllib takes hours for a key of 100,000 parts
+                raise ValueError(f"a key has more than {LONGEST_KEY:,} parts")
             data = json.dumps(tomllib.loads(text), default=_refuse_date)
         except (ValueError, RecursionError) as error:  # not TOML, a number of thousands of digits, or nested thousands deep
             raise ValueError(f"{what}: not TOML that can be read: {shortened(str(error))}.") from None
