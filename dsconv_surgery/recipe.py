@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -21,14 +22,16 @@ from dsconv_surgery.finetuning.history import History
 from dsconv_surgery.finetuning.settings import FineTune
 from dsconv_surgery.planning.settings import PlanSettings, as_tuple, plan_keywords
 from dsconv_surgery.report import compare
+from dsconv_surgery.support.atomic_files import read_file
 from dsconv_surgery.support.copies import channels_last_copy
 from dsconv_surgery.support.formatting import did_you_mean
 from dsconv_surgery.support.inputs import Inputs, InputStructure, as_inputs, checked_prepare
-from dsconv_surgery.support.records import checked_record, json_schema, parse_json
+from dsconv_surgery.support.records import QUOTED, checked_record, json_schema, parse_json, quoted, shortened
 from dsconv_surgery.surgery import fold_back
 
 Count = Annotated[int, Field(ge=1, description="a whole number, 1 or more")]
 FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a clone
+LONGEST_KEY = 1000  # parts of a dotted key
 
 
 @checked_record("CalibrationSettings(images=512)")
@@ -73,7 +76,7 @@ class Recipe(PlanSettings):
     calibration: CalibrationSettings | None = None
     fine_tune: FineTune | None = None
     stages: Annotated[int, Field(ge=1, description="a whole number of cuts, 1 or more")] = 1
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63, description="a whole number of 64 bits")] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,21 +178,26 @@ class Recipe(PlanSettings):
     def from_toml(cls, text: str, what: str = "recipe") -> Recipe:
         """Read TOML; ValueError names the place, the problem and, for an unknown key, the most similar known one."""
         try:
-            data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{what}: not TOML: {error}.") from None
-        return parse_json(cls, json.dumps(data, default=str), what)
+            if any(part.count(".") > LONGEST_KEY for part in text.split("=")):  # tomllib takes hours for a key of 100,000 parts
+                raise ValueError(f"a key has more than {LONGEST_KEY:,} parts")
+            data = json.dumps(tomllib.loads(text), default=_refuse_date)
+        except (ValueError, RecursionError) as error:  # not TOML, a number of thousands of digits, or nested thousands deep
+            raise ValueError(f"{what}: not TOML that can be read: {shortened(str(error))}.") from None
+        return parse_json(cls, data, what)
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Recipe:
         """Read a TOML file, or a recipe that comes with the library, by its name (see `Recipe.known`)."""
-        path = Path(name_or_path)
-        if not path.is_file() and path.suffix != ".toml":
+        path, name = Path(name_or_path), str(name_or_path)
+        if (os.path.isdir(path) or not os.path.exists(path)) and path.suffix != ".toml":
             known = cls.known()
-            if str(name_or_path) not in known:
-                raise ValueError(f"recipe {str(name_or_path)!r}: no such file or recipe.{did_you_mean(str(name_or_path), known)}")
-            path = known[str(name_or_path)]
-        return cls.from_toml(path.read_text(), str(name_or_path))
+            if name not in known:
+                raise ValueError(f"recipe {quoted(name)}: no such file or recipe.{did_you_mean(name[:QUOTED], known)}")
+            path = known[name]
+        try:
+            return cls.from_toml(read_file(path).decode(), name)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: not UTF-8 text: {error.reason} at byte {error.start}. Save the file as UTF-8.") from None
 
     @staticmethod
     def known() -> dict[str, Path]:
@@ -200,6 +208,10 @@ class Recipe(PlanSettings):
     def schema() -> dict[str, Any]:
         """The JSON schema of a recipe's file."""
         return json_schema(Recipe)
+
+
+def _refuse_date(value: object) -> None:
+    raise ValueError(f"found the date or time {value}, which no setting takes")
 
 
 class _FirstImages:
