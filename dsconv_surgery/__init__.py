@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from dsconv_surgery.report import compare
     from dsconv_surgery.schemes import register_scheme
     from dsconv_surgery.separable import DepthwiseConv2d, DepthwiseSeparableConv2d, PointwiseConv2d
+    from dsconv_surgery.support.inputs import Inputs
     from dsconv_surgery.surgery import apply_plan, fold_back
     from dsconv_surgery.sweep import pareto
 
 __all__ = [
-    "Budget", "Calibration", "DepthwiseConv2d", "DepthwiseSeparableConv2d", "FineTune", "Plan", "PlanSettings", "PointwiseConv2d", "Recipe",
-    "apply_plan", "compare", "compress", "find_convs", "fine_tune", "fold_back", "load", "make_plan", "pareto", "plain", "register_scheme",
-    "save",
+    "Budget", "Calibration", "DepthwiseConv2d", "DepthwiseSeparableConv2d", "FineTune", "Inputs", "Plan", "PlanSettings", "PointwiseConv2d",
+    "Recipe", "apply_plan", "compare", "compress", "find_convs", "fine_tune", "fold_back", "load", "make_plan", "pareto", "plain",
+    "register_scheme", "save",
 ]  # fmt: skip
 
 _NAMES_BY_MODULE = {
@@ -47,6 +48,7 @@ _NAMES_BY_MODULE = {
     "report": ("compare",),
     "schemes": ("register_scheme",),
     "separable": ("DepthwiseConv2d", "DepthwiseSeparableConv2d", "PointwiseConv2d"),
+    "support.inputs": ("Inputs",),
     "surgery": ("apply_plan", "fold_back"),
     "sweep": ("pareto",),
 }

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dsconv_surgery.compression import Compressed
+from dsconv_surgery.network.layers import class_path, is_plain_tensor
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.schemes import is_channels_last
 from dsconv_surgery.support.atomic_files import atomic_write, folder_lock, read_file
@@ -72,6 +73,9 @@ def save(compressed: Compressed | nn.Module, folder: str | PathLike[str], plan: 
         if not isinstance(value, Tensor) or value.is_meta:
             kind = "a tensor on the meta device" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name}: expected a tensor with values to save, found {kind}. Nothing was written.")
+        if not is_plain_tensor(value):
+            kind = class_path(type(value.data))
+            raise ValueError(f"{name}: expected a plain tensor, found a {kind}. Save the network before you quantise or shard it.")
     metadata = _plain_metadata(state)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

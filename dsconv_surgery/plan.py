@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.network.discovery import Skip
-from dsconv_surgery.network.geometry import ConvSpec, Cost, Count, Rank, Size, chain_cost
+from dsconv_surgery.network.geometry import ConvSpec, Cost, Rank, Size, chain_cost
 from dsconv_surgery.schemes import chain_of, check_rank, get_scheme
 from dsconv_surgery.support.formatting import did_you_mean, text_table
 from dsconv_surgery.support.input_description import InputDescription

@@ -12,6 +12,7 @@ from dsconv_surgery.budget import Budget
 from dsconv_surgery.calibration.images import Calibration, Images, check_model_runs
 from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.network.geometry import Cost, Rank
+from dsconv_surgery.network.layers import check_not_quantized
 from dsconv_surgery.plan import COST_COLUMNS, Cut, Plan, cost_cells
 from dsconv_surgery.support.copies import evaluation_copy
 from dsconv_surgery.support.fidelity import Fidelity, measure_fidelity
@@ -156,6 +157,8 @@ def compare(
         >>> print(compare(model, small, torch.rand(1, 3, 32, 32), plan=plan))
     """
     inputs = as_inputs(example_inputs, example_kwargs)
+    for model in (before, after):
+        check_not_quantized(model)
     dense, small = (survey_model(model, inputs, replaceable=False) for model in (before, after))
     if plan:
         check_cut(after, plan)

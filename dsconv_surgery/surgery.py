@@ -15,7 +15,16 @@ from dsconv_surgery.calibration.images import Calibration, Images
 from dsconv_surgery.calibration.reconstruct import correct_mean, reconstruct
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.network.graph_rewrite import collapse_calls, expand_calls
-from dsconv_surgery.network.layers import check_finite, check_unwrapped, irreplaceable_layers, is_layer, named_layers
+from dsconv_surgery.network.layers import (
+    carry_attributes,
+    check_finite,
+    check_finite_state,
+    check_unwrapped,
+    irreplaceable_layers,
+    is_layer,
+    named_layers,
+    weight_property_readers,
+)
 from dsconv_surgery.network.self_check import DenseRunError, check_computes_same
 from dsconv_surgery.plan import Cut, Plan
 from dsconv_surgery.schemes import Factors, build, factorize, get_scheme, is_channels_last, kernel_of, links_of
@@ -100,6 +109,7 @@ def cut_calibrated(
         check_on: inputs of the self-check; None for no check.
     """
     _check_fit(model, plan)
+    check_finite_state(model)
     for cut in plan.cuts:
         _finite_weight(model, cut)
     dense = evaluation_copy(model)
@@ -118,12 +128,16 @@ def build_cut_model(
 ) -> nn.Module:
     """`apply_plan` without calibration; layers in `fitted` have their factors already. `check_on`: as for `cut_calibrated`."""
     _check_fit(model, plan)
+    if init != "empty":
+        check_finite_state(model)
     replacements: dict[str, nn.Module] = {}
+    readers = weight_property_readers(model)
     for cut in tqdm(plan.cuts, desc="cut", unit="layer", disable=not progress):
         factors = fitted.get(cut.name)
         if factors is None and init != "empty":
             factors = next(factorize(get_scheme(cut.scheme), cut.spec, _finite_weight(model, cut), [cut.rank]))
-        replacements[cut.name] = build(cut.chain, model.get_submodule(cut.name), factors)
+        layer = model.get_submodule(cut.name)
+        replacements[cut.name] = build(cut.chain, layer, factors, layer in readers)
     result = _copy_with(model, replacements)
     expand_calls(result, {cut.name: list(cut.chain) for cut in plan.cuts})
     if check_on is not None and init != "empty" and plan.cuts:
@@ -173,6 +187,7 @@ def _dense_layer(cut: Cut, chain: nn.Module) -> nn.Module:
     layer: Any = build({"dense": cut.spec}, last, {"dense": kernel})[0]
     if any(is_channels_last(link.get_parameter("weight")) for link in chain.children()):
         layer.to(memory_format=torch.channels_last)
+    carry_attributes(chain, layer)
     return layer.train(chain.training)
 
 

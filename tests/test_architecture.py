@@ -113,7 +113,7 @@ def test_imports_are_acyclic() -> None:
 def test_only_two_modules_and_the_store_import_fx() -> None:
     users = {name for name in FILES if any(dotted.startswith("torch.fx") for dotted in _imports(name))}
     assert users == {
-        "network.discovery",
+        "network.call_recorder",
         "network.graph_rewrite",
         "calibration.side_by_side",
         "calibration.activation_store",

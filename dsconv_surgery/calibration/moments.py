@@ -56,7 +56,7 @@ class Moments:
         """Begin new sums for other targets: the same calls must be added again, and draw the same patches."""
         g, o, n = self.weight.shape
         self.target_sums = self._zeros(cross=(g, o, n), spread=(g, o, o), mean=(g, o))
-        self._draws = torch.Generator().manual_seed(self._seed)
+        self._draws = torch.Generator("cpu").manual_seed(self._seed)
         self._patches_complete = True
 
     def add(self, x: Tensor, target: Tensor | None, first_image: int) -> None:
@@ -84,8 +84,17 @@ class Moments:
         """The output positions to use in each image of a call; None for all of them."""
         if self._fraction >= 1:
             return None
-        count = max(1, min(total, math.floor(self._fraction * total + float(torch.rand((), generator=self._draws)))))
-        return torch.randperm(total, generator=self._draws)[:count].sort().values.to(self.weight.device) if count < total else None
+        count = max(
+            1,
+            min(
+                total, math.floor(self._fraction * total + float(torch.rand((), generator=self._draws, dtype=torch.float32, device="cpu")))
+            ),
+        )
+        return (
+            torch.randperm(total, generator=self._draws, device="cpu")[:count].sort().values.to(self.weight.device)
+            if count < total
+            else None
+        )
 
     def _add_rows(self, fold: int, p: Tensor, t: Tensor | None) -> None:
         """Add patches (g, rows, n) and targets (g, rows, o) to the sums of a fold."""

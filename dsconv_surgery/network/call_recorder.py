@@ -21,14 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsconv_surgery.network.geometry import Size
 from dsconv_surgery.network.graph_rewrite import placeholder_values, trace
-from dsconv_surgery.network.layers import is_layer, named_layers
+from dsconv_surgery.network.layers import is_layer, named_layers, take_place, weight_property_readers
+from dsconv_surgery.network.source_reads import LAYER_ATTRIBUTES
 from dsconv_surgery.support.copies import CopyError, copy_model, deepcopy_model, fake_copy, unregistered_tensors
 from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.random_state import seeded
 
-# Attributes that the nn.Sequential in a layer's place would not have, as in `x.view(-1, self.fc.in_features)`. The uses of the weight are
-# recorded where they happen, because its dtype and device may be read.
-_LAYER_ATTRIBUTES = frozenset(("bias", *nn.Conv2d.__constants__, *nn.Linear.__constants__))
+_WATCHED = LAYER_ATTRIBUTES - {"weight"}  # uses of the weight are recorded where they happen, because its dtype and device may be read
 # Properties that all weights share, as in `next(self.parameters()).dtype`: reading them does not need the layer.
 _SHARED_PROPERTIES: frozenset[Any] = frozenset(
     (Tensor.dtype.__get__, Tensor.device.__get__, Tensor.requires_grad.__get__, Tensor.is_cuda.__get__, Tensor.is_floating_point)  # type: ignore[attr-defined]
@@ -51,11 +50,11 @@ class ForeignForwardError(ValueError):
     """A copy of a model computes with parameters of the original."""
 
 
-def record_calls(model: nn.Module, inputs: Inputs, candidates: Mapping[nn.Module, Sequence[str]]) -> CallRecord:
+def record_calls(model: nn.Module, inputs: Inputs, candidates: Sequence[str]) -> CallRecord:
     """Run a copy of the model in evaluation mode: its trace on fake tensors, else itself on fake tensors, else itself on real ones.
 
-    The candidates are layers with their names. A second run, with each candidate in an nn.Sequential, tests whether the model computes
-    the same with other types of modules in their places.
+    The candidates are names of layers. A second run, with each candidate in an nn.Sequential, tests whether the model computes the same
+    with other types of modules in their places.
     """
     run, recorder, operations, macs = _first_run(model, inputs)
 
@@ -65,7 +64,7 @@ def record_calls(model: nn.Module, inputs: Inputs, candidates: Mapping[nn.Module
         except Exception:  # whatever the model does with modules that it does not expect
             return False
 
-    called = [names[0] for names in candidates.values() if names[0] in recorder.calls and names[0] not in recorder.reads and names[0]]
+    called = [name for name in candidates if name in recorder.calls and name not in recorder.reads and name]
     return CallRecord(recorder.calls, recorder.reads, frozenset(_failing(is_same, called)), macs, sum(recorder.unregistered.values()))
 
 
@@ -85,7 +84,9 @@ Run = Callable[[Sequence[str]], tuple["_CallRecorder", list[Any], int]]
 def _first_run(model: nn.Module, inputs: Inputs) -> tuple[Run, _CallRecorder, list[Any], int]:
     """A function that runs the model with some layers in an nn.Sequential, and its result without."""
     failure: Exception | None = None
-    for how in ("fake", "real") if is_layer(model) else ("traced", "fake", "real"):  # fx would trace into a lone layer
+    # fx would trace into a lone layer, and it reads more of a weight than its dtype.
+    kinds = ("fake", "real") if is_layer(model) or weight_property_readers(model) else ("traced", "fake", "real")
+    for how in kinds:
 
         def run(names: Sequence[str], how: str = how) -> tuple[_CallRecorder, list[Any], int]:
             with warnings.catch_warnings(), _quiet(_FAILED_RUN_LOGGERS):
@@ -127,8 +128,12 @@ def _wrap_layers(model: nn.Module, names: Sequence[str]) -> nn.Module:
     if not names:
         return model
     tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *unregistered_tensors(model))}
-    layers = [model.get_submodule(name) for name in names]
-    return deepcopy_model(model, tensors | {id(layer): nn.Sequential(OrderedDict(layer=layer)).eval() for layer in layers})
+    readers = weight_property_readers(model)
+    wrapped: dict[int, nn.Module] = {}
+    for layer in map(model.get_submodule, names):
+        wrapped[id(layer)] = nn.Sequential(OrderedDict(layer=layer)).eval()
+        take_place(layer, wrapped[id(layer)], layer in readers)
+    return deepcopy_model(model, tensors | wrapped)
 
 
 @contextmanager
@@ -186,7 +191,7 @@ class _CallRecorder(TorchFunctionMode):
         """Give a layer a subclass of its class that records reads of attributes."""
 
         def getattribute(layer: nn.Module, attribute: str) -> Any:
-            if attribute in _LAYER_ATTRIBUTES:
+            if attribute in _WATCHED:
                 self._record_read(name, attribute)
             return kind.__getattribute__(layer, attribute)
 

@@ -86,7 +86,7 @@ def survey_model(model: nn.Module, inputs: Inputs, replaceable: bool = True) -> 
     check_unwrapped(model)
     reasons = irreplaceable_layers(model)
     names = named_layers(model)
-    candidates = {layer: layer_names for layer, layer_names in names.items() if layer not in reasons} if replaceable else {}
+    candidates = [layer_names[0] for layer, layer_names in names.items() if layer not in reasons] if replaceable else []
     record = record_calls(model, inputs, candidates)
     layers: list[ConvSite | Skip] = []
     costs: dict[str, Cost] = {}

@@ -210,6 +210,13 @@ def carry_attributes(source: nn.Module, target: nn.Module) -> None:
             setattr(target, name, copy.deepcopy(value))
 
 
+def take_place(source: nn.Module, target: nn.Module, weight_properties: bool) -> None:
+    """Give a module in the place of a layer the layer's plain attributes and, for `weight.dtype` and `weight.device`, an empty buffer."""
+    carry_attributes(source, target)
+    if weight_properties:
+        target.register_buffer("weight", source.get_parameter("weight").detach().new_empty(0), persistent=False)
+
+
 def class_path(kind: type) -> str:
     """A class with its module, as in `timm.layers.linear.Linear`; `nn.Conv1d` for torch's own layers."""
     return f"nn.{kind.__name__}" if kind.__module__.startswith("torch.nn.modules.") else f"{kind.__module__}.{kind.__qualname__}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from typing import Any
 
@@ -21,7 +20,7 @@ from dsconv_surgery.network.layers import (
     uncarried_attributes,
 )
 from dsconv_surgery.network.source_reads import source_reads
-from dsconv_surgery.support.copies import copy_model, deepcopy_memo
+from dsconv_surgery.support.copies import copy_model, deepcopy_model
 from dsconv_surgery.support.random_state import preserve_random_state
 
 TOLERANCE = 1e-5  # relative, of outputs in float32 and float64; of lower precisions, 16 roundings
@@ -76,7 +75,7 @@ def plain(model: nn.Module) -> nn.Module:
     layers = named_layers(model)
     reads, in_encoder = source_reads(model, layers), layers_in_encoders(model)
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    memo: dict[int, Any] = deepcopy_memo(model)
+    by_id: dict[int, Any] = {}
     replaced: dict[str, nn.Module] = {}
     for layer, (name, *_) in layers.items():
         own = Counter(id(p) for module in layer.modules() for p in module._parameters.values() if p is not None)
@@ -87,10 +86,10 @@ def plain(model: nn.Module) -> nn.Module:
         with preserve_random_state(), torch.inference_mode(False):
             result = _plain_layer(layer)
         if result is not None and not (reads.get(layer) and isinstance(result, nn.Sequential)):
-            memo[id(layer)] = replaced[name] = result
-    if id(model) in memo:
-        return memo[id(model)]
-    result = copy.deepcopy(model, memo)
+            by_id[id(layer)] = replaced[name] = result
+    result = deepcopy_model(model, by_id)
+    if id(model) in by_id:
+        return result
     for name, module in replaced.items():
         if result.get_submodule(name) is not module:
             raise TypeError(f"{name}: cannot be replaced, as {type(model).__name__} or a module in it copies itself (__deepcopy__).")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,8 @@ from tqdm import tqdm
 
 from dsconv_surgery.budget import Budget, BudgetError
 from dsconv_surgery.calibration.images import Calibration, Images
-from dsconv_surgery.network.discovery import ConvSite, Skip, Survey, survey_model
+from dsconv_surgery.network.discovery import Skip, survey_model
+from dsconv_surgery.network.layers import check_finite_state
 from dsconv_surgery.plan import Cut, Plan
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.layer_latency import LayerTimer
@@ -24,6 +22,7 @@ from dsconv_surgery.planning.option_errors import OptionErrors
 from dsconv_surgery.planning.options import layer_options
 from dsconv_surgery.planning.rules import RULES
 from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
+from dsconv_surgery.planning.site_selection import select_sites, warn_of_cost_outside
 from dsconv_surgery.planning.tables import Choice, Table, allowed_costs, smallest_total
 from dsconv_surgery.schemes import Factors
 from dsconv_surgery.support import distributed
@@ -39,7 +38,6 @@ from dsconv_surgery.surgery import build_cut_model
 REFINEMENT_ROUNDS = 1  # measure the chosen options, then choose again
 LATENCY_TRIES, LATENCY_TOLERANCE = 4, 0.02  # plans tried to meet a latency budget, and by how much it may be missed
 TIMED_PASSES = 31  # forward passes to time a whole network
-NOTABLE_SHARE = 0.1  # of a network's cost outside of layers: a budget on layers is then announced
 FactorsByLayer = dict[str, Factors]  # factors that planning computed, so that the cut need not compute them again
 
 
@@ -106,10 +104,11 @@ class Planner:
     ) -> None:
         self.model, self.inputs, self.settings, self.images, self.progress = model, inputs, settings, images, progress
         self._survey = survey_model(model, inputs)
-        self._sites, self._skips = _select_sites(self._survey, settings)
+        check_finite_state(model)
+        self._sites, self._skips = select_sites(self._survey, settings)
         self.total = self._survey.total
         if settings.effective_budget is not None:
-            _warn_of_cost_outside(self._survey, settings.measures)
+            warn_of_cost_outside(self._survey, settings.measures)
         # Processes that share the images must compute the same things at the same time, so none of them reads its own cache.
         store, timer = Cache(cache if distributed.process_and_world_size()[1] == 1 else False), None
         if "latency" in settings.measures:
@@ -248,59 +247,3 @@ def _random_cut(model: nn.Module, plan: Plan) -> nn.Module:
             with torch.no_grad():
                 weight.normal_(std=weight[0].numel() ** -0.5)
     return cut
-
-
-def _explain_no_site(survey: Survey) -> str:
-    """The message for a network without a layer that can be cut: the skips by reason, or the likely cause."""
-    if survey.layers:
-        reasons = Counter(layer.reason for layer in survey.layers if isinstance(layer, Skip))
-        counts = " ".join(f"{count} x: {reason}" for reason, count in reasons.most_common(5))
-        return f"no layer of the network can be cut. {counts}"
-    likely = "It may be exported, quantised or scripted: pass the network from before that step."
-    if survey.outside.macs:
-        likely = (
-            f"It computes {survey.outside.macs:,} MACs outside of layers: by functional calls, in layers kept in plain lists, or exported."
-        )
-    return f"no convolution or linear layer was found in the network. {likely} Only modules nn.Conv2d and nn.Linear can be cut."
-
-
-def _warn_of_cost_outside(survey: Survey, measures: Sequence[str]) -> None:
-    """Warn if a budget cannot mean the whole network, because much of its cost is outside of layers."""
-    shares = {
-        "macs": survey.outside.macs / max(survey.outside.macs + survey.total.macs, 1),
-        "params": survey.unregistered_params / max(survey.unregistered_params + survey.total.params, 1),
-    }
-    names = {"macs": "MACs", "params": "parameters"}
-    for measure, share in shares.items():
-        if measure in measures and share > NOTABLE_SHARE:
-            warnings.warn(
-                f"{100 * share:.0f} % of the network's {names[measure]} are outside of its layers (functional calls, attention, LSTMs, "
-                "layers in plain lists). The budget counts the layers only; plan and report show the rest as 'outside layers'.",
-                stacklevel=2,
-            )
-
-
-def _select_sites(survey: Survey, settings: PlanSettings) -> tuple[list[ConvSite], list[Skip]]:
-    """The sites that the patterns select, and a skip for every other layer."""
-    known = {name for layer in survey.layers for name in (layer.name, *(layer.aliases if isinstance(layer, ConvSite) else ()))}
-    if not any(isinstance(layer, ConvSite) for layer in survey.layers):
-        raise ValueError(_explain_no_site(survey))
-    for key in ("include", "exclude"):
-        for pattern in getattr(settings, key):
-            if not any(fnmatchcase(name, pattern) for name in known):
-                raise ValueError(f"{key}: no layer matches {pattern!r}.{did_you_mean(pattern, sorted(known))}")
-    sites: list[ConvSite] = []
-    skips: list[Skip] = []
-    for layer in survey.layers:
-        if isinstance(layer, Skip):
-            skips.append(layer)
-            continue
-        names = (layer.name, *layer.aliases)
-        excluding = next((pattern for pattern in settings.exclude if any(fnmatchcase(name, pattern) for name in names)), None)
-        if excluding is not None:
-            skips.append(Skip(layer.name, f"excluded by {excluding!r}."))
-        elif not any(fnmatchcase(name, pattern) for pattern in settings.include for name in names):
-            skips.append(Skip(layer.name, "not among the included layers."))
-        else:
-            sites.append(layer)
-    return sites, skips

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_surgery.network.geometry import ConvSpec, Rank
-from dsconv_surgery.network.layers import carry_attributes
+from dsconv_surgery.network.layers import take_place
 from dsconv_surgery.schemes.base import Factors, Scheme
 
 
@@ -114,9 +114,7 @@ def build(chain: dict[str, ConvSpec], like: nn.Module, factors: Factors | None, 
             layer.bias.requires_grad_(original.bias.requires_grad)
         links[name] = layer
     result = nn.Sequential(links).train(original.training)
-    carry_attributes(original, result)
-    if weight_properties:
-        result.register_buffer("weight", original.weight.new_empty(0), persistent=False)
+    take_place(original, result, weight_properties)
     return result
 
 

@@ -50,8 +50,8 @@ from dsconv_surgery.planning.settings import PlanSettings
 from dsconv_surgery.planning.tables import Choice, Table
 from dsconv_surgery.support.cache import Cache
 from dsconv_surgery.support.copies import channels_last_copy
-from dsconv_surgery.support.latency import measure_latency
 from dsconv_surgery.support.inputs import Inputs
+from dsconv_surgery.support.latency import measure_latency
 
 RESULTS = Path(__file__).resolve().with_name("results")
 GOALS = {20: {"macs": (0.5, 0.4, 0.3), "params": (0.4, 0.25)}, 56: {"macs": (0.5, 0.4, 0.3)}}

@@ -31,6 +31,8 @@ from dsconv_surgery.finetuning.loop import synchronized_batchnorm
 from dsconv_surgery.finetuning.loss import DistillationLoss
 from dsconv_surgery.finetuning.optimizers import learning_rate_factor
 from dsconv_surgery.support import distributed
+from dsconv_surgery.support.inputs import Inputs
+from dsconv_surgery.support.outputs import OutputSelector
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -33,8 +33,8 @@ from dsconv_surgery.planning.settings import PlanSettings
 from dsconv_surgery.planning.tables import Choice, Option, Table, allowed_costs
 from dsconv_surgery.schemes import registry
 from dsconv_surgery.support.cache import Cache, digest
-from dsconv_surgery.sweep import Sweep
 from dsconv_surgery.support.inputs import Inputs
+from dsconv_surgery.sweep import Sweep
 
 SHAPES = Inputs(torch.empty(1, 3, 16, 16))
 

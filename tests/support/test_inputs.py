@@ -95,7 +95,9 @@ def test_selected_images_are_those_images(case: str) -> None:
     for index, count in ((slice(2, 7), 5), (mask, 3)):
         part = structure.select(inputs, index)
         assert structure.count(part) == count
-        for whole, selected in zip(structure._leaves((inputs.args, inputs.kwargs)), structure._leaves((part.args, part.kwargs)), strict=True):
+        for whole, selected in zip(
+            structure._leaves((inputs.args, inputs.kwargs)), structure._leaves((part.args, part.kwargs)), strict=True
+        ):
             if len(whole[1]) != 12:
                 assert selected[1] is whole[1]
             elif isinstance(whole[1], Tensor):
@@ -145,7 +147,7 @@ def test_prepare_converts_batches_everywhere() -> None:
     before = next(cut.parameters()).detach().clone()
     fine_tune(cut, batches, teacher=model, prepare=lambda batch: prepare(batch)[:1], settings=FineTune(epochs=3))
     assert not torch.equal(before, next(cut.parameters()))
-    recipe = Recipe(schemes="spatial", calibration=CalibrationSettings(images=5), fine_tune=FineTune(epochs=1, distill=1.0))
+    recipe = Recipe(schemes="spatial", calibration=CalibrationSettings(images=5), fine_tune=FineTune(epochs=1))
     loss = {"train": batches, "calibration": batches, "cache": False}
     with pytest.raises(ValueError, match="cross-entropy"):
         recipe.run(model, **common, **loss)
