@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dsconv_surgery.finetuning.fine_tune import fine_tune
     from dsconv_surgery.finetuning.settings import FineTune
     from dsconv_surgery.network.discovery import find_convs
+    from dsconv_surgery.network.plain import plain
     from dsconv_surgery.plan import Plan
     from dsconv_surgery.planning.planner import make_plan
     from dsconv_surgery.planning.settings import PlanSettings
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from dsconv_surgery.report import compare
     from dsconv_surgery.schemes import register_scheme
     from dsconv_surgery.separable import DepthwiseConv2d, DepthwiseSeparableConv2d, PointwiseConv2d
+    from dsconv_surgery.support.inputs import Inputs
     from dsconv_surgery.surgery import apply_plan, fold_back
     from dsconv_surgery.sweep import pareto
 
 __all__ = [
-    "Budget", "Calibration", "DepthwiseConv2d", "DepthwiseSeparableConv2d", "FineTune", "Plan", "PlanSettings", "PointwiseConv2d", "Recipe",
-    "apply_plan", "compare", "compress", "find_convs", "fine_tune", "fold_back", "load", "make_plan", "pareto", "register_scheme", "save",
+    "Budget", "Calibration", "DepthwiseConv2d", "DepthwiseSeparableConv2d", "FineTune", "Inputs", "Plan", "PlanSettings", "PointwiseConv2d",
+    "Recipe", "apply_plan", "compare", "compress", "find_convs", "fine_tune", "fold_back", "load", "make_plan", "pareto", "plain",
+    "register_scheme", "save",
 ]  # fmt: skip
 
 _NAMES_BY_MODULE = {
@@ -37,6 +40,7 @@ _NAMES_BY_MODULE = {
     "finetuning.fine_tune": ("fine_tune",),
     "finetuning.settings": ("FineTune",),
     "network.discovery": ("find_convs",),
+    "network.plain": ("plain",),
     "plan": ("Plan",),
     "planning.planner": ("make_plan",),
     "planning.settings": ("PlanSettings",),
@@ -44,6 +48,7 @@ _NAMES_BY_MODULE = {
     "report": ("compare",),
     "schemes": ("register_scheme",),
     "separable": ("DepthwiseConv2d", "DepthwiseSeparableConv2d", "PointwiseConv2d"),
+    "support.inputs": ("Inputs",),
     "surgery": ("apply_plan", "fold_back"),
     "sweep": ("pareto",),
 }

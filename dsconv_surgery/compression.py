@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -12,13 +12,15 @@ from typing import Any
 from torch import nn
 
 from dsconv_surgery.budget import Budget
-from dsconv_surgery.calibration.images import Calibration, Images, input_shapes
+from dsconv_surgery.calibration.images import Calibration, Images
 from dsconv_surgery.finetuning.history import History
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.planning.planner import Planner
 from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
 from dsconv_surgery.report import Report, Try, compare
 from dsconv_surgery.support.fidelity import checked_score
+from dsconv_surgery.support.inputs import as_inputs
+from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.surgery import build_cut_model, cut_calibrated
 
 MAX_DROP_TRIES = 7  # budgets tried in the search for the smallest network within max_drop
@@ -34,11 +36,15 @@ class Compressed:
     tuned: tuple[History, ...] = ()
 
 
+@standard_modes()
 @takes_plan_settings
 def compress(
     model: nn.Module,
     *example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
+    prepare: Callable[[Any], Any] | None = None,
+    output: Callable[[Any], Any] | None = None,
     max_drop: float | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     cache: bool | str | Path = True,
@@ -48,12 +54,12 @@ def compress(
     """Make a plan, cut the network by it and compare the two; factors that planning computed are used again for the cut.
 
     Args:
-        model, example_inputs, cache, progress, settings: as for `make_plan`.
+        model, example_inputs, example_kwargs, prepare, output, cache, progress, settings: as for `make_plan`.
         calibration: batches of unlabelled images, or a `Calibration`. Both the plan and the factors are then made for these images, layer
             by layer on the inputs that the network compressed so far gives (see `apply_plan`).
         max_drop: find the smallest network whose score is at most this much below the dense network's, by bisection over budgets.
             The report lists the tries. A budget given with it names the measure to make small, and the lowest fraction to try.
-        evaluate: a function that gives a network's score, higher for better, in the units of `max_drop`.
+        evaluate: a function that gives a network's score, higher for better, in the units of `max_drop`. It gets a copy in evaluation mode.
 
     Returns:
         `Compressed(model, plan, report)`: a new network, its plan, and what it saves. If no cut network is within `max_drop`, a copy of
@@ -73,14 +79,16 @@ def compress(
     check_max_drop(max_drop)
     if max_drop is not None and (checked.effective_budget is None or len(checked.measures) > 1):
         raise ValueError("max_drop= needs a rule that takes a budget, and a budget on one measure, such as Budget(macs=0.1).")
-    images = None if calibration is None else Images(calibration, input_shapes(example_inputs))
-    planner = Planner(model, example_inputs, checked, images, cache, progress)
+    inputs = as_inputs(example_inputs, example_kwargs)
+    images = None if calibration is None else Images(calibration, inputs, prepare, output)
+    planner = Planner(model, inputs, checked, images, cache, progress)
     tries: tuple[Try, ...] = ()
     if max_drop is None or evaluate is None:
         cut, plan = cut_to_budget(planner, checked.effective_budget)
     else:
         cut, plan, tries = _smallest_within(planner, checked.budget, max_drop, evaluate)
-    return Compressed(cut, plan, replace(compare(model, cut, *example_inputs, plan=plan), tries=tries))
+    report = compare(model, cut, *example_inputs, example_kwargs=example_kwargs, plan=plan)
+    return Compressed(cut, plan, replace(report, tries=tries))
 
 
 def check_max_drop(max_drop: float | None) -> None:
@@ -94,9 +102,9 @@ def cut_to_budget(planner: Planner, budget: Budget | None) -> tuple[nn.Module, P
     model, images = planner.model, planner.images
     if images is None:
         plan, factors = planner.plan(budget)
-        return build_cut_model(model, plan, "factorize", factors, planner.progress), plan
+        return build_cut_model(model, plan, "factorize", factors, planner.progress, planner.inputs), plan
     plan, factors = planner.plan(budget, errors_later=True)
-    cut, errors = cut_calibrated(model, plan, images, factors, planner.progress)
+    cut, errors = cut_calibrated(model, plan, images, factors, planner.progress, planner.inputs)
     return cut, replace(plan, cuts=tuple(replace(c, error=errors[c.name]) for c in plan.cuts))
 
 
@@ -109,7 +117,7 @@ def _smallest_within(
     low, high = max(floor, lowest.limits()[measure]) if lowest else floor, 1.0
     target = checked_score(evaluate, planner.model) - max_drop
     plan = planner.plan_without_cuts(Budget(**{measure: 1.0}))  # its score is within any drop
-    cut = build_cut_model(planner.model, plan, "factorize", {}, progress=False)
+    cut = build_cut_model(planner.model, plan, "factorize", {}, progress=False, check_on=planner.inputs)
     tries: list[Try] = []
     for number in range(MAX_DROP_TRIES):
         fraction = low if number == 0 else (low + high) / 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -13,8 +14,9 @@ from dsconv_surgery.network.discovery import Skip
 from dsconv_surgery.network.geometry import ConvSpec, Cost, Rank, Size, chain_cost
 from dsconv_surgery.schemes import chain_of, check_rank, get_scheme
 from dsconv_surgery.support.formatting import did_you_mean, text_table
+from dsconv_surgery.support.input_description import InputDescription
 from dsconv_surgery.support.latency import Latency
-from dsconv_surgery.support.records import JsonRecord, record
+from dsconv_surgery.support.records import JsonRecord, quoted, record, shortened
 
 FORMAT_VERSION = 1
 COST_COLUMNS = ("params", "-> params", "MACs", "-> MACs")
@@ -23,7 +25,7 @@ COLUMNS = ("layer", "geometry", "scheme", "rank", *COST_COLUMNS, "error")
 
 def _check_version(version: object) -> object:
     if type(version) is not int or version != FORMAT_VERSION:
-        raise ValueError(f"found version {version!r}, expected {FORMAT_VERSION}. Make the plan again with make_plan.")
+        raise ValueError(f"found version {quoted(version)}, expected {FORMAT_VERSION}. Make the plan again with make_plan.")
     return version
 
 
@@ -42,7 +44,10 @@ class Cut:
     damage: float | None = None
 
     def __post_init__(self) -> None:
-        check_rank(self.name, get_scheme(self.scheme), self.spec, self.rank)
+        name = shortened(self.name)
+        if problem := self.spec.problem():
+            raise ValueError(f"{name}: {problem}")
+        check_rank(name, get_scheme(self.scheme), self.spec, self.rank)
 
     @property
     def chain(self) -> dict[str, ConvSpec]:
@@ -63,13 +68,27 @@ class Plan(JsonRecord):
 
     cuts: tuple[Cut, ...]
     skips: tuple[Skip, ...]
-    input_shapes: tuple[tuple[int, ...], ...]
+    inputs: InputDescription
     rule: str
     budget: Budget | None
     total: Cost  # of the dense network
+    outside: Cost  # parameters and MACs outside of layers; the MACs are not part of `total`
     calibrated: bool = False  # errors are of outputs, and apply_plan needs calibration images
     timing: Latency | None = None  # if the budget limits latency
     format_version: Annotated[int, BeforeValidator(_check_version)] = FORMAT_VERSION  # checked on reading
+
+    def __post_init__(self) -> None:
+        names = sorted((cut.name for cut in self.cuts), key=lambda name: name.split("."))  # a layer stands before those inside it
+        for first, second in pairwise(names):
+            if first == second:
+                raise ValueError(f"{shortened(first)}: cut twice. Remove one of the cuts.")
+            if second.startswith(f"{first}."):
+                raise ValueError(f"{shortened(second)}: inside {shortened(first)}, which is cut, too. Remove one of the cuts.")
+
+    @property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of all tensors in the example inputs."""
+        return self.inputs.shapes
 
     @property
     def total_after(self) -> Cost:
@@ -117,6 +136,8 @@ class Plan(JsonRecord):
         for cut in self.cuts:
             error = "-" if cut.error is None else f"{cut.error:.4f}"
             rows.append((cut.name, str(cut.spec), cut.scheme, str(cut.rank), *cost_cells(cut.cost_before, cut.cost_after), error))
+        if self.outside.params or self.outside.macs:
+            rows.append(("outside layers", "", "", "", *cost_cells(self.outside, self.outside), ""))
         rows.append(("whole network", "", "", "", *cost_cells(self.total, self.total_after), ""))
         title = f"rule {self.rule}, {self.budget or 'no budget'}{', calibrated' if self.calibrated else ''}"
         lines = [text_table(title, COLUMNS, rows)]

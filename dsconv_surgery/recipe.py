@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, TypeAdapter
-from torch import Tensor, nn
+from torch import nn
 
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.calibration.images import Calibration
@@ -21,14 +22,16 @@ from dsconv_surgery.finetuning.history import History
 from dsconv_surgery.finetuning.settings import FineTune
 from dsconv_surgery.planning.settings import PlanSettings, as_tuple, plan_keywords
 from dsconv_surgery.report import compare
-from dsconv_surgery.support.batch import batch_items
+from dsconv_surgery.support.atomic_files import read_file
 from dsconv_surgery.support.copies import channels_last_copy
 from dsconv_surgery.support.formatting import did_you_mean
-from dsconv_surgery.support.records import checked_record, json_schema, parse_json
+from dsconv_surgery.support.inputs import Inputs, InputStructure, as_inputs, checked_prepare
+from dsconv_surgery.support.records import QUOTED, checked_record, json_schema, parse_json, quoted, shortened
 from dsconv_surgery.surgery import fold_back
 
 Count = Annotated[int, Field(ge=1, description="a whole number, 1 or more")]
 FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # in a wheel, in a clone
+LONGEST_KEY = 1000  # parts of a dotted key
 
 
 @checked_record("CalibrationSettings(images=512)")
@@ -73,7 +76,7 @@ class Recipe(PlanSettings):
     calibration: CalibrationSettings | None = None
     fine_tune: FineTune | None = None
     stages: Annotated[int, Field(ge=1, description="a whole number of cuts, 1 or more")] = 1
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63, description="a whole number of 64 bits")] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +88,10 @@ class Recipe(PlanSettings):
         self,
         model: nn.Module,
         *example_inputs: Any,
+        example_kwargs: Mapping[str, Any] | None = None,
         calibration: Calibration | Iterable[Any] | None = None,
+        prepare: Callable[[Any], Any] | None = None,
+        output: Callable[[Any], Any] | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
         train: Iterable[Any] | None = None,
         validate: Callable[[nn.Module], float] | None = None,
@@ -95,10 +101,11 @@ class Recipe(PlanSettings):
         """`compress` with these settings and then, if the recipe asks for it, `fine_tune` with the dense network as the teacher.
 
         Args:
-            model, example_inputs, cache, progress: as for `compress`.
+            model, example_inputs, example_kwargs, output, cache, progress: as for `compress`.
             calibration: batches of unlabelled images, if the recipe asks for some; only as many as it says are used. Of a `Calibration`
                 only the batches count: the settings are the recipe's.
             evaluate: a function that gives a network's score, if the recipe has a `max_drop`.
+            prepare: a function from a batch to the network's inputs, for calibration; and to inputs and labels, for `fine_tune`.
             train, validate: training batches and a score, if the recipe has `fine_tune`; as for `fine_tune`.
 
         Raises:
@@ -107,42 +114,52 @@ class Recipe(PlanSettings):
         Example:
             >>> small = Recipe(budget=Budget(macs=0.5)).run(model, torch.rand(1, 3, 224, 224))
         """
-        images = self._calibration(calibration)
+        inputs = as_inputs(example_inputs, example_kwargs)
+        images = self._calibration(calibration, inputs, checked_prepare(prepare))
+        if train is not None and inputs.kwargs and prepare is None:
+            raise ValueError(
+                "recipe: the network takes keyword arguments, so training batches need prepare=, a function from a batch to (Inputs(...), "
+                "labels), as in prepare=lambda batch: (Inputs(pixel_values=batch['pixel_values']), batch['labels'])."
+            )
         if (self.fine_tune is None) != (train is None):
             expected = "no training batches" if self.fine_tune is None else "training batches (train=)"
             raise ValueError(f"recipe: it asks for {expected}; found {'none' if train is None else 'some'}.")
         if validate is not None and self.fine_tune is None:
             raise ValueError("recipe: it has no fine_tune, so there is nothing to validate. Leave out validate=.")
         if self.channels_last:
-            model, example_inputs = channels_last_copy(model, example_inputs)
+            model, inputs = channels_last_copy(model, inputs)
         settings = {name: getattr(self, name) for name in (*plan_keywords(), "max_drop")}
         settings |= {"calibration": images, "evaluate": evaluate, "cache": cache, "progress": progress}
+        settings |= {"example_kwargs": inputs.kwargs, "output": output}
         histories: list[History] = []
         dense = model
         for stage in range(1, self.stages + 1):
             if self.budget is not None:
                 limits = self.budget.limits()
                 settings["budget"] = Budget(**{measure: keep ** (stage / self.stages) for measure, keep in limits.items()})
-            small = compress(dense, *example_inputs, **settings)
+            small = compress(dense, *inputs.args, **settings)
             if self.fine_tune is not None and train is not None:
                 tuning = replace(self.fine_tune, seed=self.seed + self.fine_tune.seed + stage - 1)
-                histories.append(fine_tune(small.model, train, teacher=model, validate=validate, settings=tuning, progress=progress))
+                arguments: dict[str, Any] = {"prepare": prepare, "output": output, "inputs": max(1, len(inputs.args)), "progress": progress}
+                histories.append(fine_tune(small.model, train, teacher=model, validate=validate, settings=tuning, **arguments))
             if stage < self.stages:
                 dense = fold_back(small.model, small.plan)
         if not histories:
             return small
-        report = replace(compare(model, small.model, *example_inputs, plan=small.plan), tries=small.report.tries)
-        return Compressed(small.model, small.plan, report, tuple(histories))
+        report = compare(model, small.model, *inputs.args, example_kwargs=inputs.kwargs, plan=small.plan)
+        return Compressed(small.model, small.plan, replace(report, tries=small.report.tries), tuple(histories))
 
-    def _calibration(self, calibration: Calibration | Iterable[Any] | None) -> Calibration | None:
-        """The first images of the user's batches, as many as the recipe asks for."""
+    def _calibration(
+        self, calibration: Calibration | Iterable[Any] | None, example: Inputs, prepare: Callable[[Any], Any] | None
+    ) -> Calibration | None:
+        """The first images of the user's batches, as many as the recipe asks for, as the network takes them."""
         if (self.calibration is None) != (calibration is None):
             expected = "no calibration images" if self.calibration is None else f"{self.calibration.images} calibration images"
             raise ValueError(f"recipe: it asks for {expected}; found calibration={'none' if calibration is None else 'some'}.")
         if self.calibration is None or calibration is None:
             return None
         batches = calibration.batches if isinstance(calibration, Calibration) else calibration
-        first = batches if iter(batches) is batches else _FirstImages(batches, self.calibration.images)
+        first = batches if iter(batches) is batches else _FirstImages(batches, self.calibration.images, example, prepare)
         return Calibration(first, self.calibration.patches, self.calibration.memory, self.seed)
 
     def to_toml(self) -> str:
@@ -161,21 +178,26 @@ class Recipe(PlanSettings):
     def from_toml(cls, text: str, what: str = "recipe") -> Recipe:
         """Read TOML; ValueError names the place, the problem and, for an unknown key, the most similar known one."""
         try:
-            data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{what}: not TOML: {error}.") from None
-        return parse_json(cls, json.dumps(data, default=str), what)
+            if any(part.count(".") > LONGEST_KEY for part in text.split("=")):  # tomllib takes hours for a key of 100,000 parts
+                raise ValueError(f"a key has more than {LONGEST_KEY:,} parts")
+            data = json.dumps(tomllib.loads(text), default=_refuse_date)
+        except (ValueError, RecursionError) as error:  # not TOML, a number of thousands of digits, or nested thousands deep
+            raise ValueError(f"{what}: not TOML that can be read: {shortened(str(error))}.") from None
+        return parse_json(cls, data, what)
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Recipe:
         """Read a TOML file, or a recipe that comes with the library, by its name (see `Recipe.known`)."""
-        path = Path(name_or_path)
-        if not path.is_file() and path.suffix != ".toml":
+        path, name = Path(name_or_path), str(name_or_path)
+        if (os.path.isdir(path) or not os.path.exists(path)) and path.suffix != ".toml":
             known = cls.known()
-            if str(name_or_path) not in known:
-                raise ValueError(f"recipe {str(name_or_path)!r}: no such file or recipe.{did_you_mean(str(name_or_path), known)}")
-            path = known[str(name_or_path)]
-        return cls.from_toml(path.read_text(), str(name_or_path))
+            if name not in known:
+                raise ValueError(f"recipe {quoted(name)}: no such file or recipe.{did_you_mean(name[:QUOTED], known)}")
+            path = known[name]
+        try:
+            return cls.from_toml(read_file(path).decode(), name)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: not UTF-8 text: {error.reason} at byte {error.start}. Save the file as UTF-8.") from None
 
     @staticmethod
     def known() -> dict[str, Path]:
@@ -188,17 +210,21 @@ class Recipe(PlanSettings):
         return json_schema(Recipe)
 
 
+def _refuse_date(value: object) -> None:
+    raise ValueError(f"found the date or time {value}, which no setting takes")
+
+
 class _FirstImages:
     """The first images of batches, up to a number; it can be iterated again."""
 
-    def __init__(self, batches: Iterable[Any], count: int) -> None:
-        self._batches, self._count = batches, count
+    def __init__(self, batches: Iterable[Any], count: int, example: Inputs, prepare: Callable[[Any], Any] | None) -> None:
+        self._batches, self._count, self._structure, self._prepare = batches, count, InputStructure(example), prepare
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+    def __iter__(self) -> Iterator[Inputs]:
         remaining = self._count
-        for batch in self._batches:
+        for number, batch in enumerate(self._batches):
             if remaining <= 0:
                 return
-            items = batch_items(batch)
-            yield tuple(item[:remaining] if isinstance(item, Tensor) else item for item in items)
-            remaining -= len(items[0]) if items and isinstance(items[0], Tensor) else 0
+            inputs = self._structure.match(batch if self._prepare is None else self._prepare(batch), f"calibration: batch {number}")
+            yield self._structure.select(inputs, slice(0, remaining))
+            remaining -= self._structure.count(inputs)

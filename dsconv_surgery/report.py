@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from dsconv_surgery import schemes
 from dsconv_surgery.budget import Budget
-from dsconv_surgery.calibration.images import Calibration, Images, check_model_runs, input_shapes
+from dsconv_surgery.calibration.images import Calibration, Images, check_model_runs
 from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.network.geometry import Cost, Rank
+from dsconv_surgery.network.layers import check_not_quantized
 from dsconv_surgery.plan import COST_COLUMNS, Cut, Plan, cost_cells
 from dsconv_surgery.support.copies import evaluation_copy
 from dsconv_surgery.support.fidelity import Fidelity, measure_fidelity
 from dsconv_surgery.support.formatting import markdown_table, text_table
+from dsconv_surgery.support.inputs import as_inputs
 from dsconv_surgery.support.latency import ROUNDS, Latency, measure_latency, timing_conditions
+from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.records import JsonRecord, record
 from dsconv_surgery.surgery import chain_factors, check_cut
 
@@ -65,8 +68,9 @@ class Report(JsonRecord):
     rows: tuple[Row, ...]
     before: Cost
     after: Cost
-    remainder_macs_before: int  # matrix products outside of layers, as in attention: not part of the totals
-    remainder_macs_after: int
+    # Parameters and MACs outside of layers, as of functional convolutions and attention; the MACs are not part of the totals.
+    outside_before: Cost
+    outside_after: Cost
     latency: Latency | None = None
     fidelity: Fidelity | None = None
     tries: tuple[Try, ...] = ()
@@ -87,15 +91,20 @@ class Report(JsonRecord):
         return "\n".join([text_table("", COLUMNS, self._cells()), *self._totals()])
 
     def _cells(self) -> list[tuple[str, ...]]:
-        return [row.cells() for row in (*self.rows, Row("whole network", self.before, self.after, scheme=""))]
+        rows = list(self.rows)
+        if self.outside_before != Cost(0, 0) or self.outside_after != Cost(0, 0):
+            rows.append(Row("outside layers", self.outside_before, self.outside_after, scheme=""))
+        return [row.cells() for row in (*rows, Row("whole network", self.before, self.after, scheme=""))]
 
     def _totals(self) -> list[str]:
         lines = [
             f"parameters {self.before.params:,} -> {self.after.params:,} ({-100 * self.params_saved:+.1f} %)",
             f"MACs {self.before.macs:,} -> {self.after.macs:,} ({-100 * self.macs_saved:+.1f} %)",
         ]
-        if self.remainder_macs_before or self.remainder_macs_after:
-            lines.append(f"MACs outside of layers {self.remainder_macs_before:,} -> {self.remainder_macs_after:,} (matrix products)")
+        if self.outside_before.macs or self.outside_after.macs:
+            lines.append(
+                f"MACs outside layers {self.outside_before.macs:,} -> {self.outside_after.macs:,}, not part of the whole network's"
+            )
         degeneracies = {row.name: row.degeneracy for row in self.rows if row.degeneracy is not None}
         if degeneracies:
             name = max(degeneracies, key=degeneracies.__getitem__)
@@ -114,13 +123,17 @@ class Report(JsonRecord):
         return lines
 
 
+@standard_modes()
 def compare(
     before: nn.Module,
     after: nn.Module,
     *example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
     latency: bool = False,
     data: Calibration | Iterable[Any] | None = None,
+    prepare: Callable[[Any], Any] | None = None,
+    output: Callable[[Any], Any] | None = None,
 ) -> Report:
     """Compare a cut network with the dense one, layer by layer and as a whole.
 
@@ -128,10 +141,11 @@ def compare(
 
     Args:
         before, after: the dense network and the cut one.
-        example_inputs: the arguments of both.
+        example_inputs, example_kwargs: the arguments of both.
         plan: how `after` was cut. Adds schemes, ranks, errors of weights, and reasons for skips.
         latency: measure the latency of both, in turn, in evaluation mode, on the inputs' device and torch's current thread count.
         data: batches of images; labels after them are ignored. Adds output errors of the cut layers and of the network.
+        prepare, output: as for `make_plan`.
 
     Returns:
         A `Report`: print it, or use `to_markdown()` or `to_json()`.
@@ -142,19 +156,23 @@ def compare(
     Example:
         >>> print(compare(model, small, torch.rand(1, 3, 32, 32), plan=plan))
     """
-    dense, small = survey_model(before, *example_inputs), survey_model(after, *example_inputs)
+    inputs = as_inputs(example_inputs, example_kwargs)
+    for model in (before, after):
+        check_not_quantized(model)
+    dense, small = (survey_model(model, inputs, replaceable=False) for model in (before, after))
     if plan:
         check_cut(after, plan)
     cuts = {cut.name: cut for cut in plan.cuts} if plan else {}
     timing = fidelity = None
     if latency:
         predicted = plan.timing.after if plan and plan.timing else None
-        times = measure_latency([before, after], example_inputs)
-        timing = Latency(times[0], times[1], timing_conditions(example_inputs), ROUNDS, predicted)
+        times = measure_latency([before, after], inputs)
+        timing = Latency(times[0], times[1], timing_conditions(inputs), ROUNDS, predicted)
     if data is not None:
-        images = Images(data, input_shapes(example_inputs), same=False)
+        images = Images(data, inputs, prepare, output, same=False)
         check_model_runs(evaluation_copy(before), images)
-        fidelity = measure_fidelity(before, after, (inputs for _, inputs in images), list(cuts))
+        last_links = {cut.name: f"{cut.name}.{list(cut.chain)[-1]}".removeprefix(".") for cut in cuts.values()}
+        fidelity = measure_fidelity(before, after, images, images.select_outputs, last_links)
     skips = (*(plan.skips if plan else ()), *(layer for layer in dense.layers if isinstance(layer, Skip)))
     reasons = {skip.name: skip.reason for skip in skips}
     rows: list[Row] = []
@@ -166,7 +184,7 @@ def compare(
             rows.append(Row(name, *costs, cuts[name].scheme, cuts[name].rank, error, None, output_error, degeneracy))
         else:
             rows.append(Row(name, *costs, skipped=reasons.get(name)))
-    return Report(tuple(rows), dense.total, small.total, dense.remainder_macs, small.remainder_macs, timing, fidelity)
+    return Report(tuple(rows), dense.total, small.total, dense.outside, small.outside, timing, fidelity)
 
 
 def _weight_errors(layer: nn.Module, chain: nn.Module, cut: Cut) -> tuple[float | None, float | None]:

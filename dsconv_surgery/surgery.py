@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,19 +15,38 @@ from dsconv_surgery.calibration.images import Calibration, Images
 from dsconv_surgery.calibration.reconstruct import correct_mean, reconstruct
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.network.graph_rewrite import collapse_calls, expand_calls
-from dsconv_surgery.network.layers import check_finite, check_unwrapped, irreplaceable_layers, is_layer, named_layers
+from dsconv_surgery.network.layers import (
+    carry_attributes,
+    check_finite,
+    check_finite_state,
+    check_unwrapped,
+    irreplaceable_layers,
+    is_layer,
+    named_layers,
+    weight_property_readers,
+)
+from dsconv_surgery.network.self_check import DenseRunError, check_computes_same
 from dsconv_surgery.plan import Cut, Plan
 from dsconv_surgery.schemes import Factors, build, factorize, get_scheme, is_channels_last, kernel_of, links_of
-from dsconv_surgery.support.copies import deepcopy_memo, evaluation_copy
+from dsconv_surgery.support.copies import deepcopy_model, evaluation_copy, model_device
 from dsconv_surgery.support.formatting import did_you_mean
+from dsconv_surgery.support.input_description import InputsNotKeptError
+from dsconv_surgery.support.inputs import Inputs, as_inputs
+from dsconv_surgery.support.modes import standard_modes
+from dsconv_surgery.support.random_state import seeded
 
 
+@standard_modes()
 def apply_plan(
     model: nn.Module,
     plan: Plan,
-    *,
+    *example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
+    prepare: Callable[[Any], Any] | None = None,
+    output: Callable[[Any], Any] | None = None,
     init: Literal["factorize", "empty"] = "factorize",
+    check: bool = True,
     progress: bool = False,
 ) -> nn.Module:
     """Make a new model in which the layer of each cut is an nn.Sequential of smaller, plain layers.
@@ -43,13 +62,18 @@ def apply_plan(
     Args:
         model: the network that the plan was made for, with any weights.
         plan: from `make_plan`, or read from JSON.
+        example_inputs, example_kwargs: the arguments of the network for the check. Without them, it runs on calibration images, or on
+            random inputs of the shapes that the plan was made for.
         calibration: batches of unlabelled images, or a `Calibration`; required if the plan was made with calibration.
+        prepare, output: as for `make_plan`.
         init: "factorize" the model's weights, or leave the new weights "empty", to load a state_dict afterwards.
+        check: run the cut network, and the dense one with the output of each cut layer replaced by the output of its chain. They must
+            compute the same. A model on the meta device, and init="empty", are not checked.
         progress: show a progress bar.
 
     Raises:
         ValueError: the plan does not fit the model (mismatches are listed), weights are not finite or on the meta device, the plan
-            needs calibration, or the images do not fit the model.
+            needs calibration, the images do not fit the model, or the check failed (the first layer with another output is named).
         TypeError: the model is compiled, scripted or wrapped for data parallelism.
 
     Example:
@@ -57,28 +81,41 @@ def apply_plan(
     """
     if init not in ("factorize", "empty"):
         raise ValueError(f"init={init!r}: expected 'factorize' or 'empty'.")
+    inputs = as_inputs(example_inputs, example_kwargs)
     if calibration is not None:
         if init == "empty":
             raise ValueError("init='empty' has no weights to calibrate. Leave out calibration= or init=.")
-        return cut_calibrated(model, plan, Images(calibration, plan.input_shapes), {}, progress)[0]
+        images = Images(calibration, plan.inputs.rebuild("meta"), prepare, output)
+        _, _, first_images = next(iter(images))
+        return cut_calibrated(model, plan, images, {}, progress, (inputs if inputs.tensors else first_images) if check else None)[0]
     if plan.calibrated and init == "factorize":
         raise ValueError(
             "the plan was made with calibration. Pass calibration= (a few hundred unlabelled images), pass init='empty' to load weights "
             "afterwards, or make a plan without calibration."
         )
-    return build_cut_model(model, plan, init, {}, progress)
+    result = build_cut_model(model, plan, init, {}, progress, inputs if check and inputs.tensors else None)
+    if check and init != "empty" and plan.cuts and not inputs.tensors:
+        _check_on_random_inputs(model, result, plan)
+    return result
 
 
 def cut_calibrated(
-    model: nn.Module, plan: Plan, images: Images, starts: Mapping[str, Factors], progress: bool
+    model: nn.Module, plan: Plan, images: Images, starts: Mapping[str, Factors], progress: bool, check_on: Inputs | None
 ) -> tuple[nn.Module, dict[str, float]]:
-    """A cut model, and the output error of each cut on the calibration images; `starts`: factors to start from."""
+    """A cut model, and the output error of each cut on the calibration images.
+
+    Args:
+        starts: factors to start from.
+        check_on: inputs of the self-check; None for no check.
+    """
     _check_fit(model, plan)
+    check_finite_state(model)
     for cut in plan.cuts:
         _finite_weight(model, cut)
     dense = evaluation_copy(model)
     fitted = reconstruct(dense, plan.cuts, images, starts, progress)
-    result = build_cut_model(model, plan, "factorize", {name: fit.factors for name, fit in fitted.items()}, progress=False)
+    factors = {name: fit.factors for name, fit in fitted.items()}
+    result = build_cut_model(model, plan, "factorize", factors, progress=False, check_on=check_on)
     for name, fit in fitted.items():
         batchnorm = None if fit.batchnorm is None else result.get_submodule(fit.batchnorm)
         correct_mean(result.get_submodule(name), batchnorm, fit.bias)
@@ -86,20 +123,44 @@ def cut_calibrated(
     return result, {name: fit.error for name, fit in fitted.items()}
 
 
-def build_cut_model(model: nn.Module, plan: Plan, init: str, fitted: Mapping[str, Factors], progress: bool) -> nn.Module:
-    """`apply_plan` without calibration; layers in `fitted` have their factors already."""
+def build_cut_model(
+    model: nn.Module, plan: Plan, init: str, fitted: Mapping[str, Factors], progress: bool, check_on: Inputs | None
+) -> nn.Module:
+    """`apply_plan` without calibration; layers in `fitted` have their factors already. `check_on`: as for `cut_calibrated`."""
     _check_fit(model, plan)
+    if init != "empty":
+        check_finite_state(model)
     replacements: dict[str, nn.Module] = {}
+    readers = weight_property_readers(model)
     for cut in tqdm(plan.cuts, desc="cut", unit="layer", disable=not progress):
         factors = fitted.get(cut.name)
         if factors is None and init != "empty":
             factors = next(factorize(get_scheme(cut.scheme), cut.spec, _finite_weight(model, cut), [cut.rank]))
-        replacements[cut.name] = build(cut.chain, model.get_submodule(cut.name), factors)
+        layer = model.get_submodule(cut.name)
+        replacements[cut.name] = build(cut.chain, layer, factors, layer in readers)
     result = _copy_with(model, replacements)
     expand_calls(result, {cut.name: list(cut.chain) for cut in plan.cuts})
+    if check_on is not None and init != "empty" and plan.cuts:
+        check_computes_same(model, result, _last_links(plan), check_on)
     return result
 
 
+def _last_links(plan: Plan) -> dict[str, str]:
+    return {cut.name: list(cut.chain)[-1] for cut in plan.cuts}
+
+
+def _check_on_random_inputs(model: nn.Module, result: nn.Module, plan: Plan) -> None:
+    """The self-check on random inputs of the shapes that the plan was made for; a warning if the network does not take them."""
+    dtype = next(tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
+    try:
+        with seeded(0):
+            inputs = plan.inputs.rebuild(model_device(model), dtype)
+        check_computes_same(model, result, _last_links(plan), inputs)
+    except (InputsNotKeptError, DenseRunError) as error:
+        warnings.warn(f"apply_plan: the cut network was not checked, because {error}", stacklevel=3)
+
+
+@standard_modes()
 def fold_back(model: nn.Module, plan: Plan) -> nn.Module:
     """Make a new, dense model from a cut one: each chain is multiplied out to one layer that computes the same.
 
@@ -126,6 +187,7 @@ def _dense_layer(cut: Cut, chain: nn.Module) -> nn.Module:
     layer: Any = build({"dense": cut.spec}, last, {"dense": kernel})[0]
     if any(is_channels_last(link.get_parameter("weight")) for link in chain.children()):
         layer.to(memory_format=torch.channels_last)
+    carry_attributes(chain, layer)
     return layer.train(chain.training)
 
 
@@ -196,10 +258,9 @@ def listed(problems: list[str]) -> str:
 
 def _copy_with(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     """A deep copy in which some submodules are replaced, wherever and however the model refers to them."""
-    memo: dict[int, Any] = deepcopy_memo(model) | {id(model.get_submodule(name)): module for name, module in replacements.items()}
-    if id(model) in memo:
-        return memo[id(model)]
-    result = copy.deepcopy(model, memo)
+    result = deepcopy_model(model, {id(model.get_submodule(name)): module for name, module in replacements.items()})
+    if result in replacements.values():  # the model is a lone layer
+        return result
     for name, module in replacements.items():
         if result.get_submodule(name) is not module:  # the class has a __deepcopy__ that ignores the memo
             result.set_submodule(name, module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from dsconv_surgery.budget import Budget
-from dsconv_surgery.calibration.images import Calibration, Images, input_shapes
+from dsconv_surgery.calibration.images import Calibration, Images
 from dsconv_surgery.compression import cut_to_budget
 from dsconv_surgery.network.geometry import Cost
 from dsconv_surgery.plan import Plan
@@ -19,7 +19,9 @@ from dsconv_surgery.planning.rules import RULES
 from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
 from dsconv_surgery.support.fidelity import checked_score, measure_fidelity
 from dsconv_surgery.support.formatting import markdown_table, text_table
+from dsconv_surgery.support.inputs import as_inputs
 from dsconv_surgery.support.latency import measure_latency
+from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.plotting import Panel, save_panels
 from dsconv_surgery.support.records import JsonRecord, record
 
@@ -77,16 +79,20 @@ class Sweep(JsonRecord):
         save_panels(path, panels)
 
 
+@standard_modes()
 @takes_plan_settings
 def pareto(
     model: nn.Module,
     *example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
     fractions: Sequence[float] = FRACTIONS,
     measure: str = "macs",
     evaluate: Callable[[nn.Module], float] | None = None,
     data: Calibration | Iterable[Any] | None = None,
     latency: bool = False,
     calibration: Calibration | Iterable[Any] | None = None,
+    prepare: Callable[[Any], Any] | None = None,
+    output: Callable[[Any], Any] | None = None,
     cache: bool | str | Path = True,
     progress: bool = False,
     **settings: Any,
@@ -94,7 +100,8 @@ def pareto(
     """Cut a network to several budgets, from the same option tables, and measure each result.
 
     Args:
-        model, example_inputs, calibration, cache, progress, settings: as for `compress`; the budgets come from `fractions`.
+        model, example_inputs, example_kwargs, calibration, prepare, output, cache, progress, settings: as for `compress`; the budgets come
+            from `fractions`.
         fractions: the fractions of the measure to keep, one network each.
         measure: "macs", "params" or "latency".
         evaluate: a function that gives a network's score, higher for better.
@@ -122,18 +129,19 @@ def pareto(
         raise ValueError(f"rule {rule!r} takes no budget, but pareto cuts to budgets. Use one of {names}, or a function.")
     budgets = [Budget(**{measure: fraction}) for fraction in sorted(fractions, reverse=True)]
     checked = PlanSettings(**{**settings, "budget": budgets[-1]})
-    images = None if calibration is None else Images(calibration, input_shapes(example_inputs))
-    compared = images if data is None else Images(data, input_shapes(example_inputs), same=False)
-    planner = Planner(model, example_inputs, checked, images, cache, progress)
+    inputs = as_inputs(example_inputs, example_kwargs)
+    images = None if calibration is None else Images(calibration, inputs, prepare, output)
+    compared = images if data is None else Images(data, inputs, prepare, output, same=False)
+    planner = Planner(model, inputs, checked, images, cache, progress)
     for budget in reversed(budgets):  # the hardest to reach first: nothing is computed for a sweep that cannot be finished
         planner.check(budget)
 
     def point(fraction: float, network: nn.Module, cost: Cost, plan: Plan | None) -> Point:
-        cost = replace(cost, latency=measure_latency([network], example_inputs)[0] if latency else 0.0)
+        cost = replace(cost, latency=measure_latency([network], inputs)[0] if latency else 0.0)
         score = None if evaluate is None else checked_score(evaluate, network)
         if compared is None:
             return Point(fraction, cost, score, plan=plan)
-        fidelity = measure_fidelity(model, network, (batch for _, batch in compared))
+        fidelity = measure_fidelity(model, network, compared, compared.select_outputs)
         return Point(fraction, cost, score, fidelity.agreement, fidelity.divergence, fidelity.error, plan)
 
     points = [point(1.0, model, planner.total, None)]

@@ -13,6 +13,7 @@ from dsconv_surgery.calibration.images import MIN_TO_HOLD_OUT, Images, held_out
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import evaluation_copy, run_model
 from dsconv_surgery.support.fidelity import OutputComparison
+from dsconv_surgery.support.inputs import Inputs
 
 
 def reestimate_batchnorm(dense: nn.Module, cut: nn.Module, images: Images) -> bool:
@@ -42,9 +43,9 @@ def _estimate_statistics(model: nn.Module, norms: Iterable[Any], images: Images)
         norm.momentum = None  # the mean over batches, not an exponential average
         norm.train()
     with torch.no_grad():
-        for inputs in _select(images, held=False):
-            if len(inputs[0]) > 1:
-                run_model(model, inputs)
+        for first_image, count, inputs in _select(images, held=False):
+            if count > 1:
+                run_model(model, inputs, first_image)
     for norm in norms:
         norm.eval()
         batches = distributed.all_reduce_sum(norm.num_batches_tracked.double())
@@ -54,20 +55,20 @@ def _estimate_statistics(model: nn.Module, norms: Iterable[Any], images: Images)
 
 def _lowers_error(dense: nn.Module, before: nn.Module, after: nn.Module, images: Images) -> bool:
     """Whether the squared error of the outputs on held-out images is lower after than before."""
-    comparisons = {before: OutputComparison(), after: OutputComparison()}
+    comparisons = {before: OutputComparison(images.select_outputs), after: OutputComparison(images.select_outputs)}
     with torch.no_grad():
-        for inputs in _select(images, held=True):
-            target = run_model(dense, inputs)
+        for first_image, count, inputs in _select(images, held=True):
+            target = run_model(dense, inputs, first_image)
             for cut, comparison in comparisons.items():
-                comparison.add(target, run_model(cut, inputs), len(inputs[0]))
+                comparison.add(target, run_model(cut, inputs, first_image), count)
     for comparison in comparisons.values():
         comparison.all_reduce()
     return comparisons[after].squared_error < comparisons[before].squared_error
 
 
-def _select(images: Images, held: bool) -> Iterator[tuple[Any, ...]]:
+def _select(images: Images, held: bool) -> Iterator[tuple[int, int, Inputs]]:
     """The held-out images of every batch, or the others."""
-    for first, inputs in images:
-        mask = held_out(first, len(inputs[0])) == held
+    for first_image, count, inputs in images:
+        mask = held_out(first_image, count) == held
         if bool(mask.any()):
-            yield tuple(tensor[mask.to(tensor.device)] for tensor in inputs)
+            yield first_image, int(mask.sum()), images.structure.select(inputs, mask)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_surgery.calibration.images import Images
-from dsconv_surgery.support.copies import run_model
+from dsconv_surgery.support.copies import copy_model, run_model
+from dsconv_surgery.support.inputs import Inputs
 
 LAYERS_PER_PASS = 8
 
@@ -47,19 +47,24 @@ class HookedPair:
 
     def __init__(self, model: nn.Module, images: Images, names: Sequence[str]) -> None:
         self._images, self._names = images, names
-        self._dense, self._cut = model, copy.deepcopy(model)
+        self._dense, self._cut = model, copy_model(model)
         self.following = {name: Following() for name in names}
 
     def groups(self) -> Iterator[list[str]]:
         called: dict[str, None] = {}
-        _, inputs = next(iter(self._images))
-        observe_layers(self._dense, self._names, lambda name, *_: called.setdefault(name), inputs)
+        first_image, _, inputs = next(iter(self._images))
+        observe_layers(self._dense, self._names, lambda name, *_: called.setdefault(name), inputs, first_image)
         order = list(called)
         return (order[start : start + LAYERS_PER_PASS] for start in range(0, len(order), LAYERS_PER_PASS))
 
     def calls(self, names: Sequence[str]) -> Iterator[LayerCall]:
-        for first_image, inputs in self._images:
-            dense_calls, cut_calls = (_observed(model, names, inputs) for model in (self._dense, self._cut))
+        for first_image, _, inputs in self._images:
+            dense_calls, cut_calls = (_observed(model, names, inputs, first_image) for model in (self._dense, self._cut))
+            if [name for name, *_ in dense_calls] != [name for name, *_ in cut_calls]:
+                raise ValueError(
+                    f"{names[0]}: the network compressed so far calls its layers in another order, or other layers, than the dense network "
+                    "on the same images, as its control flow depends on values. Calibrate without this layer: plan.without(...)."
+                )
             for (name, dense_input, target), (_, cut_input, _) in zip(dense_calls, cut_calls, strict=True):
                 yield LayerCall(name, first_image, dense_input, cut_input, target, None)
 
@@ -69,15 +74,17 @@ class HookedPair:
     def close(self) -> None: ...
 
 
-def _observed(model: nn.Module, names: Sequence[str], inputs: tuple[Any, ...]) -> list[tuple[str, Tensor, Tensor]]:
+def _observed(model: nn.Module, names: Sequence[str], inputs: Inputs, first_image: int) -> list[tuple[str, Tensor, Tensor]]:
     """Name, input and output of every call of these layers, in running order."""
     calls: list[tuple[str, Tensor, Tensor]] = []
-    observe_layers(model, names, lambda name, x, y: calls.append((name, x.clone(), y.clone())), inputs)
+    observe_layers(model, names, lambda name, x, y: calls.append((name, x.clone(), y.clone())), inputs, first_image)
     return calls
 
 
-def observe_layers(model: nn.Module, names: Sequence[str], observe: Callable[[str, Tensor, Tensor], Any], inputs: tuple[Any, ...]) -> None:
-    """Run a model, and call `observe` with name, input and output at every call of these layers."""
+def observe_layers(
+    model: nn.Module, names: Sequence[str], observe: Callable[[str, Tensor, Tensor], Any], inputs: Inputs, seed: int
+) -> None:
+    """Run a model, and call `observe` with name, input and output at every call of these layers; random draws begin with a seed."""
 
     def hook(name: str, _module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         observe(name, args[0] if args else kwargs["input"], output)
@@ -85,4 +92,4 @@ def observe_layers(model: nn.Module, names: Sequence[str], observe: Callable[[st
     with ExitStack() as hooks, torch.no_grad():
         for name in names:
             hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(hook, name), with_kwargs=True))
-        run_model(model, inputs)
+        run_model(model, inputs, seed)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dsconv_surgery.support import distributed
-from dsconv_surgery.support.batch import batch_inputs
 from dsconv_surgery.support.cache import digest
 from dsconv_surgery.support.copies import run_model
+from dsconv_surgery.support.inputs import Inputs, InputStructure, checked_prepare
+from dsconv_surgery.support.outputs import OutputSelector
 
 HELD_OUT_EVERY = 4  # one image of four is held out
 MIN_TO_HOLD_OUT = 4 * HELD_OUT_EVERY  # no image is held out of fewer
@@ -27,8 +27,8 @@ class Calibration:
 
     Args:
         batches: an iterable of batches that yields the same batches in every pass (a list, or a DataLoader that does not shuffle).
-            A batch is a tensor, or a tuple of the model's inputs; items after the inputs, such as labels, are ignored. A few hundred
-            images of the kind that the network will see are enough.
+            A batch has the structure of the example inputs, and items after them, such as labels, are ignored. A few hundred images of
+            the kind that the network will see are enough.
         patches: the largest number of patches of a layer's input to use; they are drawn evenly from all images.
         memory: bytes of activations to hold in memory; further activations go to temporary files.
         seed: of all random draws.
@@ -51,22 +51,31 @@ class Calibration:
                 raise ValueError(f"calibration: {name}={getattr(self, name)!r}, expected a positive whole number.")
 
 
-def input_shapes(inputs: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-    """The shapes of all tensors among a model's inputs."""
-    return tuple(tuple(t.shape) for t in pytree.tree_leaves(tuple(inputs)) if isinstance(t, Tensor))
-
-
 class Images:
     """Calibration batches as the model takes them, checked in the first pass; iteration yields a few images at a time.
 
-    `shapes` are those of the plan's example inputs; those of a batch may differ in the number and the size of images only.
     With `same`, a later pass that yields other images is a ValueError.
+
+    Args:
+        calibration: the batches, with their settings.
+        example: the plan's example inputs; those of a batch may differ in the number and the size of images only.
+        prepare: makes the inputs, perhaps with labels after them, of a batch.
+        output: selects the tensors of the network's output to compare.
+        same: whether later passes must yield the same images.
     """
 
-    def __init__(self, calibration: Calibration | Iterable[Any], shapes: tuple[tuple[int, ...], ...], same: bool = True) -> None:
+    def __init__(
+        self,
+        calibration: Calibration | Iterable[Any],
+        example: Inputs,
+        prepare: Callable[[Any], Any] | None = None,
+        output: Callable[[Any], Any] | None = None,
+        same: bool = True,
+    ) -> None:
         self.settings = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
-        self.shapes, self._same = shapes, same
-        self.example = max(1, shapes[0][0] if shapes and shapes[0] else 1)  # images in the plan's example input
+        self.structure, self.select_outputs = InputStructure(example), OutputSelector(output)
+        self._prepare, self._same = checked_prepare(prepare), same
+        self.example = self.structure.images  # images in the plan's example input
         batches: Any = self.settings.batches
         if isinstance(batches, Tensor):
             raise ValueError("calibration: found a tensor, expected an iterable of batches. Pass [images], or images.split(64).")
@@ -76,42 +85,41 @@ class Images:
             raise ValueError("calibration: found an iterator, which yields its batches only once. Pass a list, list(...), or a DataLoader.")
         self._fingerprints: list[str] = []  # of the first pass
         self.count = 0  # until the first pass ends
-        self.count = sum(len(inputs[0]) for inputs in self._checked_batches())
+        self.count = sum(count for count, _ in self._checked_batches())
         if not self.count:
             raise ValueError("calibration: no images. Pass at least one batch; a few hundred images are a good start.")
         _, world_size = distributed.process_and_world_size()
         if world_size > 1 and next(iter(self), None) is None:
             raise ValueError(f"calibration: every batch has fewer images than there are processes ({world_size}). Pass larger batches.")
 
-    def __iter__(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        """The number of the first image, and the inputs; with several processes, this process's part of each batch."""
+    def __iter__(self) -> Iterator[tuple[int, int, Inputs]]:
+        """The number of the first image, the number of images, and the inputs; of this process's part of each batch."""
         process, world_size = distributed.process_and_world_size()
         first_of_batch = 0
-        for inputs in self._checked_batches():
-            count = len(inputs[0])
-            size = max(1, min(CHUNK_IMAGES, CHUNK_VALUES // max(inputs[0][0].numel(), 1)))
+        for count, inputs in self._checked_batches():
+            size = max(1, min(CHUNK_IMAGES, CHUNK_VALUES // self.structure.values_per_image(inputs)))
             begin, end = process * count // world_size, (process + 1) * count // world_size
             for start in range(begin, end, size):
-                yield first_of_batch + start, tuple(tensor[start : min(start + size, end)] for tensor in inputs)
+                stop = min(start + size, end)
+                yield first_of_batch + start, stop - start, self.structure.select(inputs, slice(start, stop))
             first_of_batch += count
 
-    def probe_batches(self) -> Iterator[tuple[Any, ...]]:
+    def probe_batches(self) -> Iterator[tuple[int, int, Inputs]]:
         """The first images only: few enough to run a network on them many times."""
-        for first_image, inputs in self:
-            limit = max(1, min(PROBE_IMAGES, PROBE_VALUES // inputs[0][0].numel())) - first_image
+        for first_image, count, inputs in self:
+            limit = max(1, min(PROBE_IMAGES, PROBE_VALUES // self.structure.values_per_image(inputs))) - first_image
             if limit <= 0:
                 return
-            yield tuple(tensor[:limit] for tensor in inputs)
+            yield first_image, min(count, limit), self.structure.select(inputs, slice(0, limit))
 
-    def _checked_batches(self) -> Iterator[tuple[Any, ...]]:
+    def _checked_batches(self) -> Iterator[tuple[int, Inputs]]:
         number = -1
         for number, batch in enumerate(self.settings.batches):
             where = f"calibration: batch {number}"
-            inputs = batch_inputs(batch, len(self.shapes), where)
-            _check_inputs(inputs, self.shapes, where)
-            self._check_same(number, digest(*map(_sample, inputs)))
-            if len(inputs[0]):
-                yield inputs
+            inputs = self.structure.match(batch if self._prepare is None else self._prepare(batch), where)
+            self._check_same(number, digest(*(_sample(t) if t.ndim else t for t in inputs.tensors)))
+            if count := self.structure.count(inputs):
+                yield count, inputs
         self._check_same(number + 1, "no more batches")
 
     def _check_same(self, number: int, fingerprint: str) -> None:
@@ -125,16 +133,6 @@ class Images:
             )
 
 
-def _check_inputs(inputs: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...], where: str) -> None:
-    for tensor, shape in zip(inputs, shapes, strict=True):
-        if tensor.ndim != len(shape) or (len(shape) > 1 and tensor.shape[1] != shape[1]):
-            raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected one like the example input's, {shape}.")
-        if tensor.shape[:1] != inputs[0].shape[:1]:
-            raise ValueError(f"{where}: inputs of {inputs[0].shape[0]} and {tensor.shape[0]} images, expected equally many.")
-        if bad := int((~torch.isfinite(tensor)).sum()):
-            raise ValueError(f"{where}: {bad} of {tensor.numel()} numbers are NaN or infinite. Leave out or repair those images.")
-
-
 def _sample(tensor: Tensor) -> Tensor:
     """Of every image, up to eight values along each dimension."""
     return tensor[(slice(None), *(slice(None, None, max(1, -(-size // 8))) for size in tensor.shape[1:]))]
@@ -142,15 +140,17 @@ def _sample(tensor: Tensor) -> Tensor:
 
 def held_out(first_image: int, count: int) -> Tensor:
     """For `count` images from number `first_image` on, whether each is held out: (count,)."""
-    return torch.arange(first_image, first_image + count) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    return torch.arange(first_image, first_image + count, device="cpu") % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
 def check_model_runs(model: nn.Module, images: Images) -> Any:
-    """The model's output for the first few images; ValueError if the model does not run on them."""
-    _, inputs = next(iter(images))
+    """The model's output for the first few images; ValueError if the model does not run on them, or the output cannot be compared."""
+    first_image, _, inputs = next(iter(images))
     try:
         with torch.no_grad():
-            return run_model(model, inputs)
+            output = run_model(model, inputs, first_image)
     except Exception as error:
-        problem = f"the model does not run on images of shape {', '.join(map(str, input_shapes(inputs)))}"
+        problem = f"the model does not run on {inputs}"
         raise ValueError(f"calibration: {problem}: {type(error).__name__}: {error} Pass them as the model takes them.") from error
+    images.select_outputs(output)
+    return output

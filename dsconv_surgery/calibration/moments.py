@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -16,9 +17,10 @@ from dsconv_surgery.calibration.images import MIN_TO_HOLD_OUT, Images, held_out
 from dsconv_surgery.calibration.side_by_side import network_pair
 from dsconv_surgery.network.discovery import ConvSite
 from dsconv_surgery.network.geometry import ConvSpec, Size
-from dsconv_surgery.schemes import Objective, kernel_tensor
+from dsconv_surgery.schemes import LinAlgError, Objective, kernel_tensor, naming_layer
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import evaluation_copy
+from dsconv_surgery.support.fidelity import ROUNDING
 
 CHUNK_VALUES = 2**24  # patch values processed at a time (64 MiB in float32)
 DOUBLE_LENGTH = 640  # fits run in float64 for patches up to this length, in float32 for longer ones
@@ -28,7 +30,8 @@ FOLDS = {"fit": slice(0, 1), "held": slice(1, 2), "all": slice(0, 2)}
 class Moments:
     """Running sums over the patches p of a layer's input and the target outputs t, separately for fit images and held-out images.
 
-    Sums over a chunk are in float32, their total is in float64. About `patches` are drawn if there are more `positions`. If fewer
+    Sums over a chunk are in float32 and about the chunk's means, so that a small variance beside a large mean is not lost; their total
+    is in float64 and about zero. About `patches` are drawn if there are more `positions`. If fewer
     patches are drawn than a patch has values, they are stored instead of their second moment. `weight` is W in float64, (groups,
     out, in, height, width). With `hold`, every fourth image is held out.
     """
@@ -53,7 +56,7 @@ class Moments:
         """Begin new sums for other targets: the same calls must be added again, and draw the same patches."""
         g, o, n = self.weight.shape
         self.target_sums = self._zeros(cross=(g, o, n), spread=(g, o, o), mean=(g, o))
-        self._draws = torch.Generator().manual_seed(self._seed)
+        self._draws = torch.Generator("cpu").manual_seed(self._seed)
         self._patches_complete = True
 
     def add(self, x: Tensor, target: Tensor | None, first_image: int) -> None:
@@ -81,22 +84,33 @@ class Moments:
         """The output positions to use in each image of a call; None for all of them."""
         if self._fraction >= 1:
             return None
-        count = max(1, min(total, math.floor(self._fraction * total + float(torch.rand((), generator=self._draws)))))
-        return torch.randperm(total, generator=self._draws)[:count].sort().values.to(self.weight.device) if count < total else None
+        count = max(
+            1,
+            min(
+                total, math.floor(self._fraction * total + float(torch.rand((), generator=self._draws, dtype=torch.float32, device="cpu")))
+            ),
+        )
+        return (
+            torch.randperm(total, generator=self._draws, device="cpu")[:count].sort().values.to(self.weight.device)
+            if count < total
+            else None
+        )
 
     def _add_rows(self, fold: int, p: Tensor, t: Tensor | None) -> None:
         """Add patches (g, rows, n) and targets (g, rows, o) to the sums of a fold."""
+        patches = _Centred.of(p)
         if not self._patches_complete:
             if self.as_rows:
                 self._rows[fold].append(p)
             else:
-                self._patch_sums["gram"][fold].add_(p.mT @ p)
-            self._patch_sums["mean"][fold].add_(p.sum(1))
+                patches.add_products(patches, self._patch_sums["gram"][fold])
+            self._patch_sums["mean"][fold].add_(patches.total)
             self._patch_sums["count"][fold].add_(p.shape[1])
         if t is not None:
-            self.target_sums["cross"][fold].add_(t.mT @ p)
-            self.target_sums["spread"][fold].add_(t.mT @ t)
-            self.target_sums["mean"][fold].add_(t.sum(1))
+            targets = _Centred.of(t)
+            targets.add_products(patches, self.target_sums["cross"][fold])
+            targets.add_products(targets, self.target_sums["spread"][fold])
+            self.target_sums["mean"][fold].add_(targets.total)
 
     def all_reduce(self) -> None:
         """Sum over all processes, each of which has added its part of the images; to be called after the last `add`."""
@@ -115,26 +129,33 @@ class Moments:
         """The least-squares objective on the "fit", "held" or "all" images.
 
         `centred` moments are about the means, for layers whose bias takes up the mean of the error. With `exact`, the target is the
-        layer's output on its input, `t = W p`, and targets that were added are ignored.
+        layer's output on its input, `t = W p`, and targets that were added are ignored. LinAlgError if the moments are not finite.
         """
         mean, target_mean = self.means(fold)
         if self.as_rows:
             rows = torch.cat([chunk for chunks in self._rows[FOLDS[fold]] for chunk in chunks], 1).double()
+            squares = rows.square().mean(1)
             gram = (rows - mean.unsqueeze(1) if centred else rows) / math.sqrt(self.count(fold))
         else:
             gram = self._average(self._patch_sums["gram"], fold)
+            squares = gram.diagonal(dim1=1, dim2=2)
             if centred:
                 gram = gram - mean.unsqueeze(2) * mean.unsqueeze(1)
+        size = float((self.weight.square().sum(1) * squares).sum())  # of the terms that outputs are sums of
         if exact:
             cross = (self.weight @ gram.mT) @ gram if self.as_rows else self.weight @ gram
             spread = cross @ self.weight.mT
         else:
             cross, spread = (self._average(self.target_sums[key], fold) for key in ("cross", "spread"))
+            size += float(spread.diagonal(dim1=1, dim2=2).sum())
             if centred:
                 cross = cross - target_mean.unsqueeze(2) * mean.unsqueeze(1)
                 spread = spread - target_mean.unsqueeze(2) * target_mean.unsqueeze(1)
         dtype = torch.float64 if self.length <= DOUBLE_LENGTH else torch.float32
-        return Objective(self.weight.to(dtype), cross.to(dtype), gram.to(dtype), spread, rows=self.as_rows, centred=centred)
+        if not math.isfinite(size + float(squares.sum())):
+            raise LinAlgError("its inputs or outputs there are not finite, or too large for float32.")
+        floor = ROUNDING * size
+        return Objective(self.weight.to(dtype), cross.to(dtype), gram.to(dtype), spread, rows=self.as_rows, centred=centred, floor=floor)
 
     def means(self, fold: str = "all") -> tuple[Tensor, Tensor]:
         """The means of patches, (g, n), and of targets, (g, o)."""
@@ -142,6 +163,29 @@ class Moments:
 
     def _average(self, sums: Tensor, fold: str) -> Tensor:
         return sums[FOLDS[fold]].sum(0) / self.count(fold)
+
+
+@dataclass(frozen=True)
+class _Centred:
+    """Rows about a mean close to their own: `rows = mean + deviations`."""
+
+    mean: Tensor  # (g, n) in float64
+    deviations: Tensor  # (g, rows, n) in float32
+    total: Tensor  # sum of the rows, (g, n) in float64
+    sum: Tensor  # sum of the deviations, the same
+
+    @classmethod
+    def of(cls, rows: Tensor) -> _Centred:
+        mean = rows.mean(1, keepdim=True)
+        deviations = rows - mean
+        exact_mean, rest = mean.squeeze(1).double(), deviations.sum(1).double()
+        return cls(exact_mean, deviations, rows.shape[1] * exact_mean + rest, rest)
+
+    def add_products(self, other: _Centred, total: Tensor) -> None:
+        """Add `sum a b^T` over rows a and the other's rows b to a float64 total, (g, n, m)."""
+        total.add_(self.deviations.mT @ other.deviations)
+        left, right = torch.stack([self.mean, self.sum], 2), torch.stack([other.total, other.mean], 1)
+        total.baddbmm_(left, right)
 
 
 def moments_for(spec: ConvSpec, weight: Tensor, sizes: Iterable[Size], images: Images, hold: bool) -> Moments:
@@ -210,14 +254,15 @@ def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -
         def add(first_image: int, name: str, x: Tensor, _output: Tensor) -> None:
             result[name][0].add(x, None, first_image)
 
-        for first_image, inputs in images:
-            observe_layers(dense, names, partial(add, first_image), inputs)
+        for first_image, _, inputs in images:
+            observe_layers(dense, names, partial(add, first_image), inputs, first_image)
         for moments, _ in result.values():
             moments.all_reduce()
         return result
 
     def objective(name: str) -> Objective:
         moments, centred = gather()[name]
-        return moments.objective("all", centred, exact=True)
+        with naming_layer(name):
+            return moments.objective("all", centred, exact=True)
 
     return objective

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.support import distributed
-from dsconv_surgery.support.copies import run_model
-from dsconv_surgery.support.fidelity import output_tensors
+from dsconv_surgery.support.copies import copy_model, model_device, run_model
 
 
 def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> dict[str, Tensor]:
@@ -21,28 +19,35 @@ def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> di
     g is the gradient of `v . f(x)`, with f the network and v drawn from a normal distribution. `E[g g^T]` is then the mean of
     `J^T J`, with J the Jacobian of f (Gauss-Newton, as in K-FAC, Martens & Grosse 2015). Empty if the output has no gradient.
     """
-    probe = copy.deepcopy(model).requires_grad_()
+    probe = copy_model(model)
+    for parameter in probe.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     sums: dict[str, Tensor] = {}
-    draws = torch.Generator().manual_seed(images.settings.seed)
+    draws = torch.Generator("cpu").manual_seed(images.settings.seed)
 
     def watch(name: str, layer: nn.Module, _args: object, output: Tensor) -> None:
         def add(gradient: Tensor) -> None:
             rows = (gradient if isinstance(layer, nn.Linear) else gradient.movedim(1, -1)).flatten(0, -2).double()
-            sums[name] = sums.get(name, torch.zeros(())) + rows.mT @ rows
+            product = rows.mT @ rows
+            sums[name] = sums[name] + product if name in sums else product
 
         output.register_hook(add)
 
     for name in names:
         probe.get_submodule(name).register_forward_hook(partial(watch, name))
     with torch.enable_grad():
-        for inputs in images.probe_batches():
-            outputs = [tensor for tensor in output_tensors(run_model(probe, inputs)) if tensor.requires_grad]
+        for first_image, _, inputs in images.probe_batches():
+            outputs = [tensor for tensor in images.select_outputs(run_model(probe, inputs, first_image)) if tensor.requires_grad]
             if not outputs:
                 return {}
-            torch.autograd.backward(outputs, [torch.randn(tensor.shape, generator=draws).to(tensor) for tensor in outputs])
+            torch.autograd.backward(
+                outputs, [torch.randn(tensor.shape, generator=draws, device="cpu", dtype=torch.float32).to(tensor) for tensor in outputs]
+            )
             probe.zero_grad(set_to_none=True)
     if distributed.process_and_world_size()[1] > 1:
         for name in names:
             size = model.get_submodule(name).get_parameter("weight").shape[0]
-            sums[name] = distributed.all_reduce_sum(sums.get(name, torch.zeros(size, size, dtype=torch.float64)))
+            sums[name] = distributed.all_reduce_sum(
+                sums.get(name, torch.zeros(size, size, dtype=torch.float64, device=model_device(model)))
+            )
     return sums

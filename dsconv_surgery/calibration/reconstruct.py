@@ -60,7 +60,8 @@ def reconstruct(model: nn.Module, cuts: Iterable[Cut], images: Images, starts: M
                 for call in pair.calls(names):
                     fits[call.name].add(call)
                 for name, fit in fits.items():
-                    results[name] = fit.solve(pair, starts.get(name))
+                    with schemes.naming_layer(name):
+                        results[name] = fit.solve(pair, starts.get(name))
                     bar.update()
     if missing := [name for name in by_name if name not in results]:
         raise ValueError(
@@ -164,7 +165,7 @@ class _LayerFit:
         self.moments.all_reduce()
         trial = self._fit(self.moments.objective("fit", self.centred), ridge, factors, WIDE_TRIAL if self.wide else TRIAL)
         outputs = [output, self._cut_before_relu(trial)]
-        errors = torch.zeros(2, dtype=torch.float64)
+        errors = torch.zeros(2, dtype=torch.float64, device="cpu")
         for call in pair.calls([self.cut.name]):
             held = held_out(call.first_image, call.target.shape[0])
             dense = self._before_relu(call.target, call, 0)[held].relu()

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
 from dsconv_surgery.calibration.activation_store import ActivationStore, Values
 from dsconv_surgery.calibration.hooks import Following, HookedPair, LayerCall
 from dsconv_surgery.calibration.images import Images, check_model_runs
-from dsconv_surgery.network.graph_rewrite import trace
+from dsconv_surgery.network.graph_rewrite import placeholder_values, trace
 from dsconv_surgery.network.layers import is_layer, named_layers
-from dsconv_surgery.support.copies import model_device, run_model, to_device
+from dsconv_surgery.support.copies import model_device, own_copy
+from dsconv_surgery.support.outputs import output_tensors
+from dsconv_surgery.support.random_state import preserve_random_state, seeded, set_seed
 
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _ADDITIONS: frozenset[Any] = frozenset((operator.add, operator.iadd, torch.add, "add", "add_"))
@@ -42,7 +43,7 @@ class SideBySide:
     """
 
     def __init__(self, model: nn.Module, graph: fx.GraphModule, images: Images, names: Sequence[str]) -> None:
-        self._graph, self._images = graph, images
+        self._model, self._graph, self._images = model, graph, images
         self._dense, self._cut = _Side(graph), _Side(graph)
         self._nodes = _layer_nodes(model, graph, names)
         self.following = {name: _following(graph, nodes[0]) if len(nodes) == 1 else Following() for name, nodes in self._nodes.items()}
@@ -68,7 +69,7 @@ class SideBySide:
                     dense, cut = _copied(dense), _copied(cut)
                 position = self._next
                 for node in nodes:
-                    self._run(dense, cut, position, self._position[node])
+                    self._run(first_image, dense, cut, position, self._position[node])
                     position, (source,) = self._position[node], node.all_input_nodes
                     with torch.no_grad():
                         target = self._graph.get_submodule(str(node.target))(dense[source])
@@ -89,30 +90,36 @@ class SideBySide:
         """Run both networks up to a position, for all images."""
         store = ActivationStore(self._images.settings.memory, self._graph)
         if self._next == 0:  # both networks are the same up to the first cut
-            for first_image, inputs in self._images:
+            for first_image, _, inputs in self._images:
                 dense: Values = {}
-                self._dense.args_iter = iter(copy.deepcopy(to_device(inputs, model_device(self._graph))))  # may change in place
-                self._run(dense, None, 0, stop)
+                values = own_copy(inputs, model_device(self._graph))  # the network may change them in place
+                self._dense.args_iter = iter(placeholder_values(self._model, self._graph, values))
+                self._run(first_image, dense, None, 0, stop)
                 store.add(first_image, dense, _copied(dense))
         for first_image, dense, cut in self._store.drain():
-            self._run(dense, cut, self._next, stop)
+            self._run(first_image, dense, cut, self._next, stop)
             store.add(first_image, dense, cut)
         self._store.close()
         self._next, self._store = stop, store
 
     @torch.no_grad()
-    def _run(self, dense: Values, cut: Values | None, start: int, stop: int) -> None:
-        """Run the nodes from `start` up to `stop` on some images' values, and drop the values that no later node uses."""
-        for index in range(start, stop):
-            node = self._order[index]
-            for side, values in ((self._dense, dense), (self._cut, cut)):
-                if values is not None:
-                    side.env = values
-                    values[node] = side.run_node(node)
-                    for value in (node, *node.all_input_nodes):
-                        if self._last_use.get(value, -1) <= index:
-                            values.pop(value, None)
-                    side.env = {}
+    def _run(self, first_image: int, dense: Values, cut: Values | None, start: int, stop: int) -> None:
+        """Run the nodes from `start` up to `stop` on some images' values, and drop the values that no later node uses.
+
+        Random draws of a node depend on the node and the images only, so they are the same in both networks.
+        """
+        with preserve_random_state():
+            for index in range(start, stop):
+                node = self._order[index]
+                for side, values in ((self._dense, dense), (self._cut, cut)):
+                    if values is not None:
+                        side.env = values
+                        set_seed(first_image * len(self._order) + index)
+                        values[node] = side.run_node(node)
+                        for value in (node, *node.all_input_nodes):
+                            if self._last_use.get(value, -1) <= index:
+                                values.pop(value, None)
+                        side.env = {}
 
 
 NetworkPair = SideBySide | HookedPair
@@ -126,17 +133,19 @@ def network_pair(model: nn.Module, images: Images, names: Sequence[str]) -> Netw
 
 def _checked_trace(model: nn.Module, images: Images) -> fx.GraphModule | None:
     """The model's graph, if the model can be traced and the graph's output on the first images is the same."""
-    expected = pytree.tree_leaves(check_model_runs(model, images))
+    expected = output_tensors(check_model_runs(model, images))
     if is_layer(model):  # its graph would hold the layer's operations
         return None
-    _, inputs = next(iter(images))
+    first_image, _, inputs = next(iter(images))
     try:
         with torch.no_grad():
             graph = trace(model)
-            outputs = pytree.tree_leaves(run_model(graph, inputs))
+            values = placeholder_values(model, graph, own_copy(inputs, model_device(model)))
+            with seeded(first_image):
+                outputs = output_tensors(fx.Interpreter(graph).run(*values))  # a GraphModule would print its traceback
     except Exception:  # tracing fails in many ways; a graph fails where the trace took another branch than these images
         return None
-    same = (torch.allclose(a, b, equal_nan=True) if isinstance(a, Tensor) else a == b for a, b in zip(expected, outputs, strict=False))
+    same = (a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(expected, outputs, strict=False))
     return graph if len(expected) == len(outputs) and all(same) else None
 
 

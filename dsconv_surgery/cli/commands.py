@@ -37,16 +37,15 @@ def inspect(model: options.Model, input: options.Input = DEFAULT_INPUT, weights:
     """List every convolution and linear layer: its cost, or the reason why it cannot be cut."""
     from dsconv_surgery.cli.inputs import example_input, named_model
     from dsconv_surgery.network.discovery import Skip, survey_model
+    from dsconv_surgery.support.inputs import Inputs
 
-    survey = survey_model(named_model(model, weights), example_input(input))
+    survey = survey_model(named_model(model, weights), Inputs(example_input(input)))
     lines = [
         (layer.name, layer.reason if isinstance(layer, Skip) else str(layer.spec), survey.costs[layer.name]) for layer in survey.layers
     ]
-    lines.append(("whole network", "", survey.total))
+    lines += [("outside layers", "", survey.outside), ("whole network", "", survey.total)]
     rows = [(name, description, f"{cost.params:,}", f"{cost.macs:,}") for name, description, cost in lines]
     _print(text_table("", ("layer", "geometry, or why it stays dense", "params", "MACs"), rows))
-    if survey.remainder_macs:
-        _print(f"outside layers (functional products): {survey.remainder_macs:,} MACs")
 
 
 @app.command()
@@ -226,10 +225,12 @@ def _load_images(path: Path | None, example: Tensor, count: int, mean: str, std:
 def _load_model(model: str, weights: str, shape: str, channels_last: bool) -> tuple[nn.Module, Tensor]:
     from dsconv_surgery.cli.inputs import example_input, named_model
     from dsconv_surgery.support.copies import channels_last_copy
+    from dsconv_surgery.support.inputs import Inputs
 
     dense, example = named_model(model, weights), example_input(shape)
     if channels_last:
-        dense, (example,) = channels_last_copy(dense, (example,))
+        dense, inputs = channels_last_copy(dense, Inputs(example))
+        (example,) = inputs.args
     return dense, example
 
 

@@ -101,15 +101,20 @@ def mix_images(items: tuple[Any, ...], inputs: int, probability: float) -> tuple
             "with one row per image. Leave mix out."
         )
     images, targets = items[:inputs], items[inputs:]
-    if float(torch.rand(())) >= probability:
+    if _uniform() >= probability:
         return items, 1.0
-    order, k, blend = torch.randperm(len(images[0])), float(torch.rand(())), bool(torch.rand(()) < 0.5)
+    order, k, blend = torch.randperm(len(images[0]), device="cpu"), _uniform(), _uniform() < 0.5
     if blend or any(x.ndim != 4 for x in images) or any(target.ndim > 2 for target in targets):
         images = tuple(k * x + (1 - k) * x[order.to(x.device)] for x in images)
     else:
-        position, side = torch.rand(2).tolist(), (1 - k) ** 0.5
+        position, side = torch.rand(2, dtype=torch.float32, device="cpu").tolist(), (1 - k) ** 0.5
         images = tuple(_paste_rectangle(x, x[order.to(x.device)], position, side) for x in images)
     return (*images, *targets, *(target[order.to(target.device)] for target in targets)), k
+
+
+def _uniform() -> float:
+    """A number drawn uniformly from [0, 1)."""
+    return float(torch.rand((), dtype=torch.float32, device="cpu"))
 
 
 def _samplers(batches: Iterable[Any]) -> list[Any]:

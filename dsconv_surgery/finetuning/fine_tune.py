@@ -16,9 +16,13 @@ from dsconv_surgery.finetuning.optimizers import OPTIMIZERS, MakeOptimizer
 from dsconv_surgery.finetuning.settings import FineTune
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import model_device
+from dsconv_surgery.support.inputs import checked_prepare
+from dsconv_surgery.support.modes import standard_modes
+from dsconv_surgery.support.outputs import OutputSelector
 from dsconv_surgery.support.random_state import preserve_random_state
 
 
+@standard_modes()
 def fine_tune(
     model: nn.Module,
     batches: Iterable[Any],
@@ -29,6 +33,8 @@ def fine_tune(
     settings: FineTune | None = None,
     optimizer: MakeOptimizer | None = None,
     inputs: int = 1,
+    prepare: Callable[[Any], Any] | None = None,
+    output: Callable[[Any], Any] | None = None,
     checkpoint: str | Path | None = None,
     callback: Callable[[int, Mapping[str, float]], object] | None = None,
     progress: bool = False,
@@ -42,13 +48,18 @@ def fine_tune(
 
     Args:
         model: a cut network. It ends with the last weights and with the training flags it had before.
-        batches: an iterable of batches that can be iterated once per epoch: tensors, or tuples of inputs and then labels.
+        batches: an iterable of batches that can be iterated once per epoch: inputs (tensors, or nests of tensors), or tuples of inputs and
+            then labels.
         teacher: the dense network. With a teacher, batches need no labels.
-        validate: gives a network's score after each epoch, higher for better. The network is in evaluation mode.
-        loss: `(outputs, *labels) -> mean over the batch`; cross-entropy by default.
+        validate: gives a network's score after each epoch, higher for better. It gets a copy in evaluation mode.
+        loss: `(outputs, *labels) -> mean over the batch`. By default it is `F.cross_entropy`, for outputs that are one tensor of class
+            scores and labels that are class indices. Regression, other outputs and float labels need a loss.
         settings: see `FineTune`.
         optimizer: `(parameters, lr) -> an optimizer`, in place of `settings.optimizer`, as in `partial(torch.optim.SGD, momentum=0.9)`.
         inputs: number of items of a batch that the network takes. The items after them are labels.
+        prepare: a function from a batch to inputs and then labels, for batches of another structure. It may return `Inputs` for keyword
+            arguments: `lambda batch: (Inputs(pixel_values=batch["pixel_values"]), batch["labels"])`.
+        output: a function from a network's output to the tensors that are compared with the teacher's.
         checkpoint: a file, written every `settings.save_every` steps and after each epoch. To resume an interrupted run, make the same
             call again, with the network as it was cut: it ends with the same weights as an uninterrupted run. With several processes,
             the first process writes and reads the file.
@@ -77,10 +88,15 @@ def fine_tune(
             raise TypeError(f"fine_tune: {name} is {type(network).__name__}, expected an nn.Module.{hint}")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise TypeError(f"fine_tune: model is {type(model).__name__}. Pass model.module: under torchrun, fine_tune wraps it.")
+    if inference := [name for name, parameter in model.named_parameters() if parameter.is_inference()]:
+        raise ValueError(
+            f"fine_tune: {inference[0]} was made under torch.inference_mode() and cannot be trained. Build the model outside of it."
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("fine_tune: nothing to train: no parameter of the model requires a gradient. Call model.requires_grad_() first.")
     steps = total_steps(batches, settings, checkpoint is not None)
-    distillation = DistillationLoss(teacher, loss, settings.distill, settings.temperature)
+    distillation = DistillationLoss(teacher, loss, settings.distill, settings.temperature, OutputSelector(output))
+    checked_prepare(prepare)
     make_optimizer = optimizer or OPTIMIZERS[settings.optimizer]
     path = None if checkpoint is None else Path(checkpoint)
     training_flags = [(module, module.training) for network in networks.values() for module in network.modules()]
@@ -88,7 +104,7 @@ def fine_tune(
         with distributed.process_group(model_device(model)), preserve_random_state():
             if teacher is not None:
                 teacher.eval()
-            loop = TrainingLoop(model, batches, distillation, validate, settings, make_optimizer, inputs, steps, callback, path)
+            loop = TrainingLoop(model, batches, distillation, validate, settings, make_optimizer, inputs, prepare, steps, callback, path)
             return loop.run(progress)
     finally:
         for module, training in training_flags:

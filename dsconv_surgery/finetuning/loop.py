@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from dsconv_surgery.finetuning.batches import can_mix, derived_seed, mix_images, seed_epoch, step_batches
@@ -22,13 +24,12 @@ from dsconv_surgery.finetuning.history import Epoch, History
 from dsconv_surgery.finetuning.loss import DistillationLoss
 from dsconv_surgery.finetuning.optimizers import MakeOptimizer, learning_rate_factor
 from dsconv_surgery.finetuning.settings import FineTune
+from dsconv_surgery.finetuning.training_checkpoint import TrainingCheckpoint, resumable, run_identity
 from dsconv_surgery.support import distributed
-from dsconv_surgery.support.atomic_files import atomic_write
-from dsconv_surgery.support.batch import batch_inputs, batch_items
-from dsconv_surgery.support.cache import digest
 from dsconv_surgery.support.copies import as_channels_last, model_device, to_device
 from dsconv_surgery.support.fidelity import checked_score
-from dsconv_surgery.support.random_state import preserve_random_state
+from dsconv_surgery.support.inputs import batch_inputs, batch_items
+from dsconv_surgery.support.random_state import from_random_state, preserve_random_state, random_state
 
 
 @dataclass
@@ -42,6 +43,7 @@ class TrainingLoop:
     settings: FineTune
     make_optimizer: MakeOptimizer
     inputs: int
+    prepare: Callable[[Any], Any] | None
     steps: int
     callback: Callable[[int, Mapping[str, float]], object] | None
     checkpoint: Path | None
@@ -62,11 +64,10 @@ class TrainingLoop:
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         self.started = time.perf_counter()
-        # A checkpoint is of this run if settings, networks, weights and optimizer are the same. Images and functions are not compared.
-        networks = [network for network in (self.model, self.loss.teacher) if network is not None]
-        text = repr((asdict(self.settings), self.steps, self.optimizer, networks))
-        self.identity = digest(text, *(value for network in networks for value in network.state_dict().values()))
+        identity = run_identity(self.model, self.loss.teacher, self.optimizer, asdict(self.settings), self.steps, self.checkpoint)
+        self.file = TrainingCheckpoint(self.checkpoint, identity)
 
+    @resumable
     def run(self, progress: bool) -> History:
         """Train to the end, from the checkpoint if it exists."""
         self._load()
@@ -137,6 +138,7 @@ class TrainingLoop:
 
     def _mix(self, batch: Any) -> tuple[tuple[Any, ...], float]:
         """Check a batch and apply `mix_images`. A batch that cannot be mixed is an error only where `mix` was set."""
+        batch = batch if self.prepare is None else self.prepare(batch)
         batch_inputs(batch, self.inputs, "fine_tune: a batch")
         items = batch_items(batch)
         if len(items) == self.inputs and self.loss.teacher is None:
@@ -148,11 +150,14 @@ class TrainingLoop:
         items = to_device(items, self.device)
         inputs, targets = items[: self.inputs], items[self.inputs :]
         if self.settings.channels_last:
-            inputs = tuple(map(as_channels_last, inputs))
+            inputs = pytree.tree_map_only(Tensor, as_channels_last, inputs)
         dtype = getattr(torch, self.settings.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            outputs = self.network(*inputs)
-            teacher_outputs = self.loss.teacher_outputs(inputs)
+            call = batch_inputs(inputs, self.inputs, "fine_tune: a batch")
+            state = random_state(self.device)
+            outputs = self.network(*call.args, **call.kwargs)
+            with from_random_state(state, self.device):  # a network that samples draws the same as its teacher
+                teacher_outputs = self.loss.teacher_outputs(call)
         return self.loss(outputs, teacher_outputs, targets, k)
 
     def _stop(self, loss: float, norm: float) -> None:
@@ -195,41 +200,29 @@ class TrainingLoop:
             return
         seconds = time.perf_counter() - self.started
         state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")} | {
-            "run": self.identity,
             "loop": {"step": self.step, "epoch_step": self.epoch_step, "seconds": seconds, "sums": self.sums},
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "best": self.best,
         }
-        with atomic_write(self.checkpoint) as path, path.open("wb") as file:
-            torch.save(state, file)
+        self.file.write(state)
 
     def _load(self) -> None:
         """Continue from the checkpoint if it exists, and remember the weights."""
-        if state := distributed.from_first_process(self._read, self.device):
-            for name in ("model", "optimizer", "scaler"):
-                getattr(self, name).load_state_dict(state[name])
-            loop = state["loop"]
-            self.step, self.epoch_step, self.sums = loop["step"], loop["epoch_step"], loop["sums"]
-            self.started -= loop["seconds"]
-            self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
-            self.best = to_device(state["best"], self.device)
+        state = distributed.from_first_process(self.file.read, self.device)
+        if state is None:
+            self._save()  # at once, so that a run that is interrupted early can be resumed, too
+            return
+        for name in ("optimizer", "scaler", "model"):  # the model last, as the others may raise an error
+            getattr(self, name).load_state_dict(state[name])
+        loop = state["loop"]
+        self.step, self.epoch_step, self.sums = loop["step"], loop["epoch_step"], loop["sums"]
+        self.started -= loop["seconds"]
+        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+        self.best = to_device(state["best"], self.device)
         self.good = (self._weights(), self.step)  # to return to when the loss is not finite, and their step
-
-    def _read(self) -> dict[str, Any] | None:
-        if self.checkpoint is None or not self.checkpoint.exists():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            identity = state["run"]
-        except Exception as error:  # torch.load raises many types of errors for other files and for parts of a file
-            message = f"not a checkpoint of fine_tune ({type(error).__name__}). Remove the file, or name another."
-            raise ValueError(f"{self.checkpoint}: {message}") from error
-        if identity != self.identity:
-            raise ValueError(
-                f"{self.checkpoint}: the checkpoint is of another run, with other settings, networks, initial weights, optimizer or number "
-                "of batches. To resume a run, pass the network as it was cut, not partly trained. Or remove the file, or name another."
-            )
-        return state
+        if not self.process:
+            place = f"after step {self.step} of {self.steps}, {len(self.epochs)} epochs done"
+            print(f"fine_tune: {self.checkpoint}: continuing {place}.", file=sys.stderr)
 
 
 @contextmanager

@@ -11,8 +11,29 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dsconv_surgery.support.fidelity import output_distance
+from dsconv_surgery.support.inputs import Inputs, describe_type
+from dsconv_surgery.support.outputs import OutputSelector
 
 Loss = Callable[..., Tensor]  # (outputs, *targets) -> the mean over the batch
+
+
+def cross_entropy(outputs: Any, *targets: Any) -> Tensor:
+    """`F.cross_entropy` of class scores and class indices; ValueError for anything else, for which it would mean something else."""
+    problem = None
+    if not isinstance(outputs, Tensor):
+        problem = f"the network's output is {describe_type(outputs)}"
+    elif outputs.ndim < 2 or outputs.shape[1] < 2:
+        problem = f"the network's output has the shape {tuple(outputs.shape)}, without a column for each class"
+    elif len(targets) != 1 or not isinstance(targets[0], Tensor):
+        problem = f"the labels are {describe_type(targets)}"
+    elif targets[0].is_floating_point() or targets[0].is_complex():
+        problem = f"the labels are {targets[0].dtype} numbers"
+    if problem:
+        raise ValueError(
+            f"fine_tune: {problem}, but the default loss is cross-entropy of class scores and class indices. Pass loss=, a function of "
+            "outputs and labels, as in loss=lambda outputs, labels: F.mse_loss(outputs, labels), or leave out the labels and pass teacher=."
+        )
+    return F.cross_entropy(outputs, targets[0])
 
 
 class DistillationLoss:
@@ -23,14 +44,14 @@ class DistillationLoss:
     without labels. The loss of the labels is cross-entropy by default.
     """
 
-    def __init__(self, teacher: nn.Module | None, loss: Loss | None, share: float, temperature: float) -> None:
-        self.teacher, self._loss = teacher, loss or F.cross_entropy
-        self._share, self._temperature = share, temperature
+    def __init__(self, teacher: nn.Module | None, loss: Loss | None, share: float, temperature: float, select: OutputSelector) -> None:
+        self.teacher, self._loss = teacher, loss or cross_entropy
+        self._share, self._temperature, self._select = share, temperature, select
 
-    def teacher_outputs(self, inputs: tuple[Any, ...]) -> Any:
+    def teacher_outputs(self, inputs: Inputs) -> Any:
         """The teacher's outputs without gradients; None without a teacher."""
         with torch.no_grad():
-            return None if self.teacher is None else self.teacher(*inputs)
+            return None if self.teacher is None else self.teacher(*inputs.args, **inputs.kwargs)
 
     def __call__(self, outputs: Any, teacher_outputs: Any, targets: tuple[Any, ...], k: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and "labels" and "teacher" before they are weighted; `targets` and `k` as `mix_images` returns them."""
@@ -42,7 +63,14 @@ class DistillationLoss:
             if count < len(targets):
                 parts["labels"] = parts["labels"] + (1 - k) * self._labels_loss(outputs, targets[count:])
         if self.teacher is not None:
-            parts["teacher"] = output_distance(teacher_outputs, outputs, self._temperature)
+            try:
+                pairs = self._select.pairs(teacher_outputs, outputs)
+            except ValueError as error:
+                raise ValueError(
+                    f"fine_tune: {error} Pass the network that was cut as teacher=, and switch off outputs that exist in training only "
+                    "(aux_logits)."
+                ) from error
+            parts["teacher"] = output_distance(pairs, self._temperature)
         weights = {"labels": 1 - share, "teacher": share}
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return total, {name: part.detach() for name, part in parts.items()}

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from dsconv_surgery.support.records import record
 
-Pair = tuple[int, int]
-Rank = int | Pair  # of each group; a pair for Tucker
+# Integers have a range, checked where they are read from JSON, so that products of them stay printable.
+Integer = Annotated[int, Field(ge=-(2**53), le=2**53)]
+Count = Annotated[int, Field(ge=0, le=2**63)]
+Pair = tuple[Integer, Integer]
+Rank = Integer | Pair  # of each group; a pair for Tucker
 # The input of one call: (batch, height, width). For a linear layer: (rows, 1, 1).
-Size = tuple[int, int, int]
+Size = tuple[Count, Count, Count]
 
 
 @record
@@ -21,8 +26,8 @@ class Cost:
     MACs count every call of convolutions and linear layers, for the whole example batch. A bias adds parameters, but no MACs.
     """
 
-    params: int
-    macs: int
+    params: Count
+    macs: Count
     latency: float = 0.0  # milliseconds; zero if not measured
 
     def __add__(self, other: Cost) -> Cost:
@@ -36,13 +41,13 @@ class Cost:
 class ConvSpec:
     """The geometry of an nn.Conv2d, or of an nn.Linear as a 1x1 convolution; pairs are (height, width)."""
 
-    in_channels: int
-    out_channels: int
+    in_channels: Integer
+    out_channels: Integer
     kernel: Pair = (1, 1)
     stride: Pair = (1, 1)
     padding: Pair | Literal["same"] = (0, 0)
     dilation: Pair = (1, 1)
-    groups: int = 1
+    groups: Integer = 1
     bias: bool = False
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
     kind: Literal["conv", "linear"] = "conv"
@@ -53,9 +58,30 @@ class ConvSpec:
         bias = layer.bias is not None
         if hasattr(layer, "in_features"):
             return cls(layer.in_features, layer.out_features, bias=bias, kind="linear")
-        kernel, stride, dilation = tuple(layer.kernel_size), tuple(layer.stride), tuple(layer.dilation)
-        padding: Any = {"same": "same", "valid": (0, 0)}[layer.padding] if isinstance(layer.padding, str) else tuple(layer.padding)
+        kernel, stride, dilation = _pair(layer.kernel_size), _pair(layer.stride), _pair(layer.dilation)
+        padding: Any = {"same": "same", "valid": (0, 0)}[layer.padding] if isinstance(layer.padding, str) else _pair(layer.padding)
         return cls(layer.in_channels, layer.out_channels, kernel, stride, padding, dilation, layer.groups, bias, layer.padding_mode)
+
+    def problem(self) -> str | None:
+        """Why no layer can have this geometry, or None."""
+        positive: dict[str, tuple[int, ...]] = {
+            "in_channels": (self.in_channels,),
+            "out_channels": (self.out_channels,),
+            "groups": (self.groups,),
+        }
+        positive |= {"kernel": self.kernel, "stride": self.stride, "dilation": self.dilation}
+        for field, values in positive.items():
+            if min(values) < 1:
+                return f"{field} {getattr(self, field)} is impossible, expected 1 or more."
+        if self.padding != "same" and min(self.padding) < 0:
+            return f"padding {self.padding} is impossible, expected 0 or more."
+        if self.padding == "same" and max(self.stride) > 1:
+            return f"padding 'same' is impossible with stride {self.stride}."
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            return f"{self.groups} groups do not divide {self.in_channels} -> {self.out_channels} channels."
+        if self.kind == "linear" and self != ConvSpec(self.in_channels, self.out_channels, bias=self.bias, kind="linear"):
+            return "a linear layer has a 1x1 kernel, one group, no stride, padding or dilation."
+        return None
 
     @property
     def taps(self) -> int:
@@ -99,6 +125,11 @@ class ConvSpec:
             if value != getattr(defaults, field):
                 text += f", {field} {value if isinstance(value, int | str) else 'x'.join(map(str, value))}"
         return text + (", bias" if self.bias else "")
+
+
+def _pair(value: Any) -> Any:
+    """A pair from the attribute of a layer: programs set `layer.stride = 2`, too."""
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def chain_cost(chain: dict[str, ConvSpec], sizes: tuple[Size, ...]) -> Cost:

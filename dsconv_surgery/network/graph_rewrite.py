@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
 
 from dsconv_surgery.network.layers import is_layer
+from dsconv_surgery.support.inputs import Inputs
 
 
 class _Tracer(fx.Tracer):
@@ -20,6 +22,13 @@ class _Tracer(fx.Tracer):
 def trace(model: nn.Module) -> fx.GraphModule:
     """A graph over the model's own modules in which every layer is a node."""
     return fx.GraphModule(model, _Tracer().trace(model))
+
+
+def placeholder_values(model: nn.Module, graph: fx.GraphModule, inputs: Inputs) -> list[Any]:
+    """The values of the placeholders in a model's graph, in order; TypeError if the model does not take these inputs."""
+    bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
+    bound.apply_defaults()
+    return [bound.arguments[str(node.target).lstrip("*")] for node in graph.graph.find_nodes(op="placeholder") if node.target[0] != "*"]
 
 
 def expand_calls(model: nn.Module, chains: Mapping[str, Sequence[str]]) -> None:

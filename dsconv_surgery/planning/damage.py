@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.calibration.moments import layer_moments
@@ -18,7 +19,8 @@ from dsconv_surgery.network.graph_rewrite import trace
 from dsconv_surgery.schemes import Objective
 from dsconv_surgery.support.cache import Cache, digest
 from dsconv_surgery.support.copies import evaluation_copy, run_model, unregistered_tensors
-from dsconv_surgery.support.fidelity import OutputComparison, output_tensors
+from dsconv_surgery.support.fidelity import OutputComparison
+from dsconv_surgery.support.outputs import OutputSelector
 
 RIDGE = 0.1  # pulls factors towards the weights, in units of the inputs' mean square
 BANDWIDTH = 0.3  # of the average over log errors: single measurements scatter by half
@@ -37,6 +39,7 @@ class DamageEstimator:
 
     def __init__(self, model: nn.Module, sites: Sequence[ConvSite], images: Images | None, cache: Cache) -> None:
         self._model, self.images, self.cache = model, images, cache
+        self._select = OutputSelector() if images is None else images.select_outputs
         self._objective = None if images is None else layer_moments(model, images, sites)
         self._latest: tuple[str, tuple[Objective, Objective]] | None = None  # of one layer only, because wide layers take much memory
 
@@ -55,18 +58,20 @@ class DamageEstimator:
         """A digest of the network (weights, structure and, if it can be traced, code) and of the images and their settings."""
         parts: list[Tensor | str] = [str(self._model)]
         for name, value in self._model.state_dict().items():
-            parts += [name, value if isinstance(value, Tensor) else repr(value)]
+            parts += [name, value.device.type, value] if isinstance(value, Tensor) else [name, repr(value)]
         parts += unregistered_tensors(self._model)
         try:
             parts.append(trace(evaluation_copy(self._model)).code)
         except Exception:  # the network cannot be traced, for any reason: its outputs stand for its code
             parts.append("not traced")
-            for _, output in self._targets if self.images is not None else []:
-                parts += output_tensors(output)
         if self.images is not None:
+            if parts[-1] == "not traced" or self._select.function is not None:
+                for _, output in self._targets:
+                    parts += self._select(output)
             parts.append(f"{self.images.settings.patches} {self.images.settings.seed} {self.images.example}")
-            for _, inputs in self.images:
-                parts.append(digest(*(t if isinstance(t, Tensor) else repr(t) for t in inputs)))
+            for _, _, inputs in self.images:
+                leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
+                parts.append(digest(*(leaf if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)))
         return digest(*parts)
 
     def divergence(self, name: str, replacement: nn.Module) -> float:
@@ -77,19 +82,19 @@ class DamageEstimator:
         targets, centred = self._targets, self.objectives(name)[0].centred
         replacement = replacement.eval()
 
-        def replace_output(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            result = replacement(*args)
+        def replace_output(_module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            result = replacement(*args, **kwargs)
             if not centred:
                 return result
             error = output - result
             return result + (error.mean((0, 2, 3), keepdim=True) if error.ndim == 4 else error.flatten(0, -2).mean(0))
 
-        handle = self._dense.get_submodule(name).register_forward_hook(replace_output)
+        handle = self._dense.get_submodule(name).register_forward_hook(replace_output, with_kwargs=True)
         try:
             outputs = self._outputs()
         finally:
             handle.remove()
-        comparison = OutputComparison()
+        comparison = OutputComparison(self._select)
         for (count, target), (_, output) in zip(targets, outputs, strict=True):
             comparison.add(target, output, count)
         comparison.all_reduce()
@@ -105,7 +110,7 @@ class DamageEstimator:
     @cached_property
     def _targets(self) -> list[tuple[int, Any]]:
         targets = self._outputs()
-        tensors = [tensor for _, output in targets for tensor in output_tensors(output) if tensor.numel()]
+        tensors = [tensor for _, output in targets for tensor in self._select(output) if tensor.numel()]
         if not all(not bool(t.isnan().any()) and bool(t.isfinite().any()) for t in tensors):
             raise ValueError("calibration: the network's own outputs on these images are NaN, or nothing but infinite. Repair it first.")
         return targets
@@ -114,7 +119,7 @@ class DamageEstimator:
         """The number of images and the output, for each batch."""
         images: Any = self.images
         with torch.no_grad():
-            return [(len(inputs[0]), run_model(self._dense, inputs)) for inputs in images.probe_batches()]
+            return [(count, run_model(self._dense, inputs, first_image)) for first_image, count, inputs in images.probe_batches()]
 
 
 def smooth_curve(x: Any, y: Any, targets: Any) -> Any:

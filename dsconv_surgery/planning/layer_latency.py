@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from dsconv_surgery.network.geometry import ConvSpec, Size
 from dsconv_surgery.schemes import make_layer
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.cache import Cache
+from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.latency import Conditions, timing_conditions
 from dsconv_surgery.support.random_state import preserve_random_state
 
@@ -28,9 +28,9 @@ class LayerTimer:
         cache: stores timings by geometry, conditions and machine.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Any], cache: Cache) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, cache: Cache) -> None:
         self.conditions: Conditions = timing_conditions(inputs)
-        parameter = next(model.parameters(), torch.zeros(()))
+        parameter = next(model.parameters(), torch.zeros((), dtype=torch.float32, device="cpu"))
         self._example = torch.empty((), dtype=parameter.dtype, device=parameter.device)
         self._cache = cache
         device = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else f"{platform.processor()} {platform.machine()}"
@@ -50,7 +50,7 @@ class LayerTimer:
             nn.init.normal_(parameter, std=0.05)
         batch, *space = size
         shape = (batch, links[0].in_channels) if links[0].kind == "linear" else (batch, links[0].in_channels, *space)
-        x = torch.randn(shape, device=self._example.device).to(self._example.dtype)
+        x = torch.randn(shape, device=self._example.device, dtype=torch.float32).to(self._example.dtype)
         if self.conditions.memory_format == "channels_last" and x.ndim == 4:
             layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             x = x.contiguous(memory_format=torch.channels_last)

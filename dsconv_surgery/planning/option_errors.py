@@ -51,8 +51,10 @@ class OptionErrors:
         self._errors: dict[Sample, float] = {}
         self._bounds: dict[str, Tensor | None] = {}
         self._sampled_ranks: dict[str, list[Rank]] = {}
-        self._sample_factors: dict[Sample, Factors] = {}  # until the damage is measured
-        self._damage_points: list[tuple[float, float]] = []  # pairs of error and damage
+        self._starts: dict[Sample, Factors] = {}  # of fits at sampled ranks; like the next, until their damage is measured
+        self._fits: dict[Sample, Factors] = {}  # at sampled ranks
+        self._damages: dict[Sample, float] = {}  # measured by `refine_damage`
+        self._refined: list[tuple[float, float]] = []  # pairs of error and damage that the current plan uses beside the sampled ones
 
     def measure(self, name: str, rank: Rank) -> float:
         """The exact error: of the weights, or of outputs on calibration images."""
@@ -102,7 +104,7 @@ class OptionErrors:
 
     def damage(self, errors: Sequence[float]) -> list[float]:
         """How far errors move the network's outputs, log against log between errors at which that was measured."""
-        points = self._measured_damage() if self._calibrated else []
+        points = self._sampled_damage + self._refined if self._calibrated else []
         if len(points) < 2:
             return list(errors)
         x, y = np.log(np.maximum(np.array(points), TINY)).T
@@ -114,11 +116,16 @@ class OptionErrors:
         if not self._calibrated:
             return False
         (error,) = self.estimate(name, [rank])
-        if any(abs(np.log(max(error, TINY) / max(other, TINY))) < BANDWIDTH / 4 for other, _ in self._measured_damage()):
+        if any(abs(np.log(max(error, TINY) / max(other, TINY))) < BANDWIDTH / 4 for other, _ in self._sampled_damage + self._refined):
             return False
-        key = [self._estimator.digest, *self._key, name, *_as_json([rank])]
-        self._damage_points.append(tuple(self._cache.get("damage_at", key, lambda: [error, self._divergence(name, rank)])))
+        if (name, rank) not in self._damages:
+            self._damages[name, rank] = self._cached("damage_at", name, [rank], partial(self._damage_at, name, rank))
+        self._refined.append((error, self._damages[name, rank]))
         return True
+
+    def start_plan(self) -> None:
+        """Forget refinements, so that a plan does not depend on earlier ones."""
+        self._refined.clear()
 
     def unfoldings(self) -> list[Unfolding]:
         """The unfoldings of the kernel by input and by output channel; of groups, those with the largest singular values."""
@@ -153,9 +160,12 @@ class OptionErrors:
     def _sample_errors(self, name: str, ranks: list[Rank]) -> list[float]:
         if self._calibrated:
             return [self._fitted_errors[name, rank] for rank in ranks]
-        return list(
-            self._cache.get("errors", [digest(self._weight), *self._key, name, _as_json(ranks)], partial(self._initial_errors, name))
-        )
+        return list(self._cached("errors", name, ranks, partial(self._initial_errors, name)))
+
+    def _cached(self, kind: str, name: str, ranks: Sequence[Rank], compute: Callable[[], Any]) -> Any:
+        """The result of `compute`, which must depend on nothing but the layer, the scheme, the ranks and, with images, the network."""
+        source = self._estimator.digest if self._calibrated else digest(self._weight)
+        return self._cache.get(kind, [source, *self._key, name, _as_json(ranks)], compute)
 
     @cached_property
     def _samples(self) -> dict[Sample, list[float]]:
@@ -181,15 +191,13 @@ class OptionErrors:
         initial: dict[Sample, float] = {}
         for name in dict.fromkeys(name for name, _ in self._samples):
             ranks = self.sample_ranks(name)
-            key = [self._estimator.digest, *self._key, name, _as_json(ranks)]
-            errors = self._cache.get("initial", key, partial(self._initial_errors, name))
+            errors = self._cached("initial", name, ranks, partial(self._initial_errors, name))
             initial |= {(name, rank): error for rank, error in zip(ranks, errors, strict=True)}
         fitted: dict[Sample, float] = {}
         for (name, rank), error in initial.items():
             better = [self._samples[sample] for sample, other in initial.items() if other * SKIP_RATIO < error]
             skip = all(any(costs[m] <= cost for costs in better) for m, cost in enumerate(self._samples[name, rank]))
-            key = [self._estimator.digest, *self._key, name, _as_json([rank])]
-            fitted[name, rank] = error if skip else self._cache.get("fitted", key, partial(self._fitted_error, name, rank))
+            fitted[name, rank] = error if skip else self._cached("fitted", name, [rank], partial(self._fitted_error, name, rank))
         return fitted
 
     def _initial_errors(self, name: str) -> list[float]:
@@ -200,34 +208,31 @@ class OptionErrors:
         for rank, start in zip(ranks, schemes.factorize(scheme, self._spec, self._weight, ranks, rough=True), strict=True):
             if self._calibrated:
                 error, factors = self._fit(name, rank, start, 0)
-                self._sample_factors[name, rank] = {link: factor.float() for link, factor in factors.items()}
+                self._starts[name, rank] = {link: factor.float() for link, factor in factors.items()}
             else:
                 error = schemes.relative_error(self._weight, schemes.kernel_of(scheme, self._spec, start))
             errors.append(error)
         return errors
 
     def _fitted_error(self, name: str, rank: Rank) -> float:
+        """The error at a sampled rank. The start must not depend on what the cache holds, so it is computed again if it is absent."""
         self._start()
+        if (name, rank) not in self._starts:
+            self._initial_errors(name)
         iterations = WIDE_ITERATIONS if self._weight[0].numel() > WIDE else ITERATIONS
-        error, factors = self._fit(name, rank, self._sample_factors.get((name, rank)), iterations)
-        self._sample_factors[name, rank] = {link: factor.float() for link, factor in factors.items()}
+        error, factors = self._fit(name, rank, self._starts.pop((name, rank)), iterations)
+        self._fits[name, rank] = {link: factor.float() for link, factor in factors.items()}
         return error
 
     def _fit(self, name: str, rank: Rank, start: Factors | None, iterations: int | None) -> tuple[float, Factors]:
         scheme, (objective, regularised) = schemes.get_scheme(name), self._estimator.objectives(self._site.name)
-        factors = schemes.fit(scheme, self._spec, self._weight, rank, regularised, start=start, iterations=iterations)
+        with schemes.naming_layer(self._site.name):
+            factors = schemes.fit(scheme, self._spec, self._weight, rank, regularised, start=start, iterations=iterations)
         return objective.value(scheme.kernel(self._spec.one_group(), factors)), factors
 
-    def _measured_damage(self) -> list[tuple[float, float]]:
-        """Pairs of an error of this layer and its damage to the network."""
-        if not self._damage_points:
-            points = self._cache.get("damage", [self._estimator.digest, *self._key, sorted(self._names)], self._measure_damage)
-            self._damage_points = [(error, damage) for error, damage in points]
-            self._sample_factors.clear()
-        return self._damage_points
-
-    def _measure_damage(self) -> list[tuple[float, float]]:
-        """Damage of sampled options with errors near DAMAGE_ERRORS, of those only that a plan may choose.
+    @cached_property
+    def _sampled_damage(self) -> list[tuple[float, float]]:
+        """Pairs of error and damage of sampled options with errors near DAMAGE_ERRORS, of those only that a plan may choose.
 
         Schemes with the same error differ in damage, so options are left out that others beat in MACs and in parameters.
         """
@@ -241,10 +246,20 @@ class OptionErrors:
 
         candidates = [sample for sample in errors if not (is_beaten(sample, 0) and is_beaten(sample, 1))]
         chosen = {min(candidates, key=lambda s: abs(np.log(max(errors[s], TINY) / target))): None for target in DAMAGE_ERRORS}
-        return [(errors[sample], self._divergence(*sample)) for sample in chosen]
+        points = [(errors[s], self._cached("damage", s[0], [s[1]], partial(self._damage_of_fit, *s))) for s in chosen]
+        self._starts.clear()
+        self._fits.clear()
+        return points
 
-    def _divergence(self, name: str, rank: Rank) -> float:
-        factors = self._sample_factors[name, rank] if (name, rank) in self._sample_factors else self._fit(name, rank, None, ITERATIONS)[1]
+    def _damage_at(self, name: str, rank: Rank) -> float:
+        return self._divergence(name, rank, self._fit(name, rank, None, ITERATIONS)[1])
+
+    def _damage_of_fit(self, name: str, rank: Rank) -> float:
+        if (name, rank) not in self._fits:
+            self._fitted_error(name, rank)
+        return self._divergence(name, rank, self._fits[name, rank])
+
+    def _divergence(self, name: str, rank: Rank, factors: Factors) -> float:
         links = schemes.build(schemes.chain_of(schemes.get_scheme(name), self._spec, rank), self._layer, factors)
         return self._estimator.divergence(self._site.name, links)
 

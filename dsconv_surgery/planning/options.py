@@ -65,7 +65,8 @@ def layer_options(
     else:
         least = min(all_options, key=lambda option: option.cost.macs)
         costs = f"costs {least.cost.macs:,} MACs and {least.cost.params:,} parameters, the layer {dense.macs:,} and {dense.params:,}."
-        reason = f"{least.scheme} at rank {least.rank} already {costs}"
+        depthwise = "it is already depthwise: " if site.spec.groups == site.spec.in_channels > 1 else ""
+        reason = f"{depthwise}{least.scheme} at rank {least.rank} already {costs}"
         if timer is not None and _saves(least, dense, measures):
             reason = f"no option is faster than the layer ({dense.latency:.3f} ms) on this machine."
     return Skip(site.name, reason)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch import nn
 from tqdm import tqdm
 
 from dsconv_surgery.budget import Budget, BudgetError
-from dsconv_surgery.calibration.images import Calibration, Images, input_shapes
-from dsconv_surgery.network.discovery import ConvSite, Skip, Survey, survey_model
+from dsconv_surgery.calibration.images import Calibration, Images
+from dsconv_surgery.network.discovery import Skip, survey_model
+from dsconv_surgery.network.layers import check_finite_state
 from dsconv_surgery.plan import Cut, Plan
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.layer_latency import LayerTimer
@@ -22,12 +22,16 @@ from dsconv_surgery.planning.option_errors import OptionErrors
 from dsconv_surgery.planning.options import layer_options
 from dsconv_surgery.planning.rules import RULES
 from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
+from dsconv_surgery.planning.site_selection import select_sites, warn_of_cost_outside
 from dsconv_surgery.planning.tables import Choice, Table, allowed_costs, smallest_total
 from dsconv_surgery.schemes import Factors
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.cache import Cache
 from dsconv_surgery.support.formatting import did_you_mean
+from dsconv_surgery.support.input_description import describe_inputs
+from dsconv_surgery.support.inputs import Inputs, as_inputs
 from dsconv_surgery.support.latency import Latency, measure_latency, timing_conditions
+from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.random_state import preserve_random_state
 from dsconv_surgery.surgery import build_cut_model
 
@@ -37,11 +41,15 @@ TIMED_PASSES = 31  # forward passes to time a whole network
 FactorsByLayer = dict[str, Factors]  # factors that planning computed, so that the cut need not compute them again
 
 
+@standard_modes()
 @takes_plan_settings
 def make_plan(
     model: nn.Module,
     *example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
+    prepare: Callable[[Any], Any] | None = None,
+    output: Callable[[Any], Any] | None = None,
     cache: bool | str | Path = True,
     progress: bool = False,
     **settings: Any,
@@ -53,9 +61,13 @@ def make_plan(
 
     Args:
         model: any nn.Module.
-        example_inputs: what `model(*example_inputs)` takes. MACs are counted for the whole example batch.
+        example_inputs, example_kwargs: what `model(*example_inputs, **example_kwargs)` takes: tensors, and nests of tensors, numbers, flags
+            and None. MACs are counted for the whole example batch.
         calibration: batches of unlabelled images, or a `Calibration`. Options are then judged by the layer's outputs on these images,
-            and layers by how much their errors change the network's outputs.
+            and layers by how much their errors change the network's outputs. Batches have the structure of the example inputs.
+        prepare: converts batches of another structure: a function from a batch to the example inputs' structure, or to an `Inputs`.
+        output: a function from the network's output to the tensors to compare, such as `lambda result: result.logits`. By default, all
+            floating-point tensors of the output are compared.
         cache: where to keep measurements for the next plan: True for the user's cache folder (or the one named by the environment
             variable DSCONV_SURGERY_CACHE), a folder, or False for nowhere.
         progress: show a progress bar over layers.
@@ -73,9 +85,9 @@ def make_plan(
         >>> plan = make_plan(model, torch.rand(1, 3, 224, 224), budget=Budget(params=0.4), schemes=["cp"], exclude="conv1")
         >>> print(plan)
     """
-    checked = PlanSettings(**settings)
-    images = None if calibration is None else Images(calibration, input_shapes(example_inputs))
-    return Planner(model, example_inputs, checked, images, cache, progress).plan(checked.effective_budget)[0]
+    checked, inputs = PlanSettings(**settings), as_inputs(example_inputs, example_kwargs)
+    images = None if calibration is None else Images(calibration, inputs, prepare, output)
+    return Planner(model, inputs, checked, images, cache, progress).plan(checked.effective_budget)[0]
 
 
 class Planner:
@@ -84,16 +96,19 @@ class Planner:
     def __init__(
         self,
         model: nn.Module,
-        inputs: Sequence[Any],
+        inputs: Inputs,
         settings: PlanSettings,
         images: Images | None,
         cache: bool | str | Path = True,
         progress: bool = False,
     ) -> None:
         self.model, self.inputs, self.settings, self.images, self.progress = model, inputs, settings, images, progress
-        self._survey = survey_model(model, *inputs)
-        self._sites, self._skips = _select_sites(self._survey, settings)
+        self._survey = survey_model(model, inputs)
+        check_finite_state(model)
+        self._sites, self._skips = select_sites(self._survey, settings)
         self.total = self._survey.total
+        if settings.effective_budget is not None:
+            warn_of_cost_outside(self._survey, settings.measures)
         # Processes that share the images must compute the same things at the same time, so none of them reads its own cache.
         store, timer = Cache(cache if distributed.process_and_world_size()[1] == 1 else False), None
         if "latency" in settings.measures:
@@ -136,6 +151,7 @@ class Planner:
         with tqdm(total=len(self._tables), desc="judge options", unit="layer", disable=not self.progress) as bar:
             for errors in self._errors.values():
                 errors.on_start = bar.update  # rules measure options when they need them, layer by layer
+                errors.start_plan()
             if budget is None:
                 return self._as_plan(budget, self._choose({}), errors_later)
             allowed = allowed_costs(self._tables, self.total, budget)
@@ -217,40 +233,17 @@ class Planner:
                 factors[name] = errors.factors[option.scheme, option.rank]
         order = {layer.name: index for index, layer in enumerate(self._survey.layers)}
         skips.sort(key=lambda skip: order[skip.name])
-        shapes, rule = input_shapes(self.inputs), self.settings.rule_text
-        return Plan(tuple(cuts), tuple(skips), shapes, rule, budget, self.total, self.images is not None), factors
+        inputs, rule = describe_inputs(self.inputs), self.settings.rule_text
+        calibrated = self.images is not None
+        return Plan(tuple(cuts), tuple(skips), inputs, rule, budget, self.total, self._survey.outside, calibrated), factors
 
 
 def _random_cut(model: nn.Module, plan: Plan) -> nn.Module:
     """A network cut by a plan, with random weights in the new links."""
-    cut = build_cut_model(model, plan, "empty", {}, progress=False)
+    cut = build_cut_model(model, plan, "empty", {}, progress=False, check_on=None)
     for name in (c.name for c in plan.cuts):
         for link in cut.get_submodule(name).children():
             weight = link.get_parameter("weight")
             with torch.no_grad():
                 weight.normal_(std=weight[0].numel() ** -0.5)
     return cut
-
-
-def _select_sites(survey: Survey, settings: PlanSettings) -> tuple[list[ConvSite], list[Skip]]:
-    """The sites that the patterns select, and a skip for every other layer."""
-    known = {name for layer in survey.layers for name in (layer.name, *(layer.aliases if isinstance(layer, ConvSite) else ()))}
-    for key in ("include", "exclude"):
-        for pattern in getattr(settings, key):
-            if not any(fnmatchcase(name, pattern) for name in known):
-                raise ValueError(f"{key}: no layer matches {pattern!r}.{did_you_mean(pattern, sorted(known))}")
-    sites: list[ConvSite] = []
-    skips: list[Skip] = []
-    for layer in survey.layers:
-        if isinstance(layer, Skip):
-            skips.append(layer)
-            continue
-        names = (layer.name, *layer.aliases)
-        excluding = next((pattern for pattern in settings.exclude if any(fnmatchcase(name, pattern) for name in names)), None)
-        if excluding is not None:
-            skips.append(Skip(layer.name, f"excluded by {excluding!r}."))
-        elif not any(fnmatchcase(name, pattern) for pattern in settings.include for name in names):
-            skips.append(Skip(layer.name, "not among the included layers."))
-        else:
-            sites.append(layer)
-    return sites, skips

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_surgery.network.geometry import ConvSpec, Rank
+from dsconv_surgery.network.layers import take_place
 from dsconv_surgery.schemes.base import Factors, Scheme
 
 
@@ -90,13 +91,14 @@ def relative_error(weight: Tensor, kernel: Tensor) -> float:
 
 
 @torch.no_grad()
-def build(chain: dict[str, ConvSpec], like: nn.Module, factors: Factors | None) -> nn.Sequential:
-    """An nn.Sequential of plain layers for a chain, with the dtype, device, memory format, bias and flags of a layer.
+def build(chain: dict[str, ConvSpec], like: nn.Module, factors: Factors | None, weight_properties: bool = False) -> nn.Sequential:
+    """An nn.Sequential of plain layers for a chain, with the dtype, device, memory format, bias, flags and plain attributes of a layer.
 
     Args:
         chain: link name -> geometry, as from `chain_of`.
         like: the layer that the chain replaces.
         factors: weights by link name; None leaves the weights uninitialised. The bias is always copied.
+        weight_properties: the network reads `weight.dtype` or `weight.device` of the layer. The chain gets an empty buffer `weight` for it.
     """
     original: Any = like
     links: OrderedDict[str, nn.Module] = OrderedDict()
@@ -111,7 +113,9 @@ def build(chain: dict[str, ConvSpec], like: nn.Module, factors: Factors | None) 
             layer.bias.copy_(original.bias)
             layer.bias.requires_grad_(original.bias.requires_grad)
         links[name] = layer
-    return nn.Sequential(links).train(original.training)
+    result = nn.Sequential(links).train(original.training)
+    take_place(original, result, weight_properties)
+    return result
 
 
 def make_layer(spec: ConvSpec, like: Tensor) -> nn.Module:

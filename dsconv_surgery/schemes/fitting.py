@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from dsconv_surgery.network.geometry import ConvSpec, Rank
 from dsconv_surgery.schemes.base import Factors, Scheme
 from dsconv_surgery.schemes.chain import factorize
-from dsconv_surgery.schemes.objective import RIDGE, SINGLE_RIDGE, Objective
+from dsconv_surgery.schemes.objective import RIDGE, SINGLE_RIDGE, LinAlgError, Objective, ridged_cholesky
 
 ROUND = 10  # iterations between two checks of convergence
 STALL = 5e-3  # stop when a round lowered the error by less than this share of it
@@ -16,6 +19,15 @@ ITERATIONS = 100  # limit
 WIDE_ITERATIONS = 16  # limit in wide layers
 WIDE = 2**31  # a layer is wide if its product with the second moment needs more multiply-accumulates
 PENALTY = 3e-4  # weight of the penalty on terms that cancel each other, relative to the average error of such terms
+
+
+@contextmanager
+def naming_layer(name: str) -> Iterator[None]:
+    """Turn errors of linear algebra into a ValueError that names the layer."""
+    try:
+        yield
+    except LinAlgError as error:
+        raise ValueError(f"{name}: cannot be fitted to the calibration images: {error} Exclude it, or check its inputs.") from error
 
 
 def fit(
@@ -85,11 +97,11 @@ def penalized_error(scheme: Scheme, spec: ConvSpec, factors: Factors, objective:
     factors = {link: factor.to(objective.cross) for link, factor in factors.items()}
     error = objective.value(scheme.kernel(spec, factors))
     *_, last = factors
-    if not _last_is_shared(factors) or objective.energy <= 0:
+    if not _last_is_shared(factors):
         return error
     features = scheme.kernel(spec, {**factors, last: _identity_like(factors[last])}).flatten(2)
     norms = (factors[last].flatten(2).square().sum(1) * features.square().sum(2)).sum(dtype=torch.float64)
-    return error + PENALTY * objective.size * float(norms) / objective.energy
+    return error + PENALTY * objective.size * float(norms) / objective.unit
 
 
 def _last_is_shared(factors: Factors) -> bool:
@@ -122,8 +134,8 @@ def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like
         error = objective.energy + float(change) + float((penalty * norms).sum(dtype=torch.float64))
         slope = solved.mT @ (solved @ products - objective.cross) + PENALTY * objective.size * norms.unsqueeze(2) * features
     if features.requires_grad:
-        features.backward(2 * slope / max(objective.energy, 1e-300))
-    return solved.reshape(like.shape), error / max(objective.energy, 1e-300)
+        features.backward(2 * slope / objective.unit)
+    return solved.reshape(like.shape), error / objective.unit
 
 
 def _solve_each(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like: Tensor, objective: Objective) -> tuple[Tensor, float]:
@@ -138,8 +150,8 @@ def _solve_each(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like: 
         error = objective.energy + float(change.sum(dtype=torch.float64))
         slope = (solved @ product).squeeze(2) - objective.cross
     if any(factor.requires_grad for factor in free.values()) and torch.is_grad_enabled():
-        scheme.kernel(spec, {**free, last: solved.reshape(like.shape)}).flatten(2).backward(2 * slope / max(objective.energy, 1e-300))
-    return solved.reshape(like.shape), error / max(objective.energy, 1e-300)
+        scheme.kernel(spec, {**free, last: solved.reshape(like.shape)}).flatten(2).backward(2 * slope / objective.unit)
+    return solved.reshape(like.shape), error / objective.unit
 
 
 def _sparse_product(objective: Objective, feature: Tensor) -> Tensor:
@@ -153,12 +165,9 @@ def _sparse_product(objective: Objective, feature: Tensor) -> Tensor:
 def _regular_solve(gram: Tensor, matched: Tensor) -> Tensor:
     """Solve `X gram = matched`, with a ridge relative to each feature's energy."""
     share = RIDGE if gram.dtype == torch.float64 else SINGLE_RIDGE
-    energies = gram.diagonal(dim1=-2, dim2=-1)
+    energies = gram.diagonal(dim1=-2, dim2=-1).abs()
     floor = energies.amax(-1, keepdim=True).clamp(min=1e-30) * share
-    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(share * energies + 1e-3 * floor))
-    if bool(failed.any()):  # indefinite by rounding errors: use a larger ridge
-        factor = torch.linalg.cholesky(gram + torch.diag_embed(1e3 * share * energies + floor))
-    return torch.cholesky_solve(matched.mT, factor).mT
+    return torch.cholesky_solve(matched.mT, ridged_cholesky(gram, share * energies + 1e-3 * floor)).mT
 
 
 def _balanced(factors: Factors) -> Factors:

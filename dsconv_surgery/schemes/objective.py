@@ -7,9 +7,13 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError as LinAlgError  # type: ignore[attr-defined]
+
+from dsconv_surgery.support.fidelity import relative_to_energy
 
 # Ridges in float64 and float32, as shares of the quantity that is solved for: nearly parallel terms do not cancel each other.
 RIDGE, SINGLE_RIDGE = 1e-9, 1e-6
+RIDGE_GROWTH, RIDGE_TRIES = 1e3, 6  # a ridge grows until rounding errors leave the matrix positive definite
 
 
 @dataclass(frozen=True)
@@ -27,17 +31,24 @@ class Objective:
     ridge: float = 0.0
     rows: bool = False
     centred: bool = False  # whether the means of p and t were subtracted
+    floor: float = 0.0  # energies and errors up to this are rounding errors of p and t
 
     @cached_property
     def energy(self) -> float:
-        """The mean squared norm of the targets."""
-        return float(self.spread.diagonal(dim1=1, dim2=2).sum(dtype=torch.float64))
+        """The mean squared norm of the targets; zero where it is only rounding errors."""
+        energy = float(self.spread.diagonal(dim1=1, dim2=2).sum(dtype=torch.float64))
+        return energy if energy > self.floor else 0.0
+
+    @property
+    def unit(self) -> float:
+        """The energy to divide errors by in a search, never zero."""
+        return max(self.energy, self.floor, 1e-300)
 
     @property
     def scale(self) -> float:
         """The mean of the diagonal of `E[p p^T]`; ridges are multiples of it."""
         diagonal = self.gram.square().sum(1) if self.rows else self.gram.diagonal(dim1=1, dim2=2)
-        return float(diagonal.mean()) - (0.0 if self.rows else self.ridge)
+        return max(float(diagonal.mean()) - (0.0 if self.rows else self.ridge), 0.0)
 
     @cached_property
     def size(self) -> float:
@@ -64,10 +75,10 @@ class Objective:
         return kernels @ self.gram
 
     def value(self, kernel: Tensor) -> float:
-        """The error of a kernel (g, o, ...), relative to the energy."""
+        """The error of a kernel (g, o, ...), relative to the energy: never negative, and 0 or 1 if the energy is zero."""
         v = kernel.flatten(2).to(self.cross.dtype)
         error = float((self.product(v) * v).sum(dtype=torch.float64) - 2 * (v * self.cross).sum(dtype=torch.float64)) + self.energy
-        return error / self.energy if self.energy > 0 else 0.0
+        return relative_to_energy(error, self.energy, self.floor)
 
     def target(self) -> Tensor:
         """`W + (B - W S) S^-1`, the kernel of least error: (g, o, n). If t = W p, it is W, even where S is singular."""
@@ -78,12 +89,25 @@ class Objective:
         if self.rows:  # (R^T R + a)^-1 = (1 - R^T (R R^T + a)^-1 R) / a
             ridge = self.ridge + tiny
             inner = self.gram @ self.gram.mT
-            inner.diagonal(dim1=1, dim2=2).add_(ridge)
-            solved = torch.cholesky_solve(self.gram @ residual.mT, torch.linalg.cholesky(inner))
+            solved = torch.cholesky_solve(self.gram @ residual.mT, ridged_cholesky(inner, inner.new_full(inner.shape[:2], ridge)))
             return self.weight + (residual - solved.mT @ self.gram) / ridge
-        gram = self.gram.clone()
-        gram.diagonal(dim1=1, dim2=2).add_(tiny)
-        return self.weight + torch.cholesky_solve(residual.mT, torch.linalg.cholesky(gram)).mT
+        factor = ridged_cholesky(self.gram, self.gram.new_full(self.gram.shape[:2], tiny))
+        return self.weight + torch.cholesky_solve(residual.mT, factor).mT
+
+
+def ridged_cholesky(matrix: Tensor, ridge: Tensor) -> Tensor:
+    """The Cholesky factor of `matrix + diag(ridge)`; the ridge grows where rounding errors made the matrix indefinite.
+
+    Raises:
+        LinAlgError: the matrix is not finite, or far from positive semidefinite.
+    """
+    for _ in range(RIDGE_TRIES):
+        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(ridge))
+        if not bool(failed.any()):
+            return factor
+        ridge = RIDGE_GROWTH * ridge
+    largest = float(matrix.abs().max())
+    raise LinAlgError(f"a matrix of second moments is not positive definite (largest entry {largest:.3g}).")
 
 
 def leading_outputs(objective: Objective, count: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from dsconv_surgery.schemes.depthwise import Depthwise, PointwiseDepthwise
 from dsconv_surgery.schemes.spatial import Spatial
 from dsconv_surgery.schemes.tucker import Tucker
 from dsconv_surgery.support.formatting import did_you_mean
+from dsconv_surgery.support.records import QUOTED, quoted
 
 _SCHEMES: dict[str, Scheme] = {}
 
@@ -44,8 +45,8 @@ for _scheme in (Depthwise(), PointwiseDepthwise(), CP(), SplitCP(), Tucker(), Sp
 def get_scheme(name: str) -> Scheme:
     """The scheme of this name; ValueError with the most similar name if there is none."""
     if name not in _SCHEMES:
-        hint = did_you_mean(str(name), _SCHEMES)
-        raise ValueError(f"unknown scheme {name!r}.{hint} Known: {', '.join(_SCHEMES)}; add your own with register_scheme.")
+        hint = did_you_mean(str(name)[:QUOTED], _SCHEMES)
+        raise ValueError(f"unknown scheme {quoted(name)}.{hint} Known: {', '.join(_SCHEMES)}; add your own with register_scheme.")
     return _SCHEMES[name]
 
 

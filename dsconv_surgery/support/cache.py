@@ -15,7 +15,7 @@ import platformdirs
 import torch
 from torch import Tensor
 
-from dsconv_surgery.support.atomic_files import atomic_write
+from dsconv_surgery.support.atomic_files import atomic_write, read_file
 
 FOLDER_VARIABLE = "DSCONV_SURGERY_CACHE"
 
@@ -37,21 +37,21 @@ class Cache:
         if self.folder is None:
             return compute()
         key = [_versions(), kind, key]
-        path = self.folder / kind / f"{_checksum(key)}.json"
+        path = self.folder / kind / f"{json_sha256(key)}.json"
         try:
-            entry = json.loads(path.read_bytes())
-            if entry["sha256"] == _checksum([key, entry["value"]]):
+            entry = json.loads(read_file(path))
+            if entry["sha256"] == json_sha256([key, entry["value"]]):
                 return entry["value"]
             raise ValueError("the checksum differs")
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             warnings.warn(f"{path}: a damaged cache entry. Its value is computed again.", stacklevel=2)
         value = compute()
         try:
             with atomic_write(path, durable=False) as temporary:
-                temporary.write_text(json.dumps({"value": value, "sha256": _checksum([key, value])}))
-        except OSError as error:
+                temporary.write_text(json.dumps({"value": value, "sha256": json_sha256([key, value])}))
+        except (OSError, ValueError) as error:
             warnings.warn(f"{path}: cannot be written ({error}). Nothing more is stored in the cache.", stacklevel=2)
             self.folder = None
         return value
@@ -70,7 +70,8 @@ def digest(*parts: Tensor | str) -> str:
     return result.hexdigest()
 
 
-def _checksum(value: Any) -> str:
+def json_sha256(value: Any) -> str:
+    """SHA-256 of plain JSON data, the same for every order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -12,45 +15,130 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from dsconv_surgery.support.inputs import Inputs
+from dsconv_surgery.support.random_state import seeded
+
 
 def unregistered_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Buffers, and tensors that modules hold as plain attributes (old-style weight norm keeps its computed weight there)."""
-    yield from model.buffers()
-    for module in model.modules():
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+    """Buffers, and tensors that modules hold in attributes, containers and objects, such as cached activations; no parameters."""
+    parameters = {id(parameter) for parameter in model.parameters()}
+    visited: set[int] = set()
+    waiting: list[Any] = [model]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in visited:
+            continue
+        visited.add(id(value))
+        if isinstance(value, Tensor):
+            if id(value) not in parameters:
+                yield value
+        else:
+            waiting += [child for _, child in reversed(_children(value))]
 
 
-def deepcopy_memo(model: nn.Module) -> dict[int, Any]:
-    """A memo for copy.deepcopy with detached copies of the tensors that autograd computed, which deepcopy refuses."""
-    return {id(t): t.detach().clone() for t in unregistered_tensors(model) if not t.is_leaf}
+def _children(value: Any) -> list[tuple[str, Any]]:
+    """What a copy of a value copies, too: the items of a container, or the attributes of an object, each with its path."""
+    if isinstance(value, dict):
+        return [(f"[{key!r}]", item) for key, item in value.items()]
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return [(f"[{index}]", item) for index, item in enumerate(value)]
+    if isinstance(value, MethodType):
+        return [(".__self__", value.__self__)]
+    if isinstance(value, partial):
+        return [(".args", value.args), (".keywords", value.keywords)]
+    if isinstance(value, type | ModuleType | FunctionType | Tensor):
+        return []
+    attributes = dict(getattr(value, "__dict__", {}))
+    children: list[tuple[str, Any]] = []
+    if isinstance(value, nn.Module):  # the names that users know
+        for table in ("_parameters", "_buffers", "_modules"):
+            children += [(f".{name}", item) for name, item in attributes.pop(table, {}).items()]
+    children += [(f".{name}", item) for name, item in attributes.items()]
+    names = [name for kind in type(value).__mro__ for name in class_slots(kind)]
+    return children + [(f".{name}", getattr(value, name)) for name in names if hasattr(value, name)]
+
+
+def class_slots(kind: type) -> tuple[str, ...]:
+    """The names in a class's own `__slots__`."""
+    slots = kind.__dict__.get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots) if isinstance(slots, tuple | list) else ()
+
+
+class CopyError(ValueError):
+    """A network cannot be copied."""
+
+
+def deepcopy_model(model: nn.Module, replaced: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a network, in which objects with an id in `replaced` are others.
+
+    Tensors that autograd computed, which copy.deepcopy refuses, are copied without their history, and tensors made under inference mode
+    become ordinary ones.
+
+    Raises:
+        CopyError: an attribute cannot be copied; its path is named.
+    """
+    memo: dict[int, Any] = dict(replaced or {})
+    for tensor in (*model.parameters(), *unregistered_tensors(model)):
+        if id(tensor) not in memo and (tensor.is_inference() or not tensor.is_leaf):
+            clone = tensor.detach().clone()
+            memo[id(tensor)] = nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+    if id(model) in memo:
+        return memo[id(model)]
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # a class may raise anything while it is copied
+        path, value = _uncopyable(model, "", memo, set())
+        raise CopyError(
+            f"{path.removeprefix('.') or 'model'}: this {type(value).__qualname__} cannot be copied ({type(error).__name__}: {error}), and "
+            "the library works on copies of the network. Remove the attribute, or create it when it is first used."
+        ) from error
+
+
+def _uncopyable(value: Any, path: str, memo: Mapping[int, Any], visited: set[int]) -> tuple[str, Any]:
+    """The path to the innermost value that cannot be copied, and this value."""
+    visited.add(id(value))
+    for name, child in _children(value):
+        try:
+            copy.deepcopy(child, dict(memo))
+        except Exception:
+            if id(child) not in visited:
+                return _uncopyable(child, path + name, memo, visited)
+    return path, value
 
 
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy of a network."""
-    return copy.deepcopy(model, deepcopy_memo(model))
+    return deepcopy_model(model)
 
 
 def evaluation_copy(model: nn.Module) -> nn.Module:
     """A deep copy of a network in evaluation mode."""
-    return copy_model(model).eval()
+    return deepcopy_model(model).eval()
 
 
-def fake_copy(model: nn.Module, inputs: Sequence[Any]) -> tuple[FakeTensorMode, nn.Module, tuple[Any, ...]]:
+def fake_copy(model: nn.Module, inputs: Inputs) -> tuple[FakeTensorMode, nn.Module, Inputs]:
     """A network and its inputs with fake tensors for data: shapes run through it, nothing is computed and no memory is taken."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensors: dict[int, Any] = {
-        id(t): mode.from_tensor(t if t.is_leaf else t.detach()) for t in chain(model.parameters(), unregistered_tensors(model))
-    }
-    fake_inputs = pytree.tree_map_only(Tensor, mode.from_tensor, tuple(inputs))
-    return mode, copy.deepcopy(model, tensors), fake_inputs
+    with torch.inference_mode(False):
+        tensors: dict[int, Any] = {id(t): mode.from_tensor(_plain_leaf(t)) for t in (*model.parameters(), *unregistered_tensors(model))}
+        fake_inputs = pytree.tree_map_only(Tensor, lambda t: mode.from_tensor(_plain_leaf(t)), inputs)
+    return mode, deepcopy_model(model, tensors), fake_inputs
 
 
-def channels_last_copy(model: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, tuple[Any, ...]]:
+def _plain_leaf(tensor: Tensor) -> Tensor:
+    """The tensor itself; without its history if autograd computed it, and a copy if it was made under inference mode."""
+    if tensor.is_inference():
+        clone = tensor.detach().clone()
+        return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+    return tensor if tensor.is_leaf else tensor.detach()
+
+
+def channels_last_copy(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     """A copy of a network, and its inputs, with 4-D tensors in torch.channels_last."""
     result = copy_model(model)
     for tensor in chain(result.parameters(), result.buffers()):
         tensor.data = as_channels_last(tensor.data)
-    return result, pytree.tree_map_only(Tensor, as_channels_last, tuple(inputs))
+    return result, pytree.tree_map_only(Tensor, as_channels_last, inputs)
 
 
 def as_channels_last(tensor: Tensor) -> Tensor:
@@ -65,9 +153,23 @@ def model_device(model: nn.Module) -> torch.device:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """Nested data with every tensor moved to a device."""
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), value)
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True, copy=tensor.is_inference())
+
+    return pytree.tree_map_only(Tensor, move, value)
 
 
-def run_model(model: nn.Module, inputs: Sequence[Any]) -> Any:
-    """The output for copies of the inputs on the network's device (a network may change its inputs in place)."""
-    return model(*copy.deepcopy(to_device(tuple(inputs), model_device(model))))
+def run_model(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
+    """The output for copies of the inputs on the network's device (a network may change its inputs in place).
+
+    Random draws begin with the seed, so that two networks draw the same numbers for the same inputs and the same seed.
+    """
+    values = own_copy(inputs, model_device(model))
+    with seeded(seed):
+        return model(*values.args, **values.kwargs)
+
+
+def own_copy(inputs: Inputs, device: torch.device) -> Inputs:
+    """Inputs on a device, copied; tensors made under inference mode become ordinary ones."""
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().to(device, non_blocking=True, copy=True), inputs)

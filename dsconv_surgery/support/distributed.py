@@ -42,10 +42,12 @@ def local_part(batch: Any) -> tuple[Any, float]:
     process, world_size = process_and_world_size()
     if world_size == 1:
         return batch, 1.0
-    count = next(t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
+    count = next(t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim)
     first, last = process * count // world_size, (process + 1) * count // world_size
     weight = (last - first) * world_size / count
-    return pytree.tree_map_only(Tensor, lambda t: t[first : max(last, first + 1)] if first < count else t[:1], batch), weight
+    part = slice(first, max(last, first + 1)) if first < count else slice(0, 1)
+    # Tensors without a row per image are the same for all processes.
+    return pytree.tree_map_only(Tensor, lambda t: t[part] if t.ndim and len(t) == count else t, batch), weight
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 def all_reduce_mean(value: float) -> float:
     """The mean over processes, the same in all of them."""
-    return float(all_reduce_sum(torch.tensor(value, dtype=torch.float64))) / process_and_world_size()[1]
+    return float(all_reduce_sum(torch.tensor(value, dtype=torch.float64, device="cpu"))) / process_and_world_size()[1]
 
 
 def from_first_process(make: Callable[[], T], device: torch.device) -> T:
@@ -81,7 +83,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     process, world_size = process_and_world_size()
     if world_size == 1:
         return rows
-    counts = torch.zeros(world_size, dtype=torch.long)
+    counts = torch.zeros(world_size, dtype=torch.long, device="cpu")
     counts[process] = rows.shape[1]
     starts = [0, *all_reduce_sum(counts).cumsum(0).tolist()]
     result = rows.new_zeros(rows.shape[0], starts[-1], rows.shape[2])

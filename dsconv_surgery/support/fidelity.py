@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from numbers import Real
 from typing import Any
@@ -13,16 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import evaluation_copy, run_model
+from dsconv_surgery.support.inputs import Inputs
+from dsconv_surgery.support.outputs import OutputSelector
 from dsconv_surgery.support.records import record
 
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors of a network's output, in order."""
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+ROUNDING = 2.0**-42  # squared relative rounding errors of layer outputs in float32: four times its epsilon, squared
 
 
 def is_classification(tensors: Sequence[Tensor]) -> bool:
@@ -46,45 +44,47 @@ def squared_error(target: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     return (a - b).square().sum(), a.square().sum()
 
 
-def output_distance(target: Any, output: Any, temperature: float) -> Tensor:
-    """How far an output is from a teacher's, differentiable: for classifiers `T^2 / N sum_n KL_n`, else `|output - target|^2 / |target|^2`.
+def relative_to_energy(error: float, energy: float, floor: float = 0.0) -> float:
+    """`error / energy`; values up to `floor` are rounding errors and count as zero, and an error of zero energy as 1."""
+    return max(error, 0.0) / energy if energy > floor else float(error > floor)
 
-    Raises:
-        ValueError: the tensors of the two outputs have different shapes.
+
+def output_distance(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> Tensor:
+    """How far outputs y are from a teacher's z, differentiable: for classifiers `T^2 / N sum_n KL_n`, else `|y - z|^2 / |z|^2`.
+
+    The pairs are those of `OutputSelector.pairs(teacher's, network's)`.
     """
-    outputs, targets = output_tensors(output), output_tensors(target)
-    shapes, expected = ([tuple(tensor.shape) for tensor in tensors] for tensors in (outputs, targets))
-    if shapes != expected:
-        raise ValueError(
-            f"fine_tune: the network's outputs have shapes {shapes} and the teacher's {expected}, expected the same shapes. Pass the "
-            "network that was cut as teacher=, and switch off outputs that exist in training only (aux_logits)."
-        )
-    pairs = [(a.float(), b.float()) for a, b in zip(outputs, targets, strict=True)]
-    if is_classification(outputs):
-        return class_divergence(pairs[0][1], pairs[0][0], temperature) / len(targets[0]) * temperature**2
-    error = torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
-    return error / torch.stack([b.square().sum() for _, b in pairs]).sum().clamp(min=1e-12)
+    pairs = [(target.float(), output.float()) for target, output in pairs]
+    if is_classification([target for target, _ in pairs]):
+        target, output = pairs[0]
+        return class_divergence(target, output, temperature) / len(target) * temperature**2
+    error = torch.stack([(output - target).square().sum() for target, output in pairs]).sum()
+    return error / torch.stack([target.square().sum() for target, _ in pairs]).sum().clamp(min=1e-12)
 
 
 class OutputComparison:
     """Compares outputs of two networks batch by batch; error, agreement and divergence follow from its sums."""
 
-    def __init__(self) -> None:
+    def __init__(self, select: OutputSelector) -> None:
         self.classification = True
         self.images = 0
-        self._sums = torch.zeros(4, dtype=torch.float64)  # squared error, squared norm, images with the same top class, divergence
+        self._select = select
+        self._sums = torch.zeros(
+            4, dtype=torch.float64, device="cpu"
+        )  # squared error, squared norm, images with the same top class, divergence
 
     def add(self, target: Any, output: Any, images: int) -> None:
         """One batch: the dense network's output and the other network's."""
-        targets, outputs = output_tensors(target), output_tensors(output)
-        pairs = [squared_error(a, b) for a, b in zip(targets, outputs, strict=True)]
+        tensors = self._select.pairs(target, output)
+        targets, outputs = [a for a, _ in tensors], [b for _, b in tensors]
+        pairs = [squared_error(a, b) for a, b in tensors]
         sums = [sum(float(missed) for missed, _ in pairs), sum(float(norm) for _, norm in pairs), 0.0, 0.0]
         self.classification = self.classification and is_classification(targets)
         if self.classification:
             sums[2] = float((targets[0].argmax(1) == outputs[0].argmax(1)).sum())
             sums[3] = float(class_divergence(targets[0].double(), outputs[0].double()))
         self.images += images
-        self._sums += torch.tensor(sums, dtype=torch.float64)
+        self._sums += torch.tensor(sums, dtype=torch.float64, device="cpu")
 
     def all_reduce(self) -> None:
         """Sum over all processes."""
@@ -95,7 +95,7 @@ class OutputComparison:
     def error(self) -> float:
         """The squared relative error of all outputs."""
         missed, norm = self._sums[:2].tolist()
-        return missed / norm if norm else float(missed > 0)
+        return relative_to_energy(missed, norm)
 
     @property
     def squared_error(self) -> float:
@@ -128,29 +128,37 @@ class Fidelity:
     layer_errors: dict[str, float]  # squared relative error of layers' outputs, each channel about its mean
 
 
-def measure_fidelity(before: nn.Module, after: nn.Module, batches: Iterable[tuple[Any, ...]], layers: Sequence[str] = ()) -> Fidelity:
+def measure_fidelity(
+    before: nn.Module,
+    after: nn.Module,
+    batches: Iterable[tuple[int, int, Inputs]],
+    select: OutputSelector,
+    layers: Mapping[str, str] | None = None,
+) -> Fidelity:
     """Send the same images through both networks, in evaluation mode, and compare the outputs of the networks and of some layers.
 
     Args:
         before, after: the dense network and the one made from it.
-        batches: inputs of the networks.
-        layers: names of layers that both networks have.
+        batches: the number of the first image, the number of images and the inputs of each batch.
+        select: the tensors of the outputs to compare.
+        layers: names of layers of the dense network, each with the name of the layer of the other network that has the same output.
     """
-    comparison = OutputComparison()
+    comparison = OutputComparison(select)
     sums: dict[str, Tensor] = {}
     clones = [evaluation_copy(model) for model in (before, after)]
     outputs: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
-    for side, name in product((0, 1), layers):
-        layer = clones[side].get_submodule(name)
+    for side, (name, other) in product((0, 1), (layers or {}).items()):
+        layer = clones[side].get_submodule((name, other)[side])
         layer.register_forward_hook(lambda _layer, _args, output, key=(side, name): outputs[key].append(output.detach().clone()))
     with torch.no_grad():
-        for inputs in batches:
+        for first_image, count, inputs in batches:
             outputs.clear()
-            dense, cut = (run_model(clone, inputs) for clone in clones)
-            comparison.add(dense, cut, inputs[0].shape[0])
-            for name in layers:
+            dense, cut = (run_model(clone, inputs, first_image) for clone in clones)
+            comparison.add(dense, cut, count)
+            for name in layers or ():
                 for a, b in zip(outputs[0, name], outputs[1, name], strict=True):
-                    sums[name] = sums.get(name, torch.zeros(())) + _channel_sums(a, b, clones[0].get_submodule(name))
+                    total = _channel_sums(a, b, clones[0].get_submodule(name))
+                    sums[name] = sums[name] + total if name in sums else total
     layer_errors = {name: _centred_error(total) for name, total in sums.items()}
     return Fidelity(comparison.images, comparison.error, comparison.agreement, comparison.divergence, layer_errors)
 
@@ -165,12 +173,13 @@ def _channel_sums(target: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
 def _centred_error(sums: Tensor) -> float:
     count, target, target_squares, difference, difference_squares = sums
     variance = float((target_squares - target.square() / count).sum())
-    return float((difference_squares - difference.square() / count).sum()) / variance if variance > 0 else 0.0
+    missed = float((difference_squares - difference.square() / count).sum())
+    return relative_to_energy(missed, variance, ROUNDING * float(target_squares.sum()))
 
 
 def checked_score(evaluate: Callable[[nn.Module], float], model: nn.Module, name: str = "evaluate") -> float:
-    """The score that a user's function gives a network; ValueError unless it is a number or a tensor with one number."""
-    score: Any = evaluate(model)
+    """The score that a user's function gives a copy of a network in evaluation mode; ValueError unless it is one number."""
+    score: Any = evaluate(evaluation_copy(model))
     if isinstance(score, Tensor | np.generic | np.ndarray) and math.prod(score.shape) == 1:
         score = score.item()
     if not isinstance(score, Real) or score != score:

@@ -1,4 +1,4 @@
-"""Random states of torch, NumPy and Python, preserved."""
+"""Random states of torch, NumPy and Python: preserved, or set by a seed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,52 @@ import torch
 
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
-    """Restore the random states of torch (every device), NumPy and Python at the end of the block."""
+    """Restore the random states of torch (the CPU and all CUDA devices in use), NumPy and Python at the end of the block."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(list(devices)):
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Begin all random draws in the block with a seed, and restore the random states at its end.
+
+    Two networks that sample (dropout that is always on, noise, a VAE) then draw the same numbers for the same images.
+    """
+    with preserve_random_state():
+        set_seed(seed)
+        yield
+
+
+def set_seed(seed: int) -> None:
+    """Seed the random draws of torch, NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The random state of torch on the CPU, and on a CUDA device."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def from_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> Iterator[None]:
+    """Begin the random draws in the block with a state, and restore the present one at its end."""
+    before = random_state(device)
+    try:
+        _set_random_state(state, device)
+        yield
+    finally:
+        _set_random_state(before, device)
+
+
+def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

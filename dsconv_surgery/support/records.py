@@ -20,8 +20,8 @@ QUOTED = 200  # characters of a user's input in a message, at most
 
 @dataclass_transform(frozen_default=True)
 def record(cls: type[T]) -> type[T]:
-    """A class decorator: a frozen dataclass that refuses unknown keys when it is read from JSON."""
-    cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    """A class decorator: a frozen dataclass that refuses unknown keys, NaN and infinity when it is read from JSON."""
+    cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
     return dataclass(frozen=True)(cls)
 
 
@@ -90,14 +90,14 @@ def parse_json(cls: type[T], text: str | bytes, what: str) -> T:
     except ValidationError as error:
         # Another format version explains all other problems.
         problem = min(error.errors(include_url=False), key=lambda problem: problem["loc"][-1:] != ("format_version",))
-    place = ".".join(str(part) for part in problem["loc"]) or "the whole file"
+    place = shortened(".".join(str(part) for part in problem["loc"])) or "the whole file"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         key = str(problem["loc"][-1])
-        hint = did_you_mean(key, sorted(_json_keys(json_schema(cls))))
-        raise ValueError(f"{what}: unknown key {key!r} at {place}.{hint} Remove or correct it.")
+        hint = did_you_mean(key[:QUOTED], sorted(_json_keys(json_schema(cls))))
+        raise ValueError(f"{what}: unknown key {quoted(key)} at {place}.{hint} Remove or correct it.")
     message = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
     explained = problem["type"] in ("value_error", "json_invalid")
-    value = "" if explained else f", found {json.dumps(problem['input'], default=str)[:QUOTED]}"
+    value = "" if explained else f", found {shortened(json.dumps(problem['input'], default=str))}"
     raise ValueError(f"{what}: at {place}: {message}{value}.")
 
 
@@ -108,7 +108,11 @@ def json_schema(cls: type[Any]) -> dict[str, Any]:
 
 def quoted(value: object) -> str:
     """A value as a message shows it, cut where it is long."""
-    text = repr(value)
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """A text as a message shows it, cut where it is long."""
     return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
 
 

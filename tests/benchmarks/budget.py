@@ -50,6 +50,7 @@ from dsconv_surgery.planning.settings import PlanSettings
 from dsconv_surgery.planning.tables import Choice, Table
 from dsconv_surgery.support.cache import Cache
 from dsconv_surgery.support.copies import channels_last_copy
+from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.latency import measure_latency
 
 RESULTS = Path(__file__).resolve().with_name("results")
@@ -240,8 +241,9 @@ def both_formats(model: nn.Module) -> list[nn.Module]:
 
 def for_channels_last(model: nn.Module, example: Tensor, fraction: float) -> tuple[nn.Module, Tensor, float]:
     """Network and input in channels_last, and the fraction of its latency that equals a fraction of the latency in the faster format."""
-    contiguous, last = measure_latency(both_formats(model), [example], rounds=31)
-    model, (example,) = channels_last_copy(model, (example,))
+    contiguous, last = measure_latency(both_formats(model), Inputs(example), rounds=31)
+    model, inputs = channels_last_copy(model, Inputs(example))
+    (example,) = inputs.args
     return model, example, fraction * min(contiguous, last) / last
 
 
@@ -252,11 +254,11 @@ def timed(dense: nn.Module, cut: nn.Module, example: Tensor, timing: Any) -> dic
     slower in channels_last.
     """
     if example.is_contiguous():
-        before, after = measure_latency([dense, cut], [example], rounds=31)
+        before, after = measure_latency([dense, cut], Inputs(example), rounds=31)
         measured = {}
     else:
         contiguous, last, after = measure_latency(
-            [*both_formats(dense), InFormat(cut, torch.channels_last)], [example.contiguous()], rounds=31
+            [*both_formats(dense), InFormat(cut, torch.channels_last)], Inputs(example.contiguous()), rounds=31
         )
         measured, before = {"dense_contiguous_ms": round(contiguous, 3), "dense_channels_last_ms": round(last, 3)}, min(contiguous, last)
     measured |= {"dense_ms": round(before, 3), "cut_ms": round(after, 3), "faster": round(before / after, 3)}
@@ -314,7 +316,7 @@ def run_torchvision(options: argparse.Namespace, add: Add) -> None:
 
 def faster(model: nn.Module, example: Tensor, cut: Any) -> bool:
     """Whether a cut's chain is faster than its layer in a new measurement."""
-    timer = LayerTimer(model, [example], Cache(False))
+    timer = LayerTimer(model, Inputs(example), Cache(False))
     return timer.time(cut.chain, cut.sizes) < timer.time({"dense": cut.spec}, cut.sizes)
 
 
@@ -331,7 +333,7 @@ def run_latency(options: argparse.Namespace, add: Add) -> None:
             example = torch.randn(batch, 3, 224, 224)
             by_latency = compress(model, example, budget=Budget(latency=0.5))
             damage = sum(cut.damage or 0.0 for cut in by_latency.plan.cuts)
-            planner = Planner(model, (example,), PlanSettings(budget=Budget(macs=0.5)), None)
+            planner = Planner(model, Inputs(example), PlanSettings(budget=Budget(macs=0.5)), None)
             low, high = planner.smallest_fraction("macs") + 1e-3, 1.0
             for _ in range(10):
                 middle = (low + high) / 2
@@ -339,7 +341,7 @@ def run_latency(options: argparse.Namespace, add: Add) -> None:
                 over = sum(cut.damage or 0.0 for cut in plan.cuts) > damage
                 low, high = (middle, high) if over else (low, middle)
             by_macs, by_macs_plan = cut_to_budget(planner, Budget(macs=high))
-            dense, latency, macs = measure_latency([model, by_latency.model, by_macs], [example], rounds=31)
+            dense, latency, macs = measure_latency([model, by_latency.model, by_macs], Inputs(example), rounds=31)
             return {
                 "predicted_damage": round(damage, 4),
                 "dense_ms": round(dense, 3),
@@ -372,8 +374,8 @@ def run_planning(options: argparse.Namespace, add: Add) -> None:
                 for budget in (Budget(macs=0.5), Budget(macs=0.4), Budget(params=0.3)):
                     start = time.perf_counter()
                     example = batches[0][:1]
-                    images = Images(batches, (tuple(example.shape),))
-                    planner = Planner(model, (example,), PlanSettings(budget=budget), images, folder, progress=True)
+                    images = Images(batches, Inputs(example))
+                    planner = Planner(model, Inputs(example), PlanSettings(budget=budget), images, folder, progress=True)
                     planner.plan(budget, errors_later=True)
                     seconds.append(round(time.perf_counter() - start, 1))
             return {"first": seconds[0], "next": seconds[1], "next_other_measure": seconds[2]}

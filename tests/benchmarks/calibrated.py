@@ -41,10 +41,11 @@ from dsconv_surgery.calibration.reconstruct import _LayerFit
 from dsconv_surgery.calibration.side_by_side import SideBySide
 from dsconv_surgery.network.geometry import ConvSpec, chain_cost
 from dsconv_surgery.schemes import chain_of, factorize, fit, get_scheme, kernel_of, kernel_tensor, refusal, scheme_names
+from dsconv_surgery.support.inputs import Inputs
 
 HERE = Path(__file__).parent
 Add = Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None]
-SHAPES = ((1, 3, 32, 32),)
+SHAPES = Inputs(torch.empty(1, 3, 32, 32))
 CASES: list[tuple[int, str, dict[str, Any]]] = [
     *((20, "cp", {"budget": Budget(params=fraction), "rule": "uniform"}) for fraction in (0.4, 0.27, 0.14)),
     *((20, "depthwise", {"rule": "fixed", "rank": m}) for m in (3, 2, 1)),
@@ -75,7 +76,7 @@ def ablated_cut(model: nn.Module, plan: Plan, images: Images, step: str) -> nn.M
         with ExitStack() as patches:
             for part in left_out:
                 patches.enter_context(WITHOUT[part])
-            cut = surgery.cut_calibrated(model, plan, images, {}, False)[0]
+            cut = surgery.cut_calibrated(model, plan, images, {}, False, None)[0]
     if always:
         _estimate_statistics(cut, [module for module in cut.modules() if isinstance(module, nn.BatchNorm2d)], images)
     return cut

@@ -23,6 +23,7 @@ from dsconv_surgery.calibration.side_by_side import SideBySide, network_pair
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.schemes import Objective, factorize, fit, fitting, get_scheme, kernel_of, kernel_tensor, refusal, scheme_names
 from dsconv_surgery.schemes.fitting import PENALTY, penalized_error
+from dsconv_surgery.support.inputs import Inputs
 
 LAYERS = [
     nn.Conv2d(4, 6, 3, padding=1),
@@ -283,7 +284,7 @@ def test_both_pairs_observe_the_inputs_of_every_call(kind: type[nn.Module], pair
     """Inputs in both networks, with one layer replaced, are those of plain forward passes."""
     model, batches = network(kind), images(7)
     names = ["first", "twice", "closing", "wide", "fc"]
-    pair = network_pair(model, Images(batches, ((1, 3, 10, 10),)), names)
+    pair = network_pair(model, Images(batches, Inputs(torch.empty(1, 3, 10, 10))), names)
     assert type(pair) is pair_type
     cut = copy.deepcopy(model)
     visited: list[str] = []
@@ -317,7 +318,7 @@ def test_both_pairs_observe_the_inputs_of_every_call(kind: type[nn.Module], pair
 
 def test_the_graph_shows_what_follows_a_layer() -> None:
     model = network()
-    pair = network_pair(model, Images(images(), ((1, 3, 10, 10),)), ["first", "twice", "beside", "closing", "wide", "fc"])
+    pair = network_pair(model, Images(images(), Inputs(torch.empty(1, 3, 10, 10))), ["first", "twice", "beside", "closing", "wide", "fc"])
     following = {name: (after.batchnorm, after.addend is not None, after.relu) for name, after in pair.following.items()}
     assert following == {
         "first": ("norm", False, True),
@@ -429,7 +430,7 @@ def test_the_batchnorm_after_a_layer_takes_up_the_mean_error(monkeypatch: pytest
     plan = make_plan(model, batches[0][:1], rule="fixed", rank=3, schemes="cp", include=["first"])
     monkeypatch.setattr(_LayerFit, "_fit_behind_relu", lambda _fit, _pair, _ridge, factors: factors)
     monkeypatch.setattr(surgery, "reestimate_batchnorm", lambda *_: False)
-    cut, _ = surgery.cut_calibrated(model, plan, Images(batches, plan.input_shapes), {}, False)
+    cut, _ = surgery.cut_calibrated(model, plan, Images(batches, plan.inputs.rebuild("meta")), {}, False, None)
     assert not torch.equal(cut.norm.running_mean, model.norm.running_mean)
     x = torch.cat(batches)
     with torch.no_grad():
@@ -444,7 +445,7 @@ def test_the_batchnorm_after_a_layer_takes_up_the_mean_error(monkeypatch: pytest
 def test_batchnorm_statistics_are_replaced_only_if_that_lowers_the_error() -> None:
     model, (train, _) = demo_resnet20(), demo_images("train")
     plan = make_plan(model, train[:1], rule="fixed", rank=2, schemes="depthwise", exclude=["conv1", "linear"])
-    few = Images(train[:128].split(64), ((1, 3, 32, 32),))
+    few = Images(train[:128].split(64), Inputs(torch.empty(1, 3, 32, 32)))
     cut, same = apply_plan(model, plan), copy.deepcopy(model)
     before = compare(model, cut, train[:1], plan=plan, data=[train[200:300]]).fidelity
     assert reestimate_batchnorm(model, cut, few)

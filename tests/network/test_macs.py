@@ -13,6 +13,7 @@ from dsconv_surgery import Plan, apply_plan, make_plan
 from dsconv_surgery.network.discovery import ConvSite, Skip, survey_model
 from dsconv_surgery.plan import Cut
 from dsconv_surgery.schemes import get_scheme, refusal, scheme_names
+from dsconv_surgery.support.inputs import Inputs
 
 models = pytest.importorskip("torchvision.models")
 
@@ -71,7 +72,7 @@ def counted(model: nn.Module, *inputs: Any) -> tuple[dict[str, int], int]:
 
 def check(model: nn.Module, *inputs: Any) -> int:
     """Compare every layer and the totals; returns the MACs outside of layers."""
-    survey = survey_model(model, *inputs)
+    survey = survey_model(model, Inputs(*inputs))
     macs, total = counted(model, *inputs)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
     assert [layer.name for layer in survey.layers] == list(layers)
@@ -84,8 +85,8 @@ def check(model: nn.Module, *inputs: Any) -> int:
             assert layer.cost == survey.costs[layer.name]
     assert survey.total.params == sum(p.numel() for p in model.parameters())
     assert survey.total.macs == sum(macs.values())
-    assert survey.total.macs + survey.remainder_macs == total
-    return survey.remainder_macs
+    assert survey.total.macs + survey.outside.macs == total
+    return survey.outside.macs
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -104,20 +105,16 @@ def test_every_family_is_there() -> None:
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_auxiliary_heads_count_only_where_they_run(name: str) -> None:
-    """They run in training mode. In evaluation mode they are skips without MACs."""
+    """They run in training mode only. Costs are those of evaluation mode, in which they are skips without MACs, in both modes."""
     x = torch.empty(2, 3, 96, 96, device="meta")
     model = on_meta(name, aux_logits=True)
     heads = [n for n, module in model.named_modules() if isinstance(module, LAYERS) and n.lower().startswith("aux")]
     assert heads
     check(model, x)
-    evaluation = survey_model(model, x)
+    evaluation = survey_model(model, Inputs(x))
     assert {layer.name for layer in evaluation.layers if isinstance(layer, Skip)} == set(heads)
     assert all(evaluation.costs[head].macs == 0 for head in heads)
-    model.train()
-    if name == "inception_v3":
-        x = torch.empty(2, 3, 299, 299, device="meta")  # its auxiliary head pools 5x5
-    check(model, x)
-    assert not [layer for layer in survey_model(model, x).layers if isinstance(layer, Skip)]
+    assert survey_model(model.train(), Inputs(x)) == evaluation
 
 
 def test_a_layer_that_runs_twice_counts_twice() -> None:
@@ -133,7 +130,7 @@ def test_a_layer_that_runs_twice_counts_twice() -> None:
 
     model, x = Pyramid(), torch.rand(2, 3, 17, 12)
     assert check(model, x) == 0
-    assert survey_model(model, x).total.macs == 2 * 5 * 9 * (8 * 12 + 4 * 4)
+    assert survey_model(model, Inputs(x)).total.macs == 2 * 5 * 9 * (8 * 12 + 4 * 4)
 
 
 def test_transposed_and_one_dimensional_convolutions_count_too() -> None:
@@ -148,7 +145,7 @@ def test_transposed_and_one_dimensional_convolutions_count_too() -> None:
 
 def hand_made(model: nn.Module, x: torch.Tensor, scheme: str) -> Plan:
     """A plan that cuts every possible layer with a scheme at half the full rank."""
-    survey = survey_model(model, x)
+    survey = survey_model(model, Inputs(x))
     cuts: list[Cut] = []
     for layer in survey.layers:
         if isinstance(layer, ConvSite) and not refusal(get_scheme(scheme), layer.spec):
@@ -166,7 +163,7 @@ def test_a_plan_predicts_the_cost_of_the_cut_network(name: str, scheme: str) -> 
     plan = hand_made(model, x, scheme)
     cut = apply_plan(model, plan, init="empty")
     assert len(plan.cuts) > 5
-    assert survey_model(cut, x).total == plan.total_after != plan.total
+    assert survey_model(cut, Inputs(x)).total == plan.total_after != plan.total
     assert check(cut, x) == 0
     assert sum(counted(cut, x)[0].values()) == plan.total_after.macs
 
@@ -176,6 +173,6 @@ def test_make_plan_predicts_the_cost_of_the_cut_network() -> None:
     model, x = models.shufflenet_v2_x0_5(weights=None).eval(), torch.rand(2, 3, 64, 64)
     plan = make_plan(model, x, schemes=["depthwise", "spatial", "channel", "bottleneck"], rule="uniform")
     cut = apply_plan(model, plan)
-    assert survey_model(cut, x).total == plan.total_after
+    assert survey_model(cut, Inputs(x)).total == plan.total_after
     macs, total = counted(cut, x)
     assert sum(macs.values()) == total == plan.total_after.macs <= plan.total.macs / 2

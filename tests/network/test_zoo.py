@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from dsconv_surgery import Budget, Plan, apply_plan, find_convs, fold_back, load, make_plan, save
 from dsconv_surgery.network.discovery import ConvSite, Skip, survey_model
+from dsconv_surgery.support.inputs import Inputs
 
 models = pytest.importorskip("torchvision.models")
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # for its zoo.py
@@ -97,7 +98,7 @@ def test_zoo(name: str, tmp_path: Path) -> None:
     cut = apply_plan(model, plan)
     check_cut(model, cut, plan)
     assert {planned.scheme for planned in plan.cuts} == set(network.schemes)
-    after = survey_model(cut, x).total
+    after = survey_model(cut, Inputs(x)).total
     assert after == plan.total_after
     assert after.macs <= network.keep * plan.total.macs
     assert sum(p.numel() for p in cut.parameters()) == after.params
@@ -188,7 +189,7 @@ def test_faster_rcnn(tmp_path: Path) -> None:
     """A network that can be neither traced nor run on fake tensors, and calls its heads with five sizes."""
     model, images = detector().eval(), [torch.rand(3, 64, 64)]
     before = snapshot(model)
-    sites = {layer.name: layer for layer in survey_model(model, images).layers if isinstance(layer, ConvSite)}
+    sites = {layer.name: layer for layer in survey_model(model, Inputs(images)).layers if isinstance(layer, ConvSite)}
     assert set(sites) == layer_names(model)
     assert sites["rpn.head.conv.0.0"].sizes == tuple((1, side, side) for side in (16, 8, 4, 2, 1))
 
@@ -196,7 +197,7 @@ def test_faster_rcnn(tmp_path: Path) -> None:
     cut = apply_plan(model, plan)
     check_cut(model, cut, plan)
     assert "rpn.head.conv.0.0" in {planned.name for planned in plan.cuts}
-    assert survey_model(cut, images).total.params == plan.total_after.params
+    assert survey_model(cut, Inputs(images)).total.params == plan.total_after.params
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     targets = [{"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]), "labels": torch.tensor([1])}]
@@ -285,8 +286,8 @@ def test_layers_whose_attributes_are_read_stay() -> None:
     model, x = ReadsAttributes().eval(), torch.rand(2, 3, 8, 8)
     conv, other, fc = find_convs(model, x)
     assert isinstance(conv, ConvSite)
-    assert other == Skip("other", "its bias is read outside its own call, so the layer must stay.")
-    assert fc == Skip("fc", "its in_features is read outside its own call, so the layer must stay.")
+    assert other == Skip("other", "its bias is read by ReadsAttributes.forward, so the layer must stay.")
+    assert fc == Skip("fc", "its in_features is read by ReadsAttributes.forward, so the layer must stay.")
     assert type(model.fc) is nn.Linear  # only a copy is watched
     plan = make_plan(model, x, schemes="spatial", budget=Budget(macs=0.95), rule="uniform")
     assert [planned.name for planned in plan.cuts] == ["conv"]

@@ -33,9 +33,10 @@ from dsconv_surgery.planning.settings import PlanSettings
 from dsconv_surgery.planning.tables import Choice, Option, Table, allowed_costs
 from dsconv_surgery.schemes import registry
 from dsconv_surgery.support.cache import Cache, digest
+from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.sweep import Sweep
 
-SHAPES = ((1, 3, 16, 16),)
+SHAPES = Inputs(torch.empty(1, 3, 16, 16))
 
 
 class Net(nn.Module):
@@ -197,7 +198,7 @@ def test_limits_tightened_out_of_reach_leave_the_best_plan_so_far(error: Excepti
     monkeypatch.setattr(
         "dsconv_surgery.planning.planner.measure_latency", lambda models, *_, **__: [1.0] * len(models)
     )  # too long, whatever is cut
-    decision = Planner(net, (x,), PlanSettings(budget=Budget(latency=0.9), schemes="channel"), None, cache=False)
+    decision = Planner(net, Inputs(x), PlanSettings(budget=Budget(latency=0.9), schemes="channel"), None, cache=False)
     name, table = next(iter(decision._tables.items()))
     answers = iter([{name: replace(table.options["channel"][0], error=0.1)}])
 
@@ -229,7 +230,7 @@ def test_a_knapsack_that_only_just_has_an_answer() -> None:
 
 def test_interpolated_errors_are_near_the_true_ones(net: Net, x: Tensor, batches: list[Tensor]) -> None:
     """Estimates at many ranks of every scheme against fits at these ranks: within half on average, and in order."""
-    decision = Planner(net, (x,), PlanSettings(budget=Budget(macs=0.5)), Images(Calibration(batches), SHAPES))
+    decision = Planner(net, Inputs(x), PlanSettings(budget=Budget(macs=0.5)), Images(Calibration(batches), SHAPES))
     working = decision._errors["wide"]
     log_errors: list[float] = []
     for name, options in decision._tables["wide"].options.items():
@@ -279,7 +280,7 @@ def test_a_second_plan_comes_from_the_cache(net: Net, x: Tensor, batches: list[T
         patch.setattr(DamageEstimator, "divergence", refuse)
 
         def plan_again() -> Plan:  # errors of what is chosen are measured anew: not asked for here
-            decision = Planner(net, (x,), PlanSettings(budget=Budget(macs=0.5)), Images(batches, SHAPES))
+            decision = Planner(net, Inputs(x), PlanSettings(budget=Budget(macs=0.5)), Images(batches, SHAPES))
             return decision.plan(Budget(macs=0.5), errors_later=True)[0]
 
         again = plan_again()

@@ -1,0 +1,230 @@
+"""The inputs of a network: positional and keyword arguments with tensors anywhere in them, and batches of such inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+REMEDY = "Batches are like the example inputs, with labels after them. Or pass prepare=, a function from a batch to the inputs."
+
+
+class Inputs:
+    """The arguments of one call of a network. A function passed as `prepare=` returns it for networks with keyword arguments.
+
+    Args:
+        args, kwargs: what `network(*args, **kwargs)` takes.
+
+    Example:
+        >>> prepare = lambda batch: (Inputs(pixel_values=batch["pixel_values"]), batch["labels"])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    def __repr__(self) -> str:
+        shown = [describe_type(value) for value in self.args] + [f"{key}={describe_type(value)}" for key, value in self.kwargs.items()]
+        return f"Inputs({', '.join(shown)})"
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in order."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+
+def _from_children(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
+    return Inputs(*args, **kwargs)
+
+
+pytree.register_pytree_node(
+    Inputs,
+    lambda inputs: ([inputs.args, inputs.kwargs], None),
+    lambda children, _context: _from_children(*children),
+    serialized_type_name="dsconv_surgery.Inputs",
+)
+
+
+def as_inputs(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Inputs:
+    """The example inputs of a public function; TypeError unless `example_kwargs` is a dict with names for keys."""
+    if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs)):
+        raise TypeError(f'example_kwargs: found {type(kwargs).__name__}, expected a dict, as in example_kwargs={{"pixel_values": images}}.')
+    return Inputs(*args, **(kwargs or {}))
+
+
+def checked_prepare(prepare: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+    """The argument `prepare=`; TypeError unless it is a function or None."""
+    if prepare is not None and not callable(prepare):
+        raise TypeError(f"prepare: found {type(prepare).__name__}, expected a function from a batch to the network's inputs.")
+    return prepare
+
+
+def describe_type(value: Any) -> str:
+    """A value's type, with the shape and dtype of a tensor."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe_type(item)}" for key, item in list(value.items())[:8]) + "}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} of {len(value)} ({', '.join(describe_type(item) for item in value[:4])})"
+    return repr(value) if isinstance(value, bool | int | float | type(None)) else type(value).__name__
+
+
+def batch_items(batch: Any) -> tuple[Any, ...]:
+    """The items of a batch: those of a tuple or list, else the batch itself."""
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def batch_inputs(batch: Any, count: int, where: str) -> Inputs:
+    """The first items of a batch as the inputs of a network; what follows are labels.
+
+    Raises:
+        ValueError: there are fewer items, or no tensor is among them; `where` names the caller and the batch.
+    """
+    items = batch_items(batch)
+    inputs = items[0] if count == 1 and items and isinstance(items[0], Inputs) else Inputs(*items[:count])
+    if len(items) < count or not inputs.tensors:
+        types = ", ".join(type(item).__name__ for item in items) or "nothing"
+        raise ValueError(
+            f"{where} holds {types}, expected {count} input(s) with tensors, as the network takes them, and then labels. Or pass prepare=, "
+            "a function from a batch to the inputs and labels."
+        )
+    return inputs
+
+
+class InputStructure:
+    """What inputs have in common with example inputs, and which of their tensors hold one row per image.
+
+    The first of the tensors with most dimensions tells the number of images; a list of (channels, height, width) tensors is one image
+    for each entry. Other tensors have a row per image if they do in the example, and are shared by all images if they do not.
+    """
+
+    def __init__(self, example: Inputs) -> None:
+        self._example = (example.args, example.kwargs)
+        leaves = self._leaves(self._example)
+        dimensions = [_dimensions(leaf) for leaf, _ in leaves]
+        self._main = dimensions.index(max(dimensions)) if dimensions else None
+        self.images = max(1, self._count(self._example))
+
+    def match(self, batch: Any, where: str) -> Inputs:
+        """The inputs in a batch: without labels and without keys that the example inputs do not have.
+
+        Raises:
+            ValueError: the batch has another structure, or numbers that are not finite.
+        """
+        values = _map(_check_leaf, self._example, self._split(batch, where), where, "")
+        count = self._count(values)
+        for example, value in self._leaves(values):
+            if _has_images(example, self.images) and len(value) not in (count, len(example)):
+                raise ValueError(f"{where}: inputs of {count} and {len(value)} images, expected equally many. {REMEDY}")
+        return Inputs(*values[0], **values[1])
+
+    def count(self, inputs: Inputs) -> int:
+        """The number of images."""
+        return self._count((inputs.args, inputs.kwargs))
+
+    def values_per_image(self, inputs: Inputs) -> int:
+        """The number of values of the largest image."""
+        main = self._leaves((inputs.args, inputs.kwargs))[self._main or 0][1]
+        return max([1, *(image.numel() for image in main)]) if isinstance(main, list | tuple) else max(1, main[:1].numel())
+
+    def select(self, inputs: Inputs, index: slice | Tensor) -> Inputs:
+        """The inputs for some images: a range, or a mask with one flag per image."""
+        values, count = (inputs.args, inputs.kwargs), self.count(inputs)
+        numbers = torch.arange(count, device="cpu")[index].tolist()
+
+        def pick(example: Any, value: Any, _place: str) -> Any:
+            if not (_has_images(example, self.images) and len(value) == count):
+                return value
+            if isinstance(value, Tensor):
+                return value[index.to(value.device) if isinstance(index, Tensor) else index]
+            return type(value)(value[number] for number in numbers)
+
+        args, kwargs = _map(pick, self._example, values, "", "")
+        return Inputs(*args, **kwargs)
+
+    def _split(self, batch: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and the keyword arguments in a batch."""
+        args, kwargs = self._example
+        items = batch_items(batch)
+        if items and isinstance(items[0], Inputs):
+            return items[0].args, items[0].kwargs
+        if len(args) == 1 and not kwargs and _is_image_list(args[0]) and _is_image_list(batch):
+            items = (batch,)
+        needed = len(args) + bool(kwargs)
+        if len(items) < needed or (kwargs and not isinstance(items[len(args)], Mapping)):
+            expected = [describe_type(value) for value in (*args, *([kwargs] if kwargs else []))]
+            raise ValueError(f"{where} holds {describe_type(batch)}, expected {', '.join(expected)}. {REMEDY}")
+        return items[: len(args)], dict(items[len(args)]) if kwargs else {}
+
+    def _leaves(self, values: Any) -> list[tuple[Any, Any]]:
+        """Pairs of a tensor or list of images in the example and the same in other inputs."""
+        leaves: list[tuple[Any, Any]] = []
+        _map(lambda example, value, _place: leaves.append((example, value)), self._example, values, "", "")
+        return leaves
+
+    def _count(self, values: Any) -> int:
+        if self._main is None:
+            return 0
+        main = self._leaves(values)[self._main][1]
+        return 1 if isinstance(main, Tensor) and not main.ndim else len(main)
+
+
+def _is_image_list(value: Any) -> bool:
+    """Whether a value is a list or tuple of (channels, height, width) tensors, as torchvision's detection models take."""
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(item, Tensor) and item.ndim == 3 for item in value)
+
+
+def _dimensions(leaf: Any) -> int:
+    return leaf.ndim if isinstance(leaf, Tensor) else 4
+
+
+def _has_images(example: Any, images: int) -> bool:
+    """Whether the first dimension of a tensor or list in the example counts the example's images."""
+    return not isinstance(example, Tensor) or (example.ndim > 0 and len(example) == images)
+
+
+def _check_leaf(example: Any, value: Any, place: str) -> Any:
+    """A tensor, or a list of images, that is like the one in the example but for the number and the size of images."""
+    if not isinstance(example, Tensor):
+        if not _is_image_list(value):
+            raise ValueError(f"{place}: found {describe_type(value)}, expected a list of images like {describe_type(example)}. {REMEDY}")
+        pairs = [(example[0], image) for image in value]
+    elif not isinstance(value, Tensor):
+        raise ValueError(f"{place}: found {describe_type(value)}, expected a tensor like the example's {describe_type(example)}. {REMEDY}")
+    else:
+        pairs = [(example, value)]
+    for like, tensor in pairs:
+        axis = 1 if isinstance(example, Tensor) else 0  # channels; the length of token sequences may differ
+        differ = tensor.ndim != like.ndim or (like.ndim > 1 and like.is_floating_point() and tensor.shape[axis] != like.shape[axis])
+        if differ:
+            message = f"{place} has shape {tuple(tensor.shape)}, expected one like the example input's, {tuple(like.shape)}."
+            raise ValueError(f"{message} {REMEDY}")
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise ValueError(f"{place}: {bad} of {tensor.numel()} numbers are NaN or infinite. Leave out or repair those images.")
+    return value
+
+
+def _map(function: Callable[[Any, Any, str], Any], example: Any, value: Any, where: str, place: str) -> Any:
+    """`value` with the structure of `example`, and `function(example, value, place)` in place of tensors and lists of images.
+
+    ValueError for another structure. `where` names the batch, `place` the position in it.
+    """
+    here = f"{where}: at {place}" if place else where
+    if isinstance(example, Tensor) or _is_image_list(example):
+        return function(example, value, here)
+    if isinstance(example, Mapping):
+        missing = [key for key in example if not isinstance(value, Mapping) or key not in value]
+        if missing:
+            raise ValueError(f"{here}: found {describe_type(value)}, expected a dict with {', '.join(map(repr, example))}. {REMEDY}")
+        return {key: _map(function, item, value[key], where, f"{place}[{key!r}]") for key, item in example.items()}
+    if isinstance(example, list | tuple):
+        if not isinstance(value, list | tuple) or len(value) != len(example):
+            raise ValueError(f"{here}: found {describe_type(value)}, expected {describe_type(example)}. {REMEDY}")
+        items = [_map(function, a, b, where, f"{place}[{index}]") for index, (a, b) in enumerate(zip(example, value, strict=True))]
+        return items if isinstance(example, list) else type(example)(*items) if hasattr(example, "_fields") else tuple(items)
+    if isinstance(value, Tensor | list | tuple | Mapping) or (example is None) != (value is None):
+        raise ValueError(f"{here}: found {describe_type(value)}, expected {describe_type(example)}. {REMEDY}")
+    return value

@@ -1,0 +1,130 @@
+"""Outputs of any type: their tensors, and networks that have such outputs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsconv_surgery import Budget, FineTune, compare, compress, fine_tune
+from dsconv_surgery.support.outputs import OutputSelector, output_tensors
+
+X, DATA = torch.rand(1, 3, 10, 10), torch.rand(16, 3, 10, 10)
+Pair = namedtuple("Pair", "a b")
+
+
+@dataclass
+class Result:
+    logits: Tensor
+    hidden: list[Tensor] = field(default_factory=list)
+
+
+class Slotted:
+    __slots__ = ("name", "value")
+
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.name = value, "x"
+
+
+class ModelOutput(OrderedDict):
+    """As that of transformers: keys are attributes, too."""
+
+
+OUTPUTS: dict[str, Any] = {
+    "tensor": lambda y: y,
+    "tuple": lambda y: (y, None, 3),
+    "dict": lambda y: {"a": y, "loss": None},
+    "nest": lambda y: [{"a": (y,)}, {"b": [y * 2]}],
+    "dataclass": lambda y: Result(y, [y * 2]),
+    "namedtuple": lambda y: Pair(y, 1),
+    "ModelOutput": lambda y: ModelOutput(logits=y),
+    "UserDict": lambda y: UserDict(logits=y),
+    "namespace": lambda y: SimpleNamespace(y=y, text="a"),
+    "slots": lambda y: Slotted(y),
+    "distribution": lambda y: torch.distributions.Normal(y, torch.ones_like(y), validate_args=False),
+    "complex": lambda y: torch.complex(y, y),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.wrap = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 24, 3), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.second(self.first(x).relu()))
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_the_error_is_that_of_all_tensors(kind: str) -> None:
+    model = Net(OUTPUTS[kind]).eval()
+    small = compress(model, X, budget=Budget(macs=0.2), schemes="spatial", cache=False)
+    fidelity = compare(model, small.model, X, plan=small.plan, data=[DATA]).fidelity
+    assert fidelity is not None
+    plain = [Net(OUTPUTS["tensor"]).eval() for _ in range(2)]
+    for network, source in zip(plain, (model, small.model), strict=True):
+        network.first, network.second = source.first, source.second
+    target, output = (network(DATA).detach() for network in plain)
+    truth = float((target - output).square().sum() / target.square().sum())
+    if kind != "distribution":  # its deviations are the same in both
+        assert fidelity.error == pytest.approx(truth, rel=1e-3)
+    assert fidelity.error > 1e-3
+    fitted = compress(model, X, budget=Budget(macs=0.2), schemes="spatial", calibration=[DATA], cache=False)
+    fitted_fidelity = compare(model, fitted.model, X, plan=fitted.plan, data=[DATA]).fidelity
+    assert fitted_fidelity is not None
+    assert fitted_fidelity.error < fidelity.error
+    before = fitted.model.first[0].weight.detach().clone()
+    history = fine_tune(fitted.model, [DATA], teacher=model, settings=FineTune(epochs=3))
+    assert history.epochs[0].loss > 0
+    assert not torch.equal(before, fitted.model.first[0].weight)
+
+
+def test_tensors_keep_their_order_and_cycles_end() -> None:
+    a, b = torch.ones(2), torch.zeros(3)
+    value = SimpleNamespace(first=[a, {"x": (b, 1, "text")}], flag=True, whole=torch.arange(3))
+    value.itself = value
+    assert output_tensors(value) == [a, b]
+    assert [tuple(t.shape) for t in output_tensors([torch.ones(2, dtype=torch.complex64), torch.eye(2).to_sparse()])] == [(2, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("output", [None, 3, "text", [], {}, torch.arange(3), SimpleNamespace(a=1), nn.Linear(2, 2)])
+def test_an_output_without_tensors_is_an_error(output: Any) -> None:
+    model = Net(lambda y: output).eval()
+    with pytest.raises(ValueError, match="output="):
+        compare(model, model, X, data=[DATA])
+    with pytest.raises(ValueError, match="output="):
+        compress(model, X, calibration=[DATA], schemes="spatial", cache=False)
+
+
+def boxes(y: Tensor) -> list[dict[str, Tensor]]:
+    return [{"scores": row[row > 0.1]} for row in y.flatten(1)]
+
+
+def test_outputs_of_varying_shapes_need_a_function() -> None:
+    class Detector(Net):
+        def forward(self, x: Tensor) -> Any:
+            y = self.second(self.first(x).relu())
+            return boxes(y) if self.wrap else (y, boxes(y))
+
+    for boxes_only in (True, False):
+        model = Detector(boxes_only).eval()
+        settings: dict[str, Any] = {"schemes": "spatial", "budget": Budget(macs=0.3), "cache": False}
+        with pytest.raises(ValueError, match="output="):
+            compress(model, X, calibration=[DATA], **settings)
+    small = compress(model, X, calibration=[DATA], output=lambda result: result[0], **settings)
+    fidelity = compare(model, small.model, X, plan=small.plan, data=[DATA], output=lambda result: result[0]).fidelity
+    assert fidelity is not None
+    assert 0 < fidelity.error < 1
+    with pytest.raises(ValueError, match="output="):
+        fine_tune(small.model, [DATA], teacher=model, settings=FineTune(epochs=1))
+    fine_tune(small.model, [DATA], teacher=model, output=lambda result: result[0], settings=FineTune(epochs=1))
+
+
+def test_pairs_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(2,\).*\(3,\).*output="):
+        OutputSelector().pairs(torch.ones(2), torch.ones(3))
