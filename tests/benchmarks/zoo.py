@@ -281,7 +281,9 @@ def run_all(names: Iterable[str], path: Path, again: bool) -> None:
             continue
         rows[name] = row = run_child(name)
         print(f"{name}: {'served' if row['served'] else row['reason'][:200]} ({row['seconds']} s)", flush=True)
-        path.write_text(json.dumps({"schemes": SCHEMES, "rank": RANK, "rows": list(rows.values())}, indent=1) + "\n")
+        path.write_text(
+            json.dumps({"schemes": SCHEMES, "rank": RANK, "rows": sorted(rows.values(), key=lambda row: row["model"])}, indent=1) + "\n"
+        )
 
 
 def table(path: Path) -> str:
