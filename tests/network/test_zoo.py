@@ -137,7 +137,8 @@ SERVED = (
 @pytest.mark.parametrize("name", SERVED)
 def test_a_model_is_served_end_to_end(name: str) -> None:
     """Find, plan, cut, run, train, save and load; each layer is a site or a skip with its reason."""
-    row = import_module("zoo").serve(name)
+    row: dict[str, Any] = {}
+    import_module("zoo").serve(name, row)
     assert row["served"]
     assert row["unexplained"] == []
 
