@@ -27,7 +27,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 RESULT = Path(__file__).resolve().with_name("results") / "zoo.json"
-TIME_LIMIT = 600  # seconds for one model
+TIME_LIMIT = 1800  # seconds for one model
 # The smallest model of each family of timm 1.0, or two of large families, with at most 45 million parameters (dm_nfnet_f0: 71 million).
 TIMM = [
     "bat_resnext26ts", "botnet26t_256", "caformer_s18", "cait_xxs24_224", "coat_tiny", "coatnet_pico_rw_224", "coatnext_nano_rw_224",
