@@ -56,15 +56,16 @@ def record_calls(model: nn.Module, inputs: Inputs, candidates: Sequence[str]) ->
     The candidates are names of layers. A second run, with each candidate in an nn.Sequential, tests whether the model computes the same
     with other types of modules in their places.
     """
-    run, recorder, operations, macs = _first_run(model, inputs)
+    run, recorder, macs = _first_run(model, inputs)
+    called = [name for name in candidates if name in recorder.calls and name not in recorder.reads and name]
+    operations = run(_OperationLog, []).log if called else []
 
     def is_same(names: Sequence[str]) -> bool:
         try:
-            return run(names)[1] == operations
+            return run(_OperationLog, names).log == operations
         except Exception:  # whatever the model does with modules that it does not expect
             return False
 
-    called = [name for name in candidates if name in recorder.calls and name not in recorder.reads and name]
     return CallRecord(recorder.calls, recorder.reads, frozenset(_failing(is_same, called)), macs, sum(recorder.unregistered.values()))
 
 
@@ -78,23 +79,21 @@ def _failing(test: Callable[[Sequence[str]], bool], names: Sequence[str]) -> lis
     return _failing(test, names[:middle]) + _failing(test, names[middle:])
 
 
-Run = Callable[[Sequence[str]], tuple["_CallRecorder", list[Any], int]]
-
-
-def _first_run(model: nn.Module, inputs: Inputs) -> tuple[Run, _CallRecorder, list[Any], int]:
-    """A function that runs the model with some layers in an nn.Sequential, and its result without."""
+def _first_run(model: nn.Module, inputs: Inputs) -> tuple[Callable[..., Any], _CallRecorder, int]:
+    """A function that runs the model under an observer, with some layers in an nn.Sequential; and the recorded calls and MACs."""
     failure: Exception | None = None
     # fx would trace into a lone layer, and it reads more of a weight than its dtype.
     kinds = ("fake", "real") if is_layer(model) or weight_property_readers(model) else ("traced", "fake", "real")
     for how in kinds:
 
-        def run(names: Sequence[str], how: str = how) -> tuple[_CallRecorder, list[Any], int]:
+        def run(make_observer: Callable[[nn.Module], Any], names: Sequence[str], how: str = how) -> Any:
             with warnings.catch_warnings(), _quiet(_FAILED_RUN_LOGGERS):
                 warnings.simplefilter("ignore")
-                return _run(model, inputs, how, names)
+                return _run(model, inputs, how, make_observer, names)
 
         try:
-            return run, *run([])
+            recorder = run(lambda clone: _CallRecorder(clone, model), [])
+            return run, recorder, recorder.macs
         except (CopyError, ForeignForwardError):
             raise
         except Exception as error:
@@ -106,21 +105,20 @@ def _first_run(model: nn.Module, inputs: Inputs) -> tuple[Run, _CallRecorder, li
     ) from failure
 
 
-def _run(model: nn.Module, inputs: Inputs, how: str, wrapped: Sequence[str]) -> tuple[_CallRecorder, list[Any], int]:
-    """Run a copy once; returns the recorder, all operations with the shapes of their results, and the MACs."""
+def _run(model: nn.Module, inputs: Inputs, how: str, make_observer: Callable[[nn.Module], Any], wrapped: Sequence[str]) -> Any:
+    """Run a copy once, with some layers in an nn.Sequential, under an observer made for the copy; returns the observer."""
     device_copy: Any = (nullcontext(), copy_model(model), inputs) if how == "real" else fake_copy(model, inputs)
     fake_mode, clone, values = device_copy
     clone = _wrap_layers(clone.eval(), wrapped)
-    recorder, operations = _CallRecorder(clone, model), _OperationLog()
-    with torch.no_grad(), seeded(0), fake_mode, recorder:
+    observer = make_observer(clone)
+    with torch.no_grad(), seeded(0), fake_mode, observer:
         values = pytree.tree_map_only(Tensor, torch.clone, values) if how == "real" else values  # the network may change them in place
-        with FlopCounterMode(display=False) as counter, operations:
-            if how == "traced":
-                graph = trace(clone)
-                fx.Interpreter(graph).run(*placeholder_values(clone, graph, values))
-            else:
-                clone(*values.args, **values.kwargs)
-    return recorder, operations.log, counter.get_total_flops() // 2
+        if how == "traced":
+            graph = trace(clone)
+            fx.Interpreter(graph).run(*placeholder_values(clone, graph, values))
+        else:
+            clone(*values.args, **values.kwargs)
+    return observer
 
 
 def _wrap_layers(model: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -134,6 +132,30 @@ def _wrap_layers(model: nn.Module, names: Sequence[str]) -> nn.Module:
         wrapped[id(layer)] = nn.Sequential(OrderedDict(layer=layer)).eval()
         take_place(layer, wrapped[id(layer)], layer in readers)
     return deepcopy_model(model, tensors | wrapped)
+
+
+def _recurrent_flops(x: Any, *weights: Any, **_: Any) -> int:
+    """Two per MAC of the matrices of a recurrent layer, which every step of every sequence multiplies by."""
+    matrices = [shape for shape in pytree.tree_leaves(weights, is_leaf=_is_shape) if _is_shape(shape) and len(shape) == 2]
+    return 2 * math.prod(x[:2]) * sum(map(math.prod, matrices))
+
+
+def _attention_flops(query: Any, key: Any, _value: Any, width: int, *_: Any, **__: Any) -> int:
+    """Two per MAC of multi-head attention: projections of query, key, value and output, and two products over positions."""
+    batch, length, _ = query
+    return 2 * batch * length * (4 * width * width + 2 * width * key[1])
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, torch.Size)
+
+
+# Operations with products that FlopCounterMode does not count.
+_UNCOUNTED: dict[Any, Any] = {
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops,
+    torch.ops.aten._cudnn_rnn: _recurrent_flops,
+    torch.ops.aten._native_multi_head_attention: _attention_flops,
+}
 
 
 @contextmanager
@@ -153,7 +175,7 @@ def _quiet(names: Sequence[str]) -> Iterator[None]:
 class _OperationLog(TorchDispatchMode):
     """Logs every operation: its name, its arguments that are no tensors, and the shapes and dtypes of its results."""
 
-    def __init__(self) -> None:
+    def __init__(self, _model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.log: list[Any] = []
 
@@ -176,6 +198,7 @@ class _CallRecorder(TorchFunctionMode):
         self.calls: dict[str, list[tuple[Size, int]]] = {}
         self.reads: dict[str, str] = {}
         self.unregistered: dict[int, int] = {}  # id of a parameter that the copy has, but not by name -> number of entries
+        self._counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
         self._original = original
         self._running: list[str] = []
         self._owners: dict[int, tuple[str, str]] = {}  # id of a parameter -> layer, attribute
@@ -186,6 +209,19 @@ class _CallRecorder(TorchFunctionMode):
             module.register_forward_pre_hook(lambda _module, _inputs, name=name: self._running.append(name))
             module.register_forward_hook(lambda *call, name=name: self._record_call(name, *call), with_kwargs=True)
             self._watch_attributes(name, module, type(module))
+
+    def __enter__(self) -> Any:
+        self._counter.__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._counter.__exit__(*error)
+
+    @property
+    def macs(self) -> int:
+        """The MACs of all operations."""
+        return self._counter.get_total_flops() // 2
 
     def _watch_attributes(self, name: str, module: nn.Module, kind: Any) -> None:
         """Give a layer a subclass of its class that records reads of attributes."""

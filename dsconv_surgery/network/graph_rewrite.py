@@ -20,7 +20,13 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
-    """A graph over the model's own modules in which every layer is a node."""
+    """A graph over the model's own modules in which every layer is a node.
+
+    Raises:
+        TypeError: forward was replaced on the instance, and fx would trace the class's.
+    """
+    if "forward" in vars(model):
+        raise TypeError("forward was replaced on the instance, and fx would trace the method of the class.")
     return fx.GraphModule(model, _Tracer().trace(model))
 
 

@@ -240,7 +240,8 @@ def check_finite_state(model: nn.Module) -> None:
     """Raise ValueError if a bias, or a parameter or statistic of a normalisation layer, is NaN or infinite."""
     for name, module in model.named_modules():
         norm = isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm)
-        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            tensor = value.detach()
             if (norm or (key == "bias" and is_layer(module))) and not tensor.is_meta and not bool(tensor.isfinite().all()):
                 path, bad = f"{name}.{key}".removeprefix("."), int((~tensor.isfinite()).sum())
                 raise ValueError(f"{path}: {bad} of {tensor.numel()} entries are NaN or infinite, expected finite ones. Repair them first.")
@@ -248,7 +249,7 @@ def check_finite_state(model: nn.Module) -> None:
 
 def check_finite(name: str, weight: Tensor) -> None:
     """Raise ValueError if an entry of a layer's weight is NaN or infinite."""
-    bad = int((~torch.isfinite(weight)).sum())
+    bad = int((~torch.isfinite(weight.detach())).sum())
     if bad:
         raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite. Repair them, or exclude the layer.")
 

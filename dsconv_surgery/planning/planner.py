@@ -226,7 +226,7 @@ class Planner:
                 skips.append(Skip(name, f"rule {self.settings.rule_text} chose no option for it."))
                 continue
             site, errors = sites[name], self._errors[name]
-            if option.error is None and not errors_later:
+            if option.error is None and not errors_later and not self.model.get_submodule(name).get_parameter("weight").is_meta:
                 option = replace(option, error=errors.measure(option.scheme, option.rank))
             cuts.append(Cut(name, option.scheme, option.rank, site.spec, site.sizes, option.error, option.damage))
             if (option.scheme, option.rank) in errors.factors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,13 +42,14 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
 
 
-def random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The random state of torch on the CPU, and on a CUDA device."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+def random_state(device: torch.device) -> tuple[Any, ...]:
+    """The random states of torch on the CPU and on a CUDA device, of NumPy and of Python."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
 
 
 @contextmanager
-def from_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> Iterator[None]:
+def from_random_state(state: tuple[Any, ...], device: torch.device) -> Iterator[None]:
     """Begin the random draws in the block with a state, and restore the present one at its end."""
     before = random_state(device)
     try:
@@ -57,7 +59,9 @@ def from_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: t
         _set_random_state(before, device)
 
 
-def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
+def _set_random_state(state: tuple[Any, ...], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
+    np.random.set_state(state[2])
+    random.setstate(state[3])

@@ -13,6 +13,7 @@ from dsconv_surgery import Plan, apply_plan, make_plan
 from dsconv_surgery.network.discovery import ConvSite, Skip, survey_model
 from dsconv_surgery.plan import Cut
 from dsconv_surgery.schemes import get_scheme, refusal, scheme_names
+from dsconv_surgery.support.input_description import describe_inputs
 from dsconv_surgery.support.inputs import Inputs
 
 models = pytest.importorskip("torchvision.models")
@@ -140,7 +141,7 @@ def test_transposed_and_one_dimensional_convolutions_count_too() -> None:
     )
     model.append(nn.Conv3d(3, 2, (1, 3, 1)))
     assert check(model, torch.rand(2, 4, 5, 7)) == 0
-    assert survey_model(model, torch.rand(2, 4, 5, 7)).total.macs > 0
+    assert survey_model(model, Inputs(torch.rand(2, 4, 5, 7))).total.macs > 0
 
 
 def hand_made(model: nn.Module, x: torch.Tensor, scheme: str) -> Plan:
@@ -152,7 +153,7 @@ def hand_made(model: nn.Module, x: torch.Tensor, scheme: str) -> Plan:
             full: Any = get_scheme(scheme).full_rank(layer.spec.one_group())
             rank = max(1, full // 2) if isinstance(full, int) else (max(1, full[0] // 2), max(1, full[1] // 3))
             cuts.append(Cut(layer.name, scheme, rank, layer.spec, layer.sizes))
-    return Plan(tuple(cuts), (), (tuple(x.shape),), "by hand", None, survey.total)
+    return Plan(tuple(cuts), (), describe_inputs(Inputs(x)), "by hand", None, survey.total, survey.outside)
 
 
 @pytest.mark.parametrize("scheme", scheme_names())
