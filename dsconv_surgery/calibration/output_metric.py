@@ -17,7 +17,8 @@ def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> di
     """For each layer the second moment `sum g g^T` over output positions, (out, out), of the gradients g at the layer's output.
 
     g is the gradient of `v . f(x)`, with f the network and v drawn from a normal distribution. `E[g g^T]` is then the mean of
-    `J^T J`, with J the Jacobian of f (Gauss-Newton, as in K-FAC, Martens & Grosse 2015). Empty if the output has no gradient.
+    `J^T J`, with J the Jacobian of f (Gauss-Newton, as in K-FAC, Martens & Grosse 2015). Empty if the output has no gradient,
+    or if the network cannot be differentiated, as with some operations in place.
     """
     probe = copy_model(model)
     for parameter in probe.parameters():
@@ -37,12 +38,15 @@ def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> di
         probe.get_submodule(name).register_forward_hook(partial(watch, name))
     with torch.enable_grad():
         for first_image, _, inputs in images.probe_batches():
-            outputs = [tensor for tensor in images.select_outputs(run_model(probe, inputs, first_image)) if tensor.requires_grad]
+            try:
+                outputs = [tensor for tensor in images.select_outputs(run_model(probe, inputs, first_image)) if tensor.requires_grad]
+                targets = [torch.randn(t.shape, generator=draws, device="cpu", dtype=torch.float32).to(t) for t in outputs]
+                if outputs:
+                    torch.autograd.backward(outputs, targets)
+            except RuntimeError:  # torch refuses operations in place on values that a gradient needs
+                outputs = []
             if not outputs:
                 return {}
-            torch.autograd.backward(
-                outputs, [torch.randn(tensor.shape, generator=draws, device="cpu", dtype=torch.float32).to(tensor) for tensor in outputs]
-            )
             probe.zero_grad(set_to_none=True)
     if distributed.process_and_world_size()[1] > 1:
         for name in names:

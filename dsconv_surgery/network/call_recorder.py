@@ -134,10 +134,9 @@ def _wrap_layers(model: nn.Module, names: Sequence[str]) -> nn.Module:
     return deepcopy_model(model, tensors | wrapped)
 
 
-def _recurrent_flops(x: Any, *weights: Any, **_: Any) -> int:
-    """Two per MAC of the matrices of a recurrent layer, which every step of every sequence multiplies by."""
-    matrices = [shape for shape in pytree.tree_leaves(weights, is_leaf=_is_shape) if _is_shape(shape) and len(shape) == 2]
-    return 2 * math.prod(x[:2]) * sum(map(math.prod, matrices))
+def _recurrent_flops(x: Any, weights: Sequence[Any]) -> int:
+    """Two per MAC of the matrices of a recurrent layer, by which every step of every sequence is multiplied."""
+    return 2 * math.prod(x[:2]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
 
 
 def _attention_flops(query: Any, key: Any, _value: Any, width: int, *_: Any, **__: Any) -> int:
@@ -146,14 +145,10 @@ def _attention_flops(query: Any, key: Any, _value: Any, width: int, *_: Any, **_
     return 2 * batch * length * (4 * width * width + 2 * width * key[1])
 
 
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, torch.Size)
-
-
-# Operations with products that FlopCounterMode does not count.
+# Operations with products that FlopCounterMode does not count; their functions take shapes in place of tensors.
 _UNCOUNTED: dict[Any, Any] = {
-    torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops,
-    torch.ops.aten._cudnn_rnn: _recurrent_flops,
+    torch.ops.aten.mkldnn_rnn_layer: lambda x, *weights, **_: _recurrent_flops(x, weights[:2]),
+    torch.ops.aten._cudnn_rnn: lambda x, weights, *_, **__: _recurrent_flops(x, weights),
     torch.ops.aten._native_multi_head_attention: _attention_flops,
 }
 

@@ -114,7 +114,14 @@ class InputStructure:
         Raises:
             ValueError: the batch has another structure, or numbers that are not finite.
         """
-        values = _map(_check_leaf, self._example, self._split(batch, where), where, "")
+        (args, kwargs), (own_args, own_kwargs) = self._example, self._split(batch, where)
+        if len(own_args) != len(args) or not kwargs.keys() <= own_kwargs.keys():
+            arguments = f"expected arguments like {Inputs(*args, **kwargs)}, found {Inputs(*own_args, **own_kwargs)}."
+            raise ValueError(f"{where}: {arguments} {REMEDY}")
+        places = {key: f"argument {key!r}" for key in (*range(len(args)), *kwargs)} if len(args) + len(kwargs) > 1 else {}
+        positional = [_map(_check_leaf, args[i], own_args[i], where, places.get(i, "")) for i in range(len(args))]
+        named = {key: _map(_check_leaf, value, own_kwargs[key], where, places.get(key, "")) for key, value in kwargs.items()}
+        values = tuple(positional), named
         count = self._count(values)
         for example, value in self._leaves(values):
             if _has_images(example, self.images) and len(value) not in (count, len(example)):

@@ -519,7 +519,7 @@ BAD = {
     "a tensor": (torch.randn(8, 3, 10, 10), r"images.split\(64\)"),
     "an iterator": (iter([torch.randn(4, 3, 10, 10)]), "only once"),
     "no iterable": (3, "expected an iterable"),
-    "a dictionary": ([{"image": torch.randn(4, 3, 10, 10)}], "batch 0 holds dict"),
+    "a dictionary": ([{"image": torch.randn(4, 3, 10, 10)}], "batch 0: found .*image.*expected a tensor"),
     "NaN": ([torch.randn(4, 3, 10, 10), torch.full((4, 3, 10, 10), float("nan"))], "batch 1: 1200 of 1200 numbers are NaN"),
     "channels": ([torch.randn(4, 1, 10, 10)], r"shape \(4, 1, 10, 10\), expected one like the example input's, \(1, 3, 10, 10\)"),
     "no batch dimension": ([torch.randn(3, 10, 10)], r"shape \(3, 10, 10\)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from functools import partial
@@ -101,7 +102,7 @@ def test_failed_fake_runs_leave_no_log(caplog: pytest.LogCaptureFixture, capfd: 
     (site,) = find_convs(Counting().eval(), X)
     assert site.name == "conv"
     compress(Counting().eval(), X, None, calibration=[(DATA[0], None)], schemes="spatial", rule="fixed", rank=2, cache=False)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert capfd.readouterr() == ("", "")
 
 
@@ -193,7 +194,7 @@ DRAWS: dict[str, Any] = {
     "dropout": lambda h: nn.functional.dropout(h, 0.5, training=True),
     "numpy": lambda h: h + float(__import__("numpy").random.rand()),
     "python": lambda h: h * __import__("random").random(),
-    "control flow": lambda h: h + torch.randn_like(h) if float(h.sum()) > -1e9 else h,
+    "control flow": lambda h: h + torch.randn_like(h) if float(h.detach().sum()) > -1e9 else h,
 }
 
 

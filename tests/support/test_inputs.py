@@ -114,7 +114,7 @@ def test_selected_images_are_those_images(case: str) -> None:
         (({"image": IMAGES[:1]},), {}, {"picture": IMAGES}, ["'image'", "prepare="]),
         (({"image": IMAGES[:1]},), {}, IMAGES, ["image", "prepare="]),
         ((IMAGES[:1], 3), {}, IMAGES, ["expected", "prepare="]),
-        ((IMAGES[:1], 3), {}, (IMAGES, IMAGES), ["[1]", "prepare="]),
+        ((IMAGES[:1], 3), {}, (IMAGES, IMAGES), ["argument 1", "prepare="]),
         ((IMAGES[:1], None), {}, (IMAGES, 3), ["None", "prepare="]),
         ((IMAGES[:1], IMAGES[:1]), {}, (IMAGES, IMAGES[:5]), ["12 and 5", "equally many"]),
         (([IMAGES[:1], IMAGES[:1]],), {}, ([IMAGES],), ["list", "prepare="]),
