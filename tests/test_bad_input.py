@@ -417,6 +417,24 @@ def test_a_scripted_model(x: Tensor) -> None:
     _refused(nn.Sequential(wrapped), x, "0: expected a plain module, found ScriptModule")
 
 
+@pytest.mark.parametrize(
+    ("package", "name", "remedy"),
+    [
+        ("ultralytics.engine.model", "Model", "yolo.model"),
+        ("lightning.fabric.wrappers", "_FabricModule", "model.module"),
+        ("lightning_fabric.wrappers", "_FabricModule", "model.module"),
+    ],
+)
+def test_wrappers_of_other_libraries(x: Tensor, package: str, name: str, remedy: str) -> None:
+    """Subclasses, too, but no other class of that name or that package."""
+    kind = type(name, (nn.Sequential,), {"__module__": package})
+    for wrapper in (kind, type("YOLO", (kind,), {})):
+        _refused(wrapper(net()), x, rf"model: expected a plain module, found {name}\. Pass .*`{remedy}`")
+        _refused(nn.Sequential(wrapper(net())), x, f"^0: expected a plain module, found {name}")
+    for other in (type(name, (nn.Sequential,), {"__module__": "models"}), type("Other", (nn.Sequential,), {"__module__": package})):
+        assert compress(other(net()), x).plan.cuts
+
+
 @pytest.mark.parametrize("model", [None, "resnet18", nn.Conv2d, torch.rand(3), lambda x: x])
 def test_not_a_module(model: Any, x: Tensor) -> None:
     for attempt in (lambda: find_convs(model, x), lambda: make_plan(model, x), lambda: compress(model, x)):
@@ -610,6 +628,33 @@ def test_a_weight_that_is_read_functionally(x: Tensor) -> None:
     model = ReadsWeight()
     assert reasons(model, x) == {"conv": "its weight is read by ReadsWeight.forward, so the layer must stay."}
     cuts_elsewhere(model, x, "conv")
+
+
+class Lora(type("BaseTunerLayer", (), {"__module__": "peft.tuners.tuners_utils"}), nn.Module):  # type: ignore[misc]
+    """An adapter as peft has them: a layer, and two small ones beside it."""
+
+    def __init__(self, layer: nn.Module, *added: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A, self.lora_B = (nn.ModuleDict({"default": module}) for module in added)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def test_layers_inside_adapters(x: Tensor) -> None:
+    """They stay, because merging reads their weights; other layers are cut, and the refusal of a budget names the remedy."""
+    conv = Lora(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 2, 3, padding=1, bias=False), nn.Conv2d(2, 8, 1, bias=False))
+    linear = Lora(nn.Linear(7, 7), nn.Linear(7, 2, bias=False), nn.Linear(2, 7, bias=False))
+    model = nn.Sequential(conv, linear, nn.Conv2d(8, 8, 3, padding=1))
+    inside = [f"{index}.{name}" for index in (0, 1) for name in ("base_layer", "lora_A.default", "lora_B.default")]
+    assert list(reasons(model, x)) == inside
+    assert all("inside a peft adapter" in reason and "merge_and_unload()" in reason for reason in reasons(model, x).values())
+    assert [cut.name for cut in compress(model, x, budget=Budget(macs=0.9)).plan.cuts] == ["2"]
+    with pytest.raises(ValueError, match=r"out of reach.* Not cut: 6 x: it is inside a peft adapter.* merge_and_unload\(\)"):
+        compress(model, x, budget=Budget(macs=0.1))
+    with pytest.raises(ValueError, match=r"no layer of the network can be cut\. 6 x: it is inside a peft adapter.* merge_and_unload\(\)"):
+        compress(model[:2], x)
 
 
 class Doubled(nn.Conv2d):

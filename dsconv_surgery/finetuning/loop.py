@@ -155,7 +155,16 @@ class TrainingLoop:
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             call = batch_inputs(inputs, self.inputs, "fine_tune: a batch")
             state = random_state(self.device)
-            outputs = self.network(*call.args, **call.kwargs)
+            try:
+                outputs = self.network(*call.args, **call.kwargs)
+            except (TypeError, AttributeError, LookupError) as error:
+                if self.step:
+                    raise
+                reason = str(error).split("\n")[0]
+                raise ValueError(
+                    f"fine_tune: the network does not run on the {call} of a batch: {type(error).__name__}: {reason}. Pass prepare=, a "
+                    'function from a batch to inputs and labels, as in lambda batch: (Inputs(pixel_values=batch["image"]), batch["label"]).'
+                ) from error
             with from_random_state(state, self.device):  # a network that samples draws the same as its teacher
                 teacher_outputs = self.loss.teacher_outputs(call)
         return self.loss(outputs, teacher_outputs, targets, k)

@@ -16,16 +16,20 @@ from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.network.layer_call import GEOMETRY, STANDARD_ATTRIBUTES, computes_the_same, is_of_torch
 from dsconv_surgery.network.source_reads import source_reads
 
-# Classes of torch that hide or copy a model's modules, and what to do instead.
+# Classes that hide or copy a model's modules, with their package, and what to do instead.
 _WRAPPERS = {
-    "OptimizedModule": "Pass the model from before torch.compile (`model._orig_mod`), then compile the result.",
-    "DistributedDataParallel": "Pass `model.module`, then wrap the result.",
-    "DataParallel": "Pass `model.module`, then wrap the result.",
-    "FullyShardedDataParallel": "Cut the model before you shard it.",
-    "ScriptModule": "Pass the eager model, then script the result.",
+    "torch.OptimizedModule": "Pass the model from before torch.compile (`model._orig_mod`), then compile the result.",
+    "torch.DistributedDataParallel": "Pass `model.module`, then wrap the result.",
+    "torch.DataParallel": "Pass `model.module`, then wrap the result.",
+    "torch.FullyShardedDataParallel": "Cut the model before you shard it.",
+    "torch.ScriptModule": "Pass the eager model, then script the result.",
+    "lightning._FabricModule": "Pass `model.module`, then set up the result.",
+    "lightning_fabric._FabricModule": "Pass `model.module`, then set up the result.",
+    "ultralytics.Model": "Pass the network in it, `yolo.model`, then assign the result to `yolo.model`.",
 }
 
 _MAKE_PLAIN = "Call dsconv_surgery.plain(model) first."
+_MERGE_FIRST = "Cut the result of merge_and_unload(), or add adapters after the cut."
 _MAYBE_PLAIN = "If it only pads its input or computes its weight, dsconv_surgery.plain(model) makes it one."
 # Methods that decide what a layer computes.
 _METHODS = {nn.Module: ("__call__", "_call_impl"), nn.Conv2d: ("forward", "_conv_forward"), nn.Linear: ("forward",)}
@@ -35,13 +39,12 @@ LINK_NAMES = frozenset(("depthwise", "pointwise", "reduce", "core", "expand", "v
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Raise TypeError for a compiled, scripted or distributed model, ValueError for a lazy one."""
+    """Raise TypeError for a compiled, scripted, distributed or otherwise wrapped model, ValueError for a lazy one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, found {type(model).__name__}. Pass the model itself.")
     for name, module in model.named_modules():
-        for kind in type(module).__mro__:
-            if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch"):
-                raise TypeError(f"{name or 'model'}: expected a plain module, found {kind.__name__}. {_WRAPPERS[kind.__name__]}")
+        for wrapper in _class_names(module) & _WRAPPERS.keys():
+            raise TypeError(f"{name or 'model'}: expected a plain module, found {wrapper.split('.')[1]}. {_WRAPPERS[wrapper]}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(f"{name}: expected an initialised tensor, found one of a lazy module. Run one forward pass first.")
@@ -65,7 +68,7 @@ def irreplaceable_layers(model: nn.Module) -> dict[nn.Module, str]:
     """The layers that cannot be replaced, each with the reason."""
     layers = named_layers(model)
     tied, reads = _tied_layers(model), source_reads(model, layers)
-    in_encoder = layers_in_encoders(model)
+    in_encoder, in_adapter = layers_in_encoders(model), _layers_in_adapters(model)
     same: dict[Any, bool] = {}
     reasons: dict[nn.Module, str] = {}
     for layer in layers:
@@ -74,6 +77,8 @@ def irreplaceable_layers(model: nn.Module) -> dict[nn.Module, str]:
             reason = f"its weight or bias is tied to {tied[layer]}, and cutting the layer would untie them."
         if not reason and layer in in_encoder:
             reason = "it is inside an nn.TransformerEncoderLayer, whose fast path reads its weights directly."
+        if not reason and layer in in_adapter:
+            reason = f"it is inside a peft adapter, which reads its weight to merge. {_MERGE_FIRST}"
         for read in reads.get(layer, ()):
             if not reason and not read.only_properties:
                 reason = f"its {read.attribute} is read by {read.method}, so the layer must stay."
@@ -91,6 +96,16 @@ def weight_property_readers(model: nn.Module) -> set[nn.Module]:
 def layers_in_encoders(model: nn.Module) -> set[nn.Module]:
     """The modules inside an nn.TransformerEncoderLayer."""
     return {layer for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer) for layer in module.modules()}
+
+
+def _layers_in_adapters(model: nn.Module) -> set[nn.Module]:
+    """The modules inside an adapter of peft: the base layer, and the layers that the adapter adds."""
+    return {layer for module in model.modules() if "peft.BaseTunerLayer" in _class_names(module) for layer in module.modules()}
+
+
+def _class_names(module: nn.Module) -> set[str]:
+    """The names of a module's classes, each with its package."""
+    return {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(module).__mro__}
 
 
 def is_plain(layer: Any, same: dict[Any, bool] | None = None) -> bool:

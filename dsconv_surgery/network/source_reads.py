@@ -22,7 +22,7 @@ LAYER_ATTRIBUTES = (GEOMETRY - {"_reversed_padding_repeated_twice"}) | {"weight"
 WEIGHT_PROPERTIES = frozenset(("dtype", "device", "is_cuda"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class SourceRead:
     """A read in a method: path of the layer below self (`.blocks.*.fc`), attribute, and whether only dtype or device are read."""
 
@@ -50,7 +50,7 @@ def source_reads(model: nn.Module, layers: Mapping[nn.Module, Iterable[str]]) ->
     result: dict[nn.Module, list[SourceRead]] = {}
     for prefix, module in modules:
         start = f"{prefix}." if prefix else ""
-        for read in reads[type(module)]:
+        for read in sorted(reads[type(module)]):
             for layer, aliases in layers.items():
                 if any(name.startswith(start) and fnmatchcase(f".{name.removeprefix(start)}", read.path) for name in aliases):
                     result.setdefault(layer, []).append(read)

@@ -127,7 +127,7 @@ class Planner:
 
     def check(self, budget: Budget) -> None:
         """Raise BudgetError if not even the cheapest option of every layer meets a budget."""
-        allowed_costs(self._tables, self.total, budget)
+        allowed_costs(self._tables, self.total, budget, [skip.reason for skip in self._skips])
 
     def smallest_fraction(self, measure: str) -> float:
         """The fraction of the network's cost that is left with the cheapest option of every layer."""
@@ -154,7 +154,7 @@ class Planner:
                 errors.start_plan()
             if budget is None:
                 return self._as_plan(budget, self._choose({}), errors_later)
-            allowed = allowed_costs(self._tables, self.total, budget)
+            allowed = allowed_costs(self._tables, self.total, budget, [skip.reason for skip in self._skips])
             if budget.latency is None:
                 return self._as_plan(budget, self._choose(allowed), errors_later)
             return self._plan_for_latency(budget, allowed, errors_later)

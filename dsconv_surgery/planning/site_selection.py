@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from dsconv_surgery.network.discovery import ConvSite, Skip, Survey
 from dsconv_surgery.planning.settings import PlanSettings
-from dsconv_surgery.support.formatting import did_you_mean
+from dsconv_surgery.support.formatting import count_reasons, did_you_mean
 
 NOTABLE_SHARE = 0.1  # of a network's cost outside of layers: a budget on layers is then announced
 
@@ -17,9 +16,7 @@ NOTABLE_SHARE = 0.1  # of a network's cost outside of layers: a budget on layers
 def _explain_no_site(survey: Survey) -> str:
     """The message for a network without a layer that can be cut: the skips by reason, or the likely cause."""
     if survey.layers:
-        reasons = Counter(layer.reason for layer in survey.layers if isinstance(layer, Skip))
-        counts = " ".join(f"{count} x: {reason}" for reason, count in reasons.most_common(5))
-        return f"no layer of the network can be cut. {counts}"
+        return f"no layer of the network can be cut. {count_reasons([layer.reason for layer in survey.layers if isinstance(layer, Skip)])}"
     likely = "It may be exported, quantised or scripted: pass the network from before that step."
     if survey.outside.macs:
         likely = (

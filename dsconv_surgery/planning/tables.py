@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dsconv_surgery.budget import Budget, BudgetError
 from dsconv_surgery.network.geometry import Cost, Rank
+from dsconv_surgery.support.formatting import count_reasons
 
 if TYPE_CHECKING:
     from dsconv_surgery.planning.option_errors import OptionErrors
@@ -77,11 +78,11 @@ def smallest_total(tables: Mapping[str, Table], measures: Sequence[str]) -> dict
     return {m: sum(getattr(table.cheapest((m,)).cost, m) for table in tables.values()) for m in measures}
 
 
-def allowed_costs(tables: Mapping[str, Table], total: Cost, budget: Budget) -> dict[str, float]:
+def allowed_costs(tables: Mapping[str, Table], total: Cost, budget: Budget, skip_reasons: Sequence[str] = ()) -> dict[str, float]:
     """The total cost that the layers with options may have, by measure, if the whole network is to keep its budget.
 
     Raises:
-        BudgetError: even the cheapest option of every layer exceeds the budget; the smallest reachable budget is named.
+        BudgetError: even the cheapest option of every layer exceeds the budget; the smallest reachable one and skip reasons are named.
     """
     limits = budget.limits()
     rest = {m: getattr(total, m) - sum(getattr(table.dense, m) for table in tables.values()) for m in limits}
@@ -95,5 +96,6 @@ def allowed_costs(tables: Mapping[str, Table], total: Cost, budget: Budget) -> d
         raise BudgetError(
             f"{budget} is out of reach: with every layer at its cheapest option the network still keeps {reachable} "
             f"({len(tables)} layers can be cut). Raise the budget, exclude fewer layers or allow more schemes{tip}."
+            + (f" Not cut: {count_reasons(skip_reasons)}" if skip_reasons else "")
         )
     return allowed

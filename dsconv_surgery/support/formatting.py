@@ -1,9 +1,10 @@
-"""Text for people: tables, and hints for misspelt names."""
+"""Text for people: tables, and hints for misspelt names, counts."""
 
 from __future__ import annotations
 
 import difflib
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 
@@ -36,3 +37,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ " Did you mean X?" for the most similar known name, an empty string if none is similar."""
     matches = difflib.get_close_matches(word, list(known), 1)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def count_reasons(reasons: Sequence[str]) -> str:
+    """The five most common reasons, each with its count."""
+    return " ".join(f"{count} x: {reason}" for reason, count in Counter(reasons).most_common(5))

@@ -794,3 +794,38 @@ def test_the_distributed_example_runs_in_one_process() -> None:
     command = [sys.executable, str(ROOT / "examples" / "finetune_distributed.py"), "--images", "256", "--epochs", "1"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "accuracy on 1,000 test images" in printed
+
+
+class Keywords(nn.Module):
+    """A network with a keyword argument, as those of Hugging Face."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.net(pixel_values)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"pixel_values": torch.rand(2, 3, 8, 8), "labels": torch.zeros(2)},
+        [{"pixel_values": torch.rand(2, 3, 8, 8)}, torch.zeros(2)],
+        ([torch.rand(3, 8, 8), torch.rand(3, 8, 8)], torch.zeros(2)),
+        (Inputs(images=torch.rand(2, 3, 8, 8)), torch.zeros(2)),
+    ],
+)
+def test_batches_that_the_network_does_not_take_are_refused_with_the_remedy(batch: Any) -> None:
+    model = Keywords()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"fine_tune: the network does not run on the Inputs\(.*Pass prepare=") as caught:
+        fine_tune(model, [batch], teacher=copy.deepcopy(model))
+    assert isinstance(caught.value.__cause__, TypeError | AttributeError)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_error_of_the_network_in_a_later_step_stays_as_it_is() -> None:
+    batches = [(torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)), ({"pixel_values": torch.rand(2, 3, 8, 8)}, torch.zeros(2))]
+    with pytest.raises((TypeError, AttributeError)):
+        fine_tune(Keywords(), batches)

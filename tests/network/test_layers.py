@@ -458,6 +458,31 @@ def test_reads_of_a_child_by_its_parents_parent() -> None:
     assert weight_property_readers(model) == {model.blocks[0][0], model.blocks[1][0]}
 
 
+def test_a_reason_is_the_same_in_every_process() -> None:
+    """Of several reads, the first in alphabetical order is named. Texts have another order in a set in each process."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            sizes = self.fc.out_features + self.fc.in_features
+            return self._second(self._first(self._third(x))) @ self.fc.weight + self.fc.bias + sizes
+
+        def _first(self, x: Tensor) -> Tensor:
+            return x + self.fc.bias
+
+        def _second(self, x: Tensor) -> Tensor:
+            return x + self.fc.bias
+
+        def _third(self, x: Tensor) -> Tensor:
+            return x + self.fc.bias
+
+    qualified = Reads.forward.__qualname__.removesuffix("forward")
+    assert reasons(Reads()) == {"fc": f"its bias is read by {qualified}_first, so the layer must stay."}
+
+
 def test_code_without_source_counts_as_code_without_reads() -> None:
     names: dict[str, Any] = {"nn": nn}
     exec("class Net(nn.Module):\n    def forward(self, x):\n        return self.fc.weight", names)
