@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_surgery import Budget, make_plan
-from dsconv_surgery.calibration.images import Images, input_shapes
+from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.planning.planner import Planner
 from dsconv_surgery.planning.settings import PlanSettings
+from dsconv_surgery.support.inputs import Inputs
 
 SCHEMES = ["cp", "bottleneck"]
 
@@ -74,8 +75,8 @@ def test_plans_of_one_planner_do_not_depend_on_their_order() -> None:
     example = torch.rand(1, 3, 8, 8)
     results = []
     for order in ((0.8, 0.7, 0.6, 0.5, 0.4), (0.4, 0.5, 0.6, 0.7, 0.8)):
-        loaded = Images([some_images()], input_shapes((example,)))
+        loaded = Images([some_images()], Inputs(example))
         settings = PlanSettings(budget=Budget(macs=0.7), schemes=SCHEMES)
-        planner = Planner(a_network(), (example,), settings, loaded, cache=False)
+        planner = Planner(a_network(), Inputs(example), settings, loaded, cache=False)
         results.append({macs: planner.plan(Budget(macs=macs))[0] for macs in order})
     assert results[0] == results[1]
