@@ -507,7 +507,13 @@ def main() -> None:
             print(f"{name} ({case.network}), {versions}", flush=True)
             steps = run(case)
             rows.append(
-                {"name": name, "network": case.network, "versions": versions, "steps": steps, "seconds": time.perf_counter() - start}
+                {
+                    "name": name,
+                    "network": case.network,
+                    "versions": versions,
+                    "steps": steps,
+                    "seconds": round(time.perf_counter() - start, 1),
+                }
             )
     for row in rows:
         groups = {kind: [n for n, s in row["steps"].items() if s["result"] == kind] for kind in ("works", "refused", "fails")}
