@@ -205,9 +205,7 @@ def hugging_face() -> Case:
         tuned = apply_plan(model, small.plan, example_kwargs=one, calibration=batches)
         settings: dict[str, Any] = {"loss": lambda result, _: result.loss, "output": lambda result: result.logits}
         settings["prepare"] = lambda batch: (Inputs(**batch), batch["labels"])
-        history = fine_tune(
-            tuned, batches, teacher=model, prepare=lambda b: (Inputs(**b), b["labels"]), settings=FineTune(epochs=1), **settings
-        )
+        history = fine_tune(tuned, batches, teacher=model, settings=FineTune(epochs=1), **settings)
         return f"loss {history.epochs[-1].loss:.4f}"
 
     return Case(
@@ -215,7 +213,7 @@ def hugging_face() -> Case:
         batches, logits_loss, prepare_training=keywords,
         steps={"calibrate through prepare=": calibrate_by_prepare, "fine-tune with the network's own loss": labels_in_the_network},
         refusals={
-            "dict batches in fine_tune without prepare=": (lambda m, s: fine_tune(s.model, batches, teacher=m), "pass prepare="),
+            "dict batches in fine_tune without prepare=": (lambda m, s: fine_tune(s.model, batches, teacher=m), "Pass prepare="),
             "the default loss": (lambda m, s: fine_tune(s.model, batches, teacher=m, prepare=keywords), "Pass loss="),
         },
     )  # fmt: skip
@@ -446,7 +444,7 @@ def peft() -> Case:
 
     def build() -> nn.Module:
         torch.manual_seed(0)
-        network = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=CLASSES))
+        network = ViTForImageClassification(ViTConfig(**sizes, num_labels=CLASSES))
         return adapted(network, ["q_proj", "v_proj"], modules_to_save=["classifier"])
 
     def only_adapters_train(_model: nn.Module, small: Any) -> str:
@@ -509,7 +507,13 @@ def main() -> None:
             print(f"{name} ({case.network}), {versions}", flush=True)
             steps = run(case)
             rows.append(
-                {"name": name, "network": case.network, "versions": versions, "steps": steps, "seconds": time.perf_counter() - start}
+                {
+                    "name": name,
+                    "network": case.network,
+                    "versions": versions,
+                    "steps": steps,
+                    "seconds": round(time.perf_counter() - start, 1),
+                }
             )
     for row in rows:
         groups = {kind: [n for n, s in row["steps"].items() if s["result"] == kind] for kind in ("works", "refused", "fails")}

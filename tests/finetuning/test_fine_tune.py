@@ -503,7 +503,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "another teacher": (
         {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(192, 7))},
         ValueError,
-        r"the network's outputs have shapes \[\(16, 4\)\] and the teacher's \[\(16, 7\)\]",
+        r"the shapes \[\(16, 7\)\] and \[\(16, 4\)\]\.",
     ),
     "a loss by image": (
         {"loss": lambda y, t: F.cross_entropy(y, t, reduction="none")},
