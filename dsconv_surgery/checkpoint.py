@@ -73,6 +73,10 @@ def save(compressed: Compressed | nn.Module, folder: str | PathLike[str], plan: 
         if not isinstance(value, Tensor) or value.is_meta:
             kind = "a tensor on the meta device" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name}: expected a tensor with values to save, found {kind}. Nothing was written.")
+        if value.layout is not torch.strided or value.dtype == torch.complex128:
+            raise ValueError(
+                f"{name}: found a tensor of {value.dtype}, {value.layout}, which safetensors does not store. Convert it first."
+            )
         if not is_plain_tensor(value):
             kind = class_path(type(value.data))
             raise ValueError(f"{name}: expected a plain tensor, found a {kind}. Save the network before you quantise or shard it.")

@@ -82,19 +82,20 @@ def apply_plan(
     if init not in ("factorize", "empty"):
         raise ValueError(f"init={init!r}: expected 'factorize' or 'empty'.")
     inputs = as_inputs(example_inputs, example_kwargs)
+    passed = bool(inputs.args or inputs.kwargs)
     if calibration is not None:
         if init == "empty":
             raise ValueError("init='empty' has no weights to calibrate. Leave out calibration= or init=.")
-        images = Images(calibration, plan.inputs.rebuild("meta"), prepare, output)
+        images = Images(calibration, inputs if passed else plan.inputs.rebuild("meta"), prepare, output)
         _, _, first_images = next(iter(images))
-        return cut_calibrated(model, plan, images, {}, progress, (inputs if inputs.tensors else first_images) if check else None)[0]
+        return cut_calibrated(model, plan, images, {}, progress, (inputs if passed else first_images) if check else None)[0]
     if plan.calibrated and init == "factorize":
         raise ValueError(
             "the plan was made with calibration. Pass calibration= (a few hundred unlabelled images), pass init='empty' to load weights "
             "afterwards, or make a plan without calibration."
         )
-    result = build_cut_model(model, plan, init, {}, progress, inputs if check and inputs.tensors else None)
-    if check and init != "empty" and plan.cuts and not inputs.tensors:
+    result = build_cut_model(model, plan, init, {}, progress, inputs if check and passed else None)
+    if check and init != "empty" and plan.cuts and not passed:
         _check_on_random_inputs(model, result, plan)
     return result
 
@@ -157,7 +158,7 @@ def _check_on_random_inputs(model: nn.Module, result: nn.Module, plan: Plan) -> 
             inputs = plan.inputs.rebuild(model_device(model), dtype)
         check_computes_same(model, result, _last_links(plan), inputs)
     except (InputsNotKeptError, DenseRunError) as error:
-        warnings.warn(f"apply_plan: the cut network was not checked, because {error}", stacklevel=3)
+        warnings.warn(f"apply_plan: the cut network was not checked, because {error}", stacklevel=4)
 
 
 @standard_modes()

@@ -626,7 +626,7 @@ class ReadsWeight(nn.Module):
 
 def test_a_weight_that_is_read_functionally(x: Tensor) -> None:
     model = ReadsWeight()
-    assert reasons(model, x) == {"conv": "its weight is read by ReadsWeight.forward, so the layer must stay."}
+    assert reasons(model, x) == {"conv": "its bias is read by ReadsWeight.forward, so the layer must stay."}
     cuts_elsewhere(model, x, "conv")
 
 

@@ -28,7 +28,7 @@ from dsconv_surgery.finetuning.training_checkpoint import TrainingCheckpoint, re
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import as_channels_last, model_device, to_device
 from dsconv_surgery.support.fidelity import checked_score
-from dsconv_surgery.support.inputs import batch_inputs, batch_items
+from dsconv_surgery.support.inputs import batch_inputs, batch_items, input_count
 from dsconv_surgery.support.random_state import from_random_state, preserve_random_state, random_state
 
 
@@ -141,14 +141,16 @@ class TrainingLoop:
         batch = batch if self.prepare is None else self.prepare(batch)
         batch_inputs(batch, self.inputs, "fine_tune: a batch")
         items = batch_items(batch)
-        if len(items) == self.inputs and self.loss.teacher is None:
+        count = input_count(items, self.inputs)
+        if len(items) == count and self.loss.teacher is None:
             raise ValueError("fine_tune: a batch holds no labels, and there is no teacher. Pass the dense network as teacher=, or labels.")
-        return mix_images(items, self.inputs, self.mix) if self.settings.mix or can_mix(items, self.inputs) else (items, 1.0)
+        return mix_images(items, count, self.mix) if self.settings.mix or can_mix(items, count) else (items, 1.0)
 
     def _loss(self, items: tuple[Any, ...], k: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch that was mixed with weight k, and its parts."""
         items = to_device(items, self.device)
-        inputs, targets = items[: self.inputs], items[self.inputs :]
+        count = input_count(items, self.inputs)
+        inputs, targets = items[:count], items[count:]
         if self.settings.channels_last:
             inputs = pytree.tree_map_only(Tensor, as_channels_last, inputs)
         dtype = getattr(torch, self.settings.precision)

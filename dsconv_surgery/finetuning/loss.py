@@ -26,7 +26,7 @@ def cross_entropy(outputs: Any, *targets: Any) -> Tensor:
         problem = f"the network's output has the shape {tuple(outputs.shape)}, without a column for each class"
     elif len(targets) != 1 or not isinstance(targets[0], Tensor):
         problem = f"the labels are {describe_type(targets)}"
-    elif targets[0].is_floating_point() or targets[0].is_complex():
+    elif targets[0].dtype != torch.long:
         problem = f"the labels are {targets[0].dtype} numbers"
     if problem:
         raise ValueError(

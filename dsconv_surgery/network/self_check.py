@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dsconv_surgery.network.layers import named_layers
 from dsconv_surgery.support.copies import evaluation_copy, run_model
 from dsconv_surgery.support.inputs import Inputs
-from dsconv_surgery.support.outputs import output_tensors
+from dsconv_surgery.support.outputs import all_tensors, output_tensors
 
 # Largest difference by dtype, relative to the largest value: the operations are the same, only their order on a GPU may differ.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -84,13 +83,13 @@ def _count_calls(cut: nn.Module, last_links: Mapping[str, str]) -> list[str]:
 
 
 def _equal(expected: Any, result: Any) -> bool:
-    sides = [[*output_tensors(side), *_other_tensors(side)] for side in (expected, result)]
+    # Whole numbers, such as classes, have to be the same as well.
+    sides = [[*output_tensors(side), *(t for t in all_tensors(side) if _is_whole(t))] for side in (expected, result)]
     return len(sides[0]) == len(sides[1]) and all(map(_close, *sides))
 
 
-def _other_tensors(output: Any) -> list[Tensor]:
-    """Whole numbers and flags in an output, such as classes."""
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())]
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

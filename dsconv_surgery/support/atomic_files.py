@@ -49,7 +49,7 @@ def temporary_file(folder: Path) -> Iterator[Path]:
     Its writer holds a lock on it, which the system releases when the process ends. Temporary files without a lock are those of
     killed writers, and are removed here.
     """
-    for abandoned in folder.glob(f"{PREFIX}*"):
+    for abandoned in folder.glob(PREFIX + "[0-9a-f]" * 16):
         with suppress(OSError):
             handle = _lock(abandoned, os.O_RDWR, wait=False)
             if handle is not None:

@@ -90,13 +90,27 @@ def deepcopy_model(model: nn.Module, replaced: Mapping[int, Any] | None = None) 
                 f"{name or 'model'}: its forward was replaced on the instance, and a copy of a GraphModule would lose it. Edit its graph."
             )
     try:
-        return copy.deepcopy(model, dict(memo))
+        result = copy.deepcopy(model, dict(memo))
     except Exception as error:  # a class may raise anything while it is copied
         path, value = _uncopyable(model, "", memo, set())
         raise CopyError(
             f"{path.removeprefix('.') or 'model'}: this {type(value).__qualname__} cannot be copied ({type(error).__name__}: {error}), and "
             "the library works on copies of the network. Remove the attribute, or create it when it is first used."
         ) from error
+    _check_separate(model, result, replaced or {})
+    return result
+
+
+def _check_separate(model: nn.Module, result: nn.Module, replaced: Mapping[int, Any]) -> None:
+    """Raise CopyError if a copy holds a module of the original that is not part of a replacement."""
+    shared = {id(module) for value in replaced.values() if isinstance(value, nn.Module) for module in value.modules()}
+    originals = {id(module): name for name, module in model.named_modules() if id(module) not in shared}
+    for name, module in result.named_modules():
+        if id(module) in originals:
+            raise CopyError(
+                f"{name or 'model'}: a copy of the network holds the same module, as {type(module).__qualname__} or a module around it "
+                "copies itself (__deepcopy__). The library would change the original. Let copies be separate."
+            )
 
 
 def _uncopyable(value: Any, path: str, memo: Mapping[int, Any], visited: set[int]) -> tuple[str, Any]:

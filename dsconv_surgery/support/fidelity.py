@@ -69,20 +69,20 @@ class OutputComparison:
         self.classification = True
         self.images = 0
         self._select = select
-        self._sums = torch.zeros(
-            4, dtype=torch.float64, device="cpu"
-        )  # squared error, squared norm, images with the same top class, divergence
+        # Squared error, squared norm, images with the same top class, divergence, rows of classifiers' outputs.
+        self._sums = torch.zeros(5, dtype=torch.float64, device="cpu")
 
     def add(self, target: Any, output: Any, images: int) -> None:
         """One batch: the dense network's output and the other network's."""
         tensors = self._select.pairs(target, output)
         targets, outputs = [a for a, _ in tensors], [b for _, b in tensors]
         pairs = [squared_error(a, b) for a, b in tensors]
-        sums = [sum(float(missed) for missed, _ in pairs), sum(float(norm) for _, norm in pairs), 0.0, 0.0]
+        sums = [sum(float(missed) for missed, _ in pairs), sum(float(norm) for _, norm in pairs), 0.0, 0.0, 0.0]
         self.classification = self.classification and is_classification(targets)
         if self.classification:
             sums[2] = float((targets[0].argmax(1) == outputs[0].argmax(1)).sum())
             sums[3] = float(class_divergence(targets[0].double(), outputs[0].double()))
+            sums[4] = len(targets[0])  # a video has several rows for each image
         self.images += images
         self._sums += torch.tensor(sums, dtype=torch.float64, device="cpu")
 
@@ -105,12 +105,12 @@ class OutputComparison:
     @property
     def agreement(self) -> float | None:
         """For classifiers, the share of images with the same top class."""
-        return float(self._sums[2]) / self.images if self.classification and self.images else None
+        return float(self._sums[2] / self._sums[4]) if self.classification and self.images else None
 
     @property
     def divergence(self) -> float | None:
         """For classifiers, the mean Kullback-Leibler divergence from the dense network's softmax, in nats."""
-        return max(float(self._sums[3]), 0.0) / self.images if self.classification and self.images else None
+        return max(float(self._sums[3] / self._sums[4]), 0.0) if self.classification and self.images else None
 
 
 @record

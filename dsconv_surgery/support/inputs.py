@@ -77,6 +77,11 @@ def batch_items(batch: Any) -> tuple[Any, ...]:
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
+def input_count(items: Sequence[Any], count: int) -> int:
+    """How many items of a batch are inputs: `count`, or one if that is an `Inputs`."""
+    return 1 if items and isinstance(items[0], Inputs) else count
+
+
 def batch_inputs(batch: Any, count: int, where: str) -> Inputs:
     """The first items of a batch as the inputs of a network; what follows are labels.
 
@@ -84,8 +89,8 @@ def batch_inputs(batch: Any, count: int, where: str) -> Inputs:
         ValueError: there are fewer items, or no tensor is among them; `where` names the caller and the batch.
     """
     items = batch_items(batch)
-    inputs = items[0] if count == 1 and items and isinstance(items[0], Inputs) else Inputs(*items[:count])
-    if len(items) < count or not inputs.tensors:
+    inputs = items[0] if items and isinstance(items[0], Inputs) else Inputs(*items[:count])
+    if len(items) < input_count(items, count) or not inputs.tensors:
         types = ", ".join(type(item).__name__ for item in items) or "nothing"
         raise ValueError(
             f"{where} holds {types}, expected {count} input(s) with tensors, as the network takes them, and then labels. Or pass prepare=, "
@@ -97,15 +102,15 @@ def batch_inputs(batch: Any, count: int, where: str) -> Inputs:
 class InputStructure:
     """What inputs have in common with example inputs, and which of their tensors hold one row per image.
 
-    The first of the tensors with most dimensions tells the number of images; a list of (channels, height, width) tensors is one image
-    for each entry. Other tensors have a row per image if they do in the example, and are shared by all images if they do not.
+    The first tensor with two dimensions or more tells the number of images; a list of (3, height, width) tensors is one image for each
+    entry. Other tensors have a row per image if they do in the example, and are shared by all images if they do not.
     """
 
     def __init__(self, example: Inputs) -> None:
         self._example = (example.args, example.kwargs)
-        leaves = self._leaves(self._example)
-        dimensions = [_dimensions(leaf) for leaf, _ in leaves]
-        self._main = dimensions.index(max(dimensions)) if dimensions else None
+        dimensions = [_dimensions(leaf) for leaf, _ in self._leaves(self._example)]
+        # The number, among all tensors and lists of images, of the one that tells the number of images.
+        self._main = next((index for least in (2, 1) for index, n in enumerate(dimensions) if n >= least), None)
         self.images = max(1, self._count(self._example))
 
     def match(self, batch: Any, where: str) -> Inputs:
@@ -122,10 +127,14 @@ class InputStructure:
         positional = [_map(_check_leaf, args[i], own_args[i], where, places.get(i, "")) for i in range(len(args))]
         named = {key: _map(_check_leaf, value, own_kwargs[key], where, places.get(key, "")) for key, value in kwargs.items()}
         values = tuple(positional), named
+        if self._main is None:
+            raise ValueError(f"{where}: found {describe_type(batch)}, expected tensors with one row per image. {REMEDY}")
         count = self._count(values)
-        for example, value in self._leaves(values):
-            if _has_images(example, self.images) and len(value) not in (count, len(example)):
+        for index, (example, value) in enumerate(self._leaves(values)):
+            if _has_images(example, self.images) and len(value) != count and (len(value), len(example)) != (1, 1):
                 raise ValueError(f"{where}: inputs of {count} and {len(value)} images, expected equally many. {REMEDY}")
+            for tensor in value if isinstance(value, list | tuple) else (value,):
+                _check_finite(tensor, where, infinite=index != self._main)
         return Inputs(*values[0], **values[1])
 
     def count(self, inputs: Inputs) -> int:
@@ -147,9 +156,9 @@ class InputStructure:
                 return value
             if isinstance(value, Tensor):
                 return value[index.to(value.device) if isinstance(index, Tensor) else index]
-            return type(value)(value[number] for number in numbers)
+            return [value[number] for number in numbers]
 
-        args, kwargs = _map(pick, self._example, values, "", "")
+        args, kwargs = self._map(pick, values)
         return Inputs(*args, **kwargs)
 
     def _split(self, batch: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -158,7 +167,7 @@ class InputStructure:
         items = batch_items(batch)
         if items and isinstance(items[0], Inputs):
             return items[0].args, items[0].kwargs
-        if len(args) == 1 and not kwargs and _is_image_list(args[0]) and _is_image_list(batch):
+        if len(args) == 1 and not kwargs and _is_image_list(args[0]) and _is_image_list(list(items)):
             items = (batch,)
         needed = len(args) + bool(kwargs)
         if len(items) < needed or (kwargs and not isinstance(items[len(args)], Mapping)):
@@ -169,8 +178,14 @@ class InputStructure:
     def _leaves(self, values: Any) -> list[tuple[Any, Any]]:
         """Pairs of a tensor or list of images in the example and the same in other inputs."""
         leaves: list[tuple[Any, Any]] = []
-        _map(lambda example, value, _place: leaves.append((example, value)), self._example, values, "", "")
+        self._map(lambda example, value, _place: leaves.append((example, value)), values)
         return leaves
+
+    def _map(self, function: Callable[[Any, Any, str], Any], values: Any) -> tuple[list[Any], dict[str, Any]]:
+        """`_map` for each argument."""
+        (args, kwargs), (own_args, own_kwargs) = self._example, values
+        positional = [_map(function, example, value, "", "") for example, value in zip(args, own_args, strict=True)]
+        return positional, {key: _map(function, example, own_kwargs[key], "", "") for key, example in kwargs.items()}
 
     def _count(self, values: Any) -> int:
         if self._main is None:
@@ -180,8 +195,8 @@ class InputStructure:
 
 
 def _is_image_list(value: Any) -> bool:
-    """Whether a value is a list or tuple of (channels, height, width) tensors, as torchvision's detection models take."""
-    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(item, Tensor) and item.ndim == 3 for item in value)
+    """Whether a value is a list of (3, height, width) tensors, as torchvision's detection models take."""
+    return type(value) is list and len(value) > 0 and all(isinstance(item, Tensor) and item.ndim == 3 and len(item) == 3 for item in value)
 
 
 def _dimensions(leaf: Any) -> int:
@@ -196,7 +211,7 @@ def _has_images(example: Any, images: int) -> bool:
 def _check_leaf(example: Any, value: Any, place: str) -> Any:
     """A tensor, or a list of images, that is like the one in the example but for the number and the size of images."""
     if not isinstance(example, Tensor):
-        if not _is_image_list(value):
+        if not isinstance(value, list | tuple) or not _is_image_list(list(value)):
             raise ValueError(f"{place}: found {describe_type(value)}, expected a list of images like {describe_type(example)}. {REMEDY}")
         pairs = [(example[0], image) for image in value]
     elif not isinstance(value, Tensor):
@@ -204,14 +219,16 @@ def _check_leaf(example: Any, value: Any, place: str) -> Any:
     else:
         pairs = [(example, value)]
     for like, tensor in pairs:
-        axis = 1 if isinstance(example, Tensor) else 0  # channels; the length of token sequences may differ
-        differ = tensor.ndim != like.ndim or (like.ndim > 1 and like.is_floating_point() and tensor.shape[axis] != like.shape[axis])
-        if differ:
+        if tensor.ndim != like.ndim or (like.ndim == 4 and tensor.shape[1] != like.shape[1]):  # sequences may differ in length
             message = f"{place} has shape {tuple(tensor.shape)}, expected one like the example input's, {tuple(like.shape)}."
             raise ValueError(f"{message} {REMEDY}")
-        if bad := int((~torch.isfinite(tensor)).sum()):
-            raise ValueError(f"{place}: {bad} of {tensor.numel()} numbers are NaN or infinite. Leave out or repair those images.")
     return value
+
+
+def _check_finite(tensor: Tensor, where: str, infinite: bool) -> None:
+    """Raise ValueError for numbers that are NaN, or infinite unless `infinite` allows it, as in masks."""
+    if tensor.layout is torch.strided and (bad := int((tensor.isnan() if infinite else ~tensor.isfinite()).sum())):
+        raise ValueError(f"{where}: {bad} of {tensor.numel()} numbers are NaN or infinite. Leave out or repair those images.")
 
 
 def _map(function: Callable[[Any, Any, str], Any], example: Any, value: Any, where: str, place: str) -> Any:

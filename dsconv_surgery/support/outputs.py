@@ -15,6 +15,7 @@ from dsconv_surgery.support.copies import class_slots
 from dsconv_surgery.support.inputs import describe_type
 from dsconv_surgery.support.records import quoted
 
+_WITHOUT_TENSORS = (str, bytes, range, memoryview, Number, type, ModuleType, FunctionType, MethodType, nn.Module)
 OUTPUT_REMEDY = (
     "Pass output=, a function from the network's output to the tensors to compare, as in output=lambda result: result.logits. "
     "Of a detector, they may be those of a part with fixed shapes."
@@ -27,28 +28,41 @@ def output_tensors(output: Any) -> list[Tensor]:
     A complex tensor counts as a real one with a last dimension of two, a sparse or nested tensor as its values.
     """
     tensors: list[Tensor] = []
-    _collect_tensors(output, tensors, set())
+    for tensor in all_tensors(output):
+        if tensor.is_nested:
+            tensor = torch.cat([part.flatten() for part in tensor.unbind()])
+        elif tensor.layout not in (torch.strided, torch._mkldnn):  # type: ignore[attr-defined]
+            tensor = tensor.to_dense()
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        if tensor.is_floating_point():
+            tensors.append(tensor)
     return tensors
 
 
-def _collect_tensors(value: Any, tensors: list[Tensor], visited: set[int]) -> None:
+def all_tensors(output: Any) -> list[Tensor]:
+    """All tensors of a network's output, in order, as they are."""
+    tensors: list[Tensor] = []
+    _collect_tensors(output, tensors, {})
+    return tensors
+
+
+def _collect_tensors(value: Any, tensors: list[Tensor], visited: dict[int, Any]) -> None:
+    """Add the tensors in a value to a list; `visited` holds the values so far, which keeps their ids from being used again."""
     if isinstance(value, Tensor):
-        if value.is_nested or value.layout not in (torch.strided, torch._mkldnn):  # type: ignore[attr-defined]
-            value = torch.cat([t.flatten() for t in value.unbind()]) if value.is_nested else value.to_dense()
-        if value.is_complex():
-            value = torch.view_as_real(value)
-        if value.is_floating_point():
-            tensors.append(value)
+        tensors.append(value)
         return
-    if isinstance(value, str | bytes | Number | type | ModuleType | FunctionType | MethodType | nn.Module | None) or id(value) in visited:
+    if value is None or isinstance(value, _WITHOUT_TENSORS) or id(value) in visited:
         return
-    visited.add(id(value))
+    visited[id(value)] = value
     if isinstance(value, Mapping):
         items = list(value.values())
     elif isinstance(value, Sequence | Set):
         items = list(value)
+        if isinstance(value, Set) and sum(isinstance(item, Tensor) for item in items) > 1:
+            raise ValueError(f"a set of {len(items)} tensors among the network's outputs has no order to compare them in. {OUTPUT_REMEDY}")
     elif type(value) in pytree.SUPPORTED_NODES:
-        items, _ = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
+        items = list(pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)[0])
     else:
         items = list(vars(value).values()) if hasattr(value, "__dict__") else []
         items += [getattr(value, name) for kind in type(value).__mro__ for name in class_slots(kind) if hasattr(value, name)]

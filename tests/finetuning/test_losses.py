@@ -34,6 +34,8 @@ def head(columns: int, wrap: Any = lambda y: y) -> nn.Module:
         (head(1), torch.zeros(16, dtype=torch.long), "shape (16, 1)"),
         (head(4), torch.rand(16, 4), "torch.float32"),
         (head(4), torch.rand(16), "torch.float32"),
+        (head(4), torch.zeros(16, dtype=torch.int32), "torch.int32"),
+        (head(4), torch.zeros(16, dtype=torch.bool), "torch.bool"),
         (head(4, lambda y: {"logits": y}), torch.zeros(16, dtype=torch.long), "logits"),
         (head(4, lambda y: SimpleNamespace(logits=y)), torch.zeros(16, dtype=torch.long), "SimpleNamespace"),
         (head(4, lambda y: y.flatten()), torch.zeros(16, dtype=torch.long), "shape (64,)"),

@@ -217,3 +217,17 @@ def test_both_networks_draw_the_same_numbers(kind: str) -> None:
     assert torch.equal(state, torch.get_rng_state())
     history = fine_tune(model, DATA, teacher=model, settings=FineTune(epochs=1, mix=0.0))
     assert history.epochs[0].loss < 1e-9
+
+
+def test_a_module_that_copies_as_itself_is_refused_and_stays_as_it_was() -> None:
+    class Selfish(nn.Sequential):
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Selfish(nn.Conv2d(8, 8, 3))).train()
+    for call in (lambda: find_convs(model, X), lambda: compress(model, X), lambda: copy_model(model)):
+        with pytest.raises(CopyError, match="1: a copy of the network holds the same module"):
+            call()
+    assert type(model[1][0]) is nn.Conv2d
+    assert not model[1][0]._forward_hooks
+    assert all(module.training for module in model.modules())

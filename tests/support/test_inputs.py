@@ -198,3 +198,76 @@ def test_objects_that_a_plan_does_not_keep_leave_a_warning() -> None:
     with pytest.warns(UserWarning, match="not checked"):
         apply_plan(model, plan)
     apply_plan(model, plan, IMAGES[:1], Scale())
+
+
+@pytest.mark.parametrize(
+    ("args", "batch", "count"),
+    [
+        ((torch.rand(1, 7, 16),), torch.rand(40, 7, 16), 40),  # one sequence of tokens, not a list of images
+        ((torch.rand(2, 7, 16), torch.rand(2, 7, 16)), (torch.rand(40, 7, 16), torch.rand(40, 7, 16)), 40),
+        (([torch.rand(2, 7, 16), torch.rand(2, 7, 16)],), ([torch.rand(40, 7, 16), torch.rand(40, 7, 16)],), 40),
+        ((torch.zeros(2, 7, dtype=torch.long), torch.rand(1, 2, 7, 7)), (torch.zeros(40, 9, dtype=torch.long), torch.rand(1, 2, 9, 9)), 40),
+        ((torch.tensor(3.0), torch.rand(2, 5)), (torch.tensor(4.0), torch.rand(40, 5)), 40),
+        ((torch.rand(2), torch.rand(2, 3, 8, 8)), (torch.rand(40), torch.rand(40, 3, 9, 9)), 40),
+        ((Pair(torch.rand(2, 4, 4), torch.rand(2, 4, 4)),), (Pair(torch.rand(40, 4, 4), torch.rand(40, 4, 4)),), 40),
+    ],
+)
+def test_the_number_of_images_is_that_of_rows(args: Any, batch: Any, count: int) -> None:
+    structure = InputStructure(Inputs(*args))
+    inputs = structure.match(batch, "batch")
+    assert structure.count(inputs) == count
+    part = structure.select(inputs, slice(3, 10))
+    assert structure.count(part) == 7
+    assert len(part.args) == len(args)
+    for whole, selected in zip(inputs.tensors, part.tensors, strict=True):
+        assert torch.equal(selected, whole[3:10] if whole.ndim and len(whole) == count else whole)
+
+
+def test_masks_may_hold_minus_infinity_and_rows_must_agree() -> None:
+    structure = InputStructure(Inputs(torch.rand(2, 7, 16), torch.zeros(2, 7)))
+    structure.match((torch.rand(4, 7, 16), torch.full((4, 7), -torch.inf)), "batch")
+    for batch in ((torch.rand(4, 7, 16), torch.full((4, 7), torch.nan)), (torch.rand(4, 7, 16) / 0, torch.zeros(4, 7))):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            structure.match(batch, "batch")
+    with pytest.raises(ValueError, match="4 and 2 images"):
+        structure.match((torch.rand(4, 7, 16), torch.zeros(2, 7)), "batch")
+
+
+@pytest.mark.parametrize("args", [(3,), (torch.tensor(1.0),), (None, "text")])
+def test_inputs_without_a_row_for_each_image_are_refused(args: Any) -> None:
+    structure = InputStructure(Inputs(*args))
+    with pytest.raises(ValueError, match="one row per image"):
+        structure.match(args, "batch")
+
+
+def test_prepare_may_return_several_arguments() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 16, 3), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.fc(self.conv(x + y).mean((2, 3)))
+
+    model = Sum()
+    batches = [(IMAGES, IMAGES, torch.arange(12) % 4)]
+
+    def prepare(batch: Any) -> Any:
+        return Inputs(*batch[:2]), batch[2]
+
+    common: dict[str, Any] = {"prepare": prepare, "settings": FineTune(epochs=2)}
+    for keywords in ({"inputs": 2}, {"inputs": 2, "teacher": model}, {}):
+        assert fine_tune(model, batches, **common, **keywords).epochs[-1].labels
+    recipe = Recipe(schemes="spatial", calibration=CalibrationSettings(images=6), fine_tune=FineTune(epochs=1))
+    small = recipe.run(model, IMAGES[:1], IMAGES[:1], calibration=batches, train=batches, prepare=prepare, cache=False)
+    assert small.tuned[0].epochs[0].labels
+
+
+def test_a_plan_with_objects_can_be_calibrated() -> None:
+    class Scale:
+        value = 2.0
+
+    model = Net(lambda x, scale: x * scale.value).eval()
+    batches, inputs = [(IMAGES, Scale())], (IMAGES[:1], Scale())
+    plan = make_plan(model, *inputs, calibration=batches, schemes="spatial", cache=False)
+    apply_plan(model, plan, *inputs, calibration=batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -128,3 +129,37 @@ def test_outputs_of_varying_shapes_need_a_function() -> None:
 def test_pairs_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2,\).*\(3,\).*output="):
         OutputSelector().pairs(torch.ones(2), torch.ones(3))
+
+
+def test_tensors_of_short_lived_containers_and_of_sets() -> None:
+    class Rows(Sequence):  # type: ignore[type-arg]
+        def __getitem__(self, index: int) -> list[Tensor]:  # type: ignore[override]
+            if index >= len(self):
+                raise IndexError
+            return [torch.ones(2)]
+
+        def __len__(self) -> int:
+            return 6
+
+    assert len(output_tensors([Rows(), Rows(), range(10**9)])) == 12
+    assert len(output_tensors({torch.ones(1)})) == 1
+    with pytest.raises(ValueError, match="no order"):
+        output_tensors({torch.ones(1), torch.ones(2)})
+
+
+def test_classifiers_may_have_several_rows_for_each_image() -> None:
+    class Video(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 16, 3), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(x.flatten(0, 1)).mean((2, 3)))
+
+    model, clips = Video().eval(), torch.rand(5, 6, 3, 8, 8)
+    small = compress(model, clips[:1], budget=Budget(macs=0.4), schemes="spatial", cache=False)
+    fidelity = compare(model, small.model, clips[:1], plan=small.plan, data=[clips]).fidelity
+    assert fidelity is not None
+    p, q = (network(clips).detach().log_softmax(1) for network in (model, small.model))
+    assert fidelity.agreement == pytest.approx(float((p.argmax(1) == q.argmax(1)).double().mean()))
+    assert fidelity.divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-4)
