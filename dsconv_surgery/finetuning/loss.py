@@ -18,7 +18,7 @@ Loss = Callable[..., Tensor]  # (outputs, *targets) -> the mean over the batch
 
 
 def cross_entropy(outputs: Any, *targets: Any) -> Tensor:
-    """`F.cross_entropy` of class scores and class indices; ValueError for anything else, for which it would mean something else."""
+    """`F.cross_entropy` of class scores and class indices; ValueError for other outputs or labels."""
     problem = None
     if not isinstance(outputs, Tensor):
         problem = f"the network's output is {describe_type(outputs)}"

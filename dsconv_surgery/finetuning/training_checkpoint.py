@@ -46,7 +46,7 @@ class TrainingCheckpoint:
                 temporary.write_bytes(HEADER + hashlib.sha256(content).digest() + content)
 
     def read(self) -> dict[str, Any] | None:
-        """What was written last, None without a file; ValueError if the file is damaged, of another kind, or of another run."""
+        """The last state that was written, None without a file; ValueError if the file is damaged, of another kind, or of another run."""
         if self.path is None:
             return None
         try:
@@ -74,7 +74,7 @@ class TrainingCheckpoint:
 def run_identity(
     model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer, settings: dict[str, Any], steps: int, path: Path | None
 ) -> dict[str, str]:
-    """What the checkpoint's run and this one must have in common. Images and functions are not compared."""
+    """The properties that the run of a checkpoint and this run must have in common. Images and functions are not compared."""
     identity = {f"setting {name}": repr(value) for name, value in settings.items()}
     identity |= {"number of steps": str(steps), "optimizer": _text(optimizer)}
     identity |= {"structure of the model": digest(_text(model)), "initial weights": _initial_weights(model, path)}
@@ -120,7 +120,7 @@ def _text(value: object) -> str:
 
 
 def _differences(saved: Any, current: dict[str, str]) -> str:
-    """What differs between two identities, with short values of both."""
+    """The differences between two identities, with short values of both."""
     saved = saved if isinstance(saved, dict) else {}
     texts = []
     for name in [*current, *(saved.keys() - current.keys())]:

@@ -1,4 +1,4 @@
-"""What a single layer computes: the one product of its input and weight, and whether a subclass computes what its base class does."""
+"""The one product of input and weight that a layer computes, and whether a subclass computes the same as its base class."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 # Attributes of every nn.Conv2d and nn.Linear.
 GEOMETRY = frozenset((*nn.Conv2d.__constants__, *nn.Linear.__constants__, "transposed", "_reversed_padding_repeated_twice"))
 STANDARD_ATTRIBUTES = frozenset(vars(nn.Module())) | GEOMETRY
-# What a subclass may define of the names that nn.Conv2d and nn.Linear have.
+# Names of nn.Conv2d and nn.Linear that a subclass may define.
 _MAY_OVERRIDE = frozenset(("__init__", "forward", "_conv_forward", "reset_parameters", "extra_repr", "__repr__"))
 _CLASS_MACHINERY = frozenset(("__dict__", "__weakref__", "__annotate__", "__annotate_func__", "__init_subclass__", "__class_getitem__"))
-# What the code of an overridden forward may name: nothing else can then decide what it computes.
+# Names that the code of an overridden forward may use: nothing else can then decide the result.
 _FORWARD_NAMES = GEOMETRY | {
     "weight", "bias", "training", "torch", "nn", "F", "functional", "jit", "is_scripting", "super", "forward", "_conv_forward",
     "conv2d", "linear", "pad", "Tensor", "to", "dtype", "device", "_pair",
@@ -162,7 +162,7 @@ def _same_call(layer: nn.Module, base: type[nn.Module], shape: tuple[int, ...], 
         vars(shell).update(vars(layer), _parameters=dict(parameters), training=training)
         try:
             calls.append(record_call(shell, torch.empty(shape, dtype=layer.get_parameter("weight").dtype, device="meta")))
-        except Exception:  # any error of a stranger's code: it does not compute the same
+        except Exception:  # the layer's code may raise anything: it does not compute the same
             return False
     call, expected = calls
     if call is None or expected is None or call.others:

@@ -120,7 +120,7 @@ def _plain_layer(layer: nn.Module) -> nn.Module | None:
         result = _build([*zip((x.shape for x in inputs), computed, strict=True), *calls])
         if result is None or not all(_agree(call, result, x) for call, x in zip(computed, inputs, strict=True)):
             return None
-    except Exception:  # any error of a stranger's code: the layer stays
+    except Exception:  # the layer's code may raise anything: the layer stays
         return None
     bias = layer._parameters.get("bias")
     for name, parameter in result.named_parameters():

@@ -46,8 +46,8 @@ def check_computes_same(dense: nn.Module, cut: nn.Module, last_links: Mapping[st
             result = run_model(sides[1], inputs)
         except Exception as error:
             raise ValueError(
-                f"the cut network does not run, but the dense network does: {type(error).__name__}: {error} Its forward needs more of a "
-                f"layer than its call. Exclude the layer; cut were {', '.join(list(last_links)[:5])}."
+                f"the cut network does not run, but the dense network does: {type(error).__name__}: {error} It uses more of a layer "
+                f"than a call. Exclude that layer; these were cut: {', '.join(list(last_links)[:5])}."
             ) from error
     if not calls[0]:
         raise ValueError(

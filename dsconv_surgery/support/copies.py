@@ -37,7 +37,7 @@ def unregistered_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _children(value: Any) -> list[tuple[str, Any]]:
-    """What a copy of a value copies, too: the items of a container, or the attributes of an object, each with its path."""
+    """The values inside a value: the items of a container, or the attributes of an object, each with its path."""
     if isinstance(value, dict):
         return [(f"[{key!r}]", item) for key, item in value.items()]
     if isinstance(value, list | tuple | set | frozenset | deque):

@@ -83,7 +83,7 @@ def input_count(items: Sequence[Any], count: int) -> int:
 
 
 def batch_inputs(batch: Any, count: int, where: str) -> Inputs:
-    """The first items of a batch as the inputs of a network; what follows are labels.
+    """The first items of a batch as the inputs of a network; the labels follow them.
 
     Raises:
         ValueError: there are fewer items, or no tensor is among them; `where` names the caller and the batch.
@@ -100,7 +100,7 @@ def batch_inputs(batch: Any, count: int, where: str) -> Inputs:
 
 
 class InputStructure:
-    """What inputs have in common with example inputs, and which of their tensors hold one row per image.
+    """The structure of example inputs, and which of their tensors hold one row per image.
 
     The first tensor with two dimensions or more tells the number of images; a list of (3, height, width) tensors is one image for each
     entry. Other tensors have a row per image if they do in the example, and are shared by all images if they do not.
