@@ -238,15 +238,16 @@ def test_a_changed_plan_is_refused(folder: Path) -> None:
 
 def test_temporary_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
     """Those of writers that are still at work stay. An abandoned lock of the folder does not block."""
-    (tmp_path / ".writing-0123").write_text("half")
+    (tmp_path / ".writing-0123456789abcdef").write_text("half")
     (tmp_path / ".writing-lock").write_text("")
+    (tmp_path / ".writing-notes").write_text("of a user")
     with temporary_file(tmp_path) as first, folder_lock(tmp_path):
-        assert not (tmp_path / ".writing-0123").exists()
+        assert not (tmp_path / ".writing-0123456789abcdef").exists()
         with atomic_write(tmp_path / "file") as second:
             second.write_text("text")
-            assert {first.name, second.name, ".writing-lock"} == set(names(tmp_path))
+            assert {first.name, second.name, ".writing-lock", ".writing-notes"} == set(names(tmp_path))
         assert first.exists()
-    assert names(tmp_path) == ["file"]
+    assert names(tmp_path) == [".writing-notes", "file"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])

@@ -310,3 +310,13 @@ def test_the_error_of_a_copy_is_not_one_of_the_inputs() -> None:
             find_convs(model, X)
     finally:
         model[0].handle.close()
+
+
+def test_a_graph_module_whose_forward_was_replaced_is_refused() -> None:
+    """A copy of a GraphModule is made from its graph, and would lose the function."""
+    graph = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)))
+    old = graph.forward
+    graph.forward = lambda x: 10 * old(x)
+    for model in (graph, nn.Sequential(graph)):
+        with pytest.raises(TypeError, match="GraphModule would lose it"):
+            compress(model, X)

@@ -109,7 +109,8 @@ def _run(model: nn.Module, inputs: Inputs, how: str, make_observer: Callable[[nn
     """Run a copy once, with some layers in an nn.Sequential, under an observer made for the copy; returns the observer."""
     device_copy: Any = (nullcontext(), copy_model(model), inputs) if how == "real" else fake_copy(model, inputs)
     fake_mode, clone, values = device_copy
-    clone = _wrap_layers(clone.eval(), wrapped)
+    # FlopCounterMode does not take parameters that require gradients as inputs of modules.
+    clone = _wrap_layers(clone.eval().requires_grad_(False), wrapped)
     observer = make_observer(clone)
     with torch.no_grad(), seeded(0), fake_mode, observer:
         values = pytree.tree_map_only(Tensor, torch.clone, values) if how == "real" else values  # the network may change them in place

@@ -45,6 +45,9 @@ def check_unwrapped(model: nn.Module) -> None:
     for name, module in model.named_modules():
         for wrapper in _class_names(module) & _WRAPPERS.keys():
             raise TypeError(f"{name or 'model'}: expected a plain module, found {wrapper.split('.')[1]}. {_WRAPPERS[wrapper]}")
+        if "forward" in vars(module) and "torch.GraphModule" in _class_names(module):
+            reason = "its forward was replaced on the instance, and a copy of a GraphModule would lose it. Edit its graph."
+            raise TypeError(f"{name or 'model'}: {reason}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(f"{name}: expected an initialised tensor, found one of a lazy module. Run one forward pass first.")

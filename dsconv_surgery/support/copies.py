@@ -11,7 +11,7 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -84,11 +84,6 @@ def deepcopy_model(model: nn.Module, replaced: Mapping[int, Any] | None = None) 
             memo[id(tensor)] = nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
     if id(model) in memo:
         return memo[id(model)]
-    for name, module in model.named_modules():
-        if isinstance(module, fx.GraphModule) and "forward" in vars(module):
-            raise CopyError(
-                f"{name or 'model'}: its forward was replaced on the instance, and a copy of a GraphModule would lose it. Edit its graph."
-            )
     try:
         result = copy.deepcopy(model, dict(memo))
     except Exception as error:  # a class may raise anything while it is copied
