@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,11 @@ class Cache:
         key = [_versions(), kind, key]
         path = self.folder / kind / f"{json_sha256(key)}.json"
         try:
-            entry = json.loads(read_file(path))
-            if entry["sha256"] == json_sha256([key, entry["value"]]):
-                return entry["value"]
-            raise ValueError("the checksum differs")
-        except FileNotFoundError:
-            pass
+            with suppress(FileNotFoundError):
+                entry = json.loads(read_file(path))
+                if entry["sha256"] == json_sha256([key, entry["value"]]):
+                    return entry["value"]
+                raise ValueError("the checksum differs")
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             warnings.warn(f"{path}: a damaged cache entry. Its value is computed again.", stacklevel=2)
         value = compute()
