@@ -232,7 +232,8 @@ def dropout(b: Builder) -> nn.Module:
 
 
 def noise(b: Builder) -> nn.Module:
-    return Apply(lambda s, x: s.conv(x + 0.1 * torch.randn_like(x)), conv=b.plain())
+    # Not randn_like, which draws in the order of x in memory: a chain's output may have another order than a layer's.
+    return Apply(lambda s, x: s.conv(x + 0.1 * torch.randn(x.shape, dtype=x.dtype)), conv=b.plain())
 
 
 def module_dropout(b: Builder) -> nn.Module:
