@@ -114,7 +114,7 @@ def _uncopyable(value: Any, path: str, memo: Mapping[int, Any], visited: set[int
     for name, child in _children(value):
         try:
             copy.deepcopy(child, dict(memo))
-        except Exception:
+        except Exception:  # this child cannot be copied either: look inside it
             if id(child) not in visited:
                 return _uncopyable(child, path + name, memo, visited)
     return path, value
