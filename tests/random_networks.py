@@ -190,7 +190,8 @@ def branches(b: Builder) -> nn.Module:
 
 def called_twice(b: Builder) -> nn.Module:
     conv = b.conv(b.channels, keep_size=True)
-    if b.rng.random() < 0.5:
+    pads = max(conv._reversed_padding_repeated_twice)
+    if b.rng.random() < 0.5 or pads >= min(b.size) - 1:  # the pool leaves one row less, and reflecting needs more rows than it adds
         return Apply(lambda s, x: s.conv(F.relu(s.conv(x))), conv=conv)
     return Apply(lambda s, x: s.conv(x) + s.conv(F.max_pool2d(x, 2, 1)).mean((2, 3), keepdim=True), conv=conv)
 

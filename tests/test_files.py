@@ -571,6 +571,12 @@ def test_mutated_files(number: int) -> None:
 # ---- kills and other processes
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """A killed child process computes on one thread, and what it leaves must be equal to the last bit."""
+    torch.set_num_threads(1)
+
+
 def start(work: Callable[[], Any]) -> int:
     """Run a function in a child process; its number."""
     process = os.fork()
