@@ -115,18 +115,24 @@ class Plan(JsonRecord):
         cuts[index] = replace(cut, scheme=scheme or cut.scheme, rank=cut.rank if rank is None else rank, error=None, damage=None)
         return self._edited(cuts=tuple(cuts))
 
-    def without(self, pattern: str) -> Plan:
-        """Return a plan without the cuts whose name matches a shell-style pattern, such as "layer1.*".
+    def without(self, *patterns: str) -> Plan:
+        """Return a plan without the cuts whose name matches one of some shell-style patterns, such as "layer1.*".
 
         Raises:
-            ValueError: no cut matches.
+            ValueError: no cut matches one of the patterns.
+            TypeError: a pattern is not a string.
         """
         names = [cut.name for cut in self.cuts]
-        removed = [name for name in names if fnmatchcase(name, pattern)]
-        if not removed:
-            raise ValueError(f"no cut matches the pattern {pattern!r}.{did_you_mean(pattern, names)} See plan.cuts.")
-        skips = tuple(Skip(name, f"removed from the plan by without({pattern!r}).") for name in sorted(removed))
-        return self._edited(cuts=tuple(cut for cut in self.cuts if cut.name not in removed), skips=self.skips + skips)
+        reasons: dict[str, str] = {}
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f'without: found {type(pattern).__name__}, expected names, as in plan.without("layer1.*", "fc").')
+            removed = [name for name in names if fnmatchcase(name, pattern)]
+            if not removed:
+                raise ValueError(f"no cut matches the pattern {pattern!r}.{did_you_mean(pattern, names)} See plan.cuts.")
+            reasons |= dict.fromkeys(removed, f"removed from the plan by without({pattern!r}).")
+        skips = tuple(Skip(name, reason) for name, reason in sorted(reasons.items()))
+        return self._edited(cuts=tuple(cut for cut in self.cuts if cut.name not in reasons), skips=self.skips + skips)
 
     def _edited(self, **changes: Any) -> Plan:
         return replace(self, rule=f"{self.rule.removesuffix(', edited')}, edited", timing=None, **changes)

@@ -416,7 +416,19 @@ def test_replace_and_without_name_what_is_wrong(x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"unknown scheme 'chanel'. Did you mean 'channel'"):
         plan.replace("mid", scheme="chanel")
     with pytest.raises(ValueError, match=r"no cut matches the pattern 'layer\*'"):
-        plan.without("layer*")
+        plan.without("mid", "layer*")
+    with pytest.raises(TypeError, match=r'without: found list, expected names, as in plan\.without\("layer1\.\*", "fc"\)'):
+        plan.without(["mid"])  # type: ignore[arg-type]
+
+
+def test_without_several_patterns_removes_the_cuts_of_each(x: Tensor) -> None:
+    plan = make_plan(Net(), x, rule="fixed", rank=3, schemes="channel")
+    edited = plan.without("mid", "s*")
+    assert edited.cuts == plan.without("s*").without("mid").cuts
+    assert {cut.name for cut in plan.cuts} - {cut.name for cut in edited.cuts} == {"mid", "stem"}
+    reasons = {skip.name: skip.reason for skip in edited.skips}
+    assert reasons["mid"] == "removed from the plan by without('mid')."
+    assert reasons["stem"] == "removed from the plan by without('s*')."
 
 
 @pytest.mark.parametrize("scheme", [*scheme_names(), None])
