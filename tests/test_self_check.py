@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from typing import Any
 
@@ -320,3 +321,16 @@ def test_a_graph_module_whose_forward_was_replaced_is_refused() -> None:
     for model in (graph, nn.Sequential(graph)):
         with pytest.raises(TypeError, match="GraphModule would lose it"):
             compress(model, X)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outputs_that_are_nothing_but_nan_or_infinite_cannot_be_checked(value: float) -> None:
+    model = Pair(lambda layer, x: layer(x) + value).eval()
+    with pytest.raises(ValueError, match=r"all outputs on the inputs of the check are NaN or infinite, .* Pass example inputs for which"):
+        compress(model, X, schemes="spatial", rule="fixed", rank=2, cache=False)
+    plan = plan_of(model)
+    with pytest.warns(UserWarning, match="the cut network was not checked, because all outputs .* are NaN or infinite"):
+        apply_plan(model, plan)
+    apply_plan(model, plan, X, check=False)
+    masked = Pair(lambda layer, x: torch.where(torch.arange(x.shape[-1] - 2) > 0, layer(x), value)).eval()
+    compress(masked, X, schemes="spatial", rule="fixed", rank=2, cache=False)

@@ -19,7 +19,7 @@ LOW_PRECISION_TOLERANCE = 1e-2
 
 
 class DenseRunError(ValueError):
-    """The dense network does not run on the inputs of the check."""
+    """The dense network does not run on the inputs of the check, or none of its outputs is finite."""
 
 
 def check_computes_same(dense: nn.Module, cut: nn.Module, last_links: Mapping[str, str], inputs: Inputs) -> None:
@@ -56,6 +56,12 @@ def check_computes_same(dense: nn.Module, cut: nn.Module, last_links: Mapping[st
         )
     if calls[0] != calls[1] or not _equal(expected, result):
         raise ValueError(_explain(dense, cut, last_links, inputs))
+    tensors = [tensor for tensor in output_tensors(expected) if tensor.numel()]
+    if tensors and not any(bool(tensor.isfinite().any()) for tensor in tensors):
+        raise DenseRunError(
+            "all outputs on the inputs of the check are NaN or infinite, so they cannot be compared. Pass example inputs for which the "
+            "network's outputs are finite, or repair the network."
+        )
 
 
 def _replace_outputs(dense: nn.Module, cut: nn.Module, names: list[str]) -> list[str]:
