@@ -21,7 +21,7 @@ from dsconv_surgery.compression import Compressed
 from dsconv_surgery.network.layers import class_path, is_plain_tensor
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.schemes import is_channels_last
-from dsconv_surgery.support.atomic_files import atomic_write, folder_lock, read_file
+from dsconv_surgery.support.atomic_files import atomic_write, folder_lock, make_folder, read_file
 from dsconv_surgery.support.cache import json_sha256
 from dsconv_surgery.support.records import JsonRecord, parse_json, quoted, record
 from dsconv_surgery.surgery import apply_plan, check_cut, listed
@@ -57,8 +57,8 @@ def save(compressed: Compressed | nn.Module, folder: str | PathLike[str], plan: 
         plan: required with a model.
 
     Raises:
-        ValueError: there is no plan, the model was not cut by it, its state cannot be saved, or the folder holds a plan.json that
-            `save` did not write.
+        ValueError: there is no plan, the model was not cut by it, its state cannot be saved, the folder holds a plan.json that `save`
+            did not write, or no folder can have its name.
         OSError: the files cannot be written. A network that was there before is unchanged.
 
     Example:
@@ -82,7 +82,7 @@ def save(compressed: Compressed | nn.Module, folder: str | PathLike[str], plan: 
             raise ValueError(f"{name}: expected a plain tensor, found a {kind}. Save the network before you quantise or shard it.")
     metadata = _plain_metadata(state)
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     # safetensors takes neither overlapping nor channels-last tensors. A tensor with several names is saved once.
     tensors = {names[0]: state[names[0]].clone(memory_format=torch.contiguous_format) for names in _names_by_tensor(state)}
     data = safetensors.torch.save(tensors)

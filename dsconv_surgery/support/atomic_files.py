@@ -23,17 +23,31 @@ SHOWN = 200  # characters of a path in a message, at most
 def check_regular(path: Path) -> None:
     """Raise FileNotFoundError if there is no such file, and ValueError for a folder, a pipe, a device or an impossible name."""
     try:
-        mode = path.stat().st_mode
+        with _possible_name(path):
+            mode = path.stat().st_mode
     except NotADirectoryError as error:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device or socket"
+        raise ValueError(f"{path}: expected a regular file, found a {kind}. Name another file.")
+
+
+@contextmanager
+def _possible_name(path: Path) -> Iterator[None]:
+    """Turn the errors for a path that cannot exist into a ValueError."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"{str(path)[:SHOWN]!r}: cannot be a file: {reason}. Choose another name.") from None
-    if not stat.S_ISREG(mode):
-        kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device or socket"
-        raise ValueError(f"{path}: expected a regular file, found a {kind}. Name another file.")
+        raise ValueError(f"{str(path)[:SHOWN]!r}: cannot be a file or folder: {reason}. Choose another name.") from None
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder, and those around it, if it does not exist; ValueError for an impossible name."""
+    with _possible_name(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def read_file(path: Path) -> bytes:
@@ -109,7 +123,7 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
     except FileNotFoundError:
         exists = False
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         with temporary_file(target.parent) as temporary:
             yield temporary
             if exists:
