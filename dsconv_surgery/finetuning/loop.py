@@ -63,6 +63,7 @@ class TrainingLoop:
         self.sums: dict[str, float] = {}  # of the losses of this epoch's steps
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
+        self.ran_on = ""  # the inputs of the last batch that the network took
         self.started = time.perf_counter()
         identity = run_identity(self.model, self.loss.teacher, self.optimizer, asdict(self.settings), self.steps, self.checkpoint)
         self.file = TrainingCheckpoint(self.checkpoint, identity)
@@ -159,14 +160,17 @@ class TrainingLoop:
             state = random_state(self.device)
             try:
                 outputs = self.network(*call.args, **call.kwargs)
-            except (TypeError, AttributeError, LookupError) as error:
-                if self.step:
-                    raise
-                reason = str(error).split("\n")[0]
+            except (TypeError, AttributeError, LookupError, RuntimeError) as error:
+                if repr(call) == self.ran_on or isinstance(error, torch.OutOfMemoryError):
+                    raise  # not because of the batch
+                reason = f"{type(error).__name__}: {error}".split("\n")[0].rstrip(".")
+                before = f" It ran on the {self.ran_on} before." if self.ran_on else ""
                 raise ValueError(
-                    f"fine_tune: the network does not run on the {call} of a batch: {type(error).__name__}: {reason}. Pass prepare=, a "
-                    'function from a batch to inputs and labels, as in lambda batch: (Inputs(pixel_values=batch["image"]), batch["label"]).'
+                    f"fine_tune: the network does not run on the {call} of a batch in step {self.step + 1}: {reason}.{before} Make batches "
+                    "of the type and shape that it takes, or pass prepare=, a function from a batch to inputs and labels, as in lambda "
+                    'batch: (Inputs(pixel_values=batch["image"]), batch["label"]).'
                 ) from error
+            self.ran_on = repr(call)
             with from_random_state(state, self.device):  # a network that samples draws the same as its teacher
                 teacher_outputs = self.loss.teacher_outputs(call)
         return self.loss(outputs, teacher_outputs, targets, k)

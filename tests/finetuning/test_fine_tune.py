@@ -819,13 +819,44 @@ class Keywords(nn.Module):
 def test_batches_that_the_network_does_not_take_are_refused_with_the_remedy(batch: Any) -> None:
     model = Keywords()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"fine_tune: the network does not run on the Inputs\(.*Pass prepare=") as caught:
+    with pytest.raises(ValueError, match=r"fine_tune: the network does not run on the Inputs\(.*pass prepare=") as caught:
         fine_tune(model, [batch], teacher=copy.deepcopy(model))
     assert isinstance(caught.value.__cause__, TypeError | AttributeError)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_an_error_of_the_network_in_a_later_step_stays_as_it_is() -> None:
-    batches = [(torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)), ({"pixel_values": torch.rand(2, 3, 8, 8)}, torch.zeros(2))]
-    with pytest.raises((TypeError, AttributeError)):
-        fine_tune(Keywords(), batches)
+LABELS = torch.zeros(2, dtype=torch.int64)
+UNFIT_IMAGES = {
+    "uint8": (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"\(2, 3, 8, 8\) torch\.uint8\) of a batch in step 1: RuntimeError: Input type"),
+    "float64": (torch.zeros(2, 3, 8, 8, dtype=torch.float64), r"\(2, 3, 8, 8\) torch\.float64\) .*Input type \(double\)"),
+    "channels": (torch.zeros(2, 5, 8, 8), r"\(2, 5, 8, 8\) torch\.float32\) .*expected input\[2, 5, 8, 8\] to have 3 channels"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT_IMAGES)
+def test_images_of_a_wrong_type_or_shape_are_refused_with_the_reason(kind: str) -> None:
+    images, message = UNFIT_IMAGES[kind]
+    for teacher in (None, Net()):
+        with pytest.raises(ValueError, match=f"does not run on the Inputs.{message}.*Make batches of the type"):
+            fine_tune(Net(), [(images, LABELS)], teacher=teacher)
+    message = r"in step 2: .* It ran on the Inputs\(\(2, 3, 8, 8\) torch\.float32\) before\."
+    with pytest.raises(ValueError, match=message):
+        fine_tune(Net(), [(torch.rand(2, 3, 8, 8), LABELS), (images, LABELS)])
+
+
+def test_an_error_that_is_not_of_the_batch_stays_as_it_is() -> None:
+    """The same inputs ran before, or the memory is full."""
+    model, calls = Net(), itertools.count()
+
+    def fail(at: int, error: Exception) -> None:
+        if next(calls) == at:
+            raise error
+
+    batch = (torch.rand(2, 3, 8, 8), LABELS)
+    handle = model.register_forward_pre_hook(lambda *_: fail(1, RuntimeError("its error")))
+    with pytest.raises(RuntimeError, match=r"^its error$"):
+        fine_tune(model, [batch, batch])
+    handle.remove()
+    model.register_forward_pre_hook(lambda *_: fail(2, torch.OutOfMemoryError("no memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        fine_tune(model, [batch])
