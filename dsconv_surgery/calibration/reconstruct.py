@@ -56,7 +56,10 @@ def reconstruct(model: nn.Module, cuts: Iterable[Cut], images: Images, starts: M
         metrics = output_metrics(model, images, list(by_name))
         with tqdm(total=len(by_name), desc="calibrate", unit="layer", disable=not progress) as bar:
             for names in pair.groups():
-                fits = {name: _LayerFit(by_name[name], model, pair.following[name], images, metrics.get(name)) for name in names}
+                fits: dict[str, _LayerFit] = {}
+                for name in names:
+                    with schemes.naming_layer(name):
+                        fits[name] = _LayerFit(by_name[name], model, pair.following[name], images, metrics.get(name))
                 for call in pair.calls(names):
                     fits[call.name].add(call)
                 for name, fit in fits.items():
@@ -120,7 +123,7 @@ class _LayerFit:
         return self.scheme.kernel(self.cut.spec.one_group(), factors)
 
     def _fit(self, objective: Objective, ridge: float, start: Factors | None, iterations: int | None) -> Factors:
-        spec, weight, ridged = self.cut.spec, self.layer.get_parameter("weight"), objective.ridged(ridge * max(objective.scale, 1e-12))
+        spec, weight, ridged = self.cut.spec, self.layer.get_parameter("weight"), objective.ridged(ridge * objective.scale)
         return schemes.fit(self.scheme, spec, weight, self.cut.rank, ridged, start=start, metric=self.metric, iterations=iterations)
 
     def _choose_ridge(self, start: Factors | None, held: Objective | None) -> tuple[float, Factors | None]:
@@ -176,15 +179,15 @@ class _LayerFit:
         self.moments.target_sums = linear
         return factors
 
-    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The BatchNorm after the layer as `gain y + offset`, with the type and device of another tensor."""
+    def _affine(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The BatchNorm after the layer as `gain y + offset`, with the type and device of an output."""
         if self.batchnorm is None:
-            return like.new_ones(()), like.new_zeros(())
+            return output.new_ones(()), output.new_zeros(())
         gain = (self.batchnorm.running_var + self.batchnorm.eps).rsqrt()
         offset = -gain * self.batchnorm.running_mean
         if self.batchnorm.weight is not None:
             gain, offset = gain * self.batchnorm.weight, offset * self.batchnorm.weight + self.batchnorm.bias
-        return gain.detach().to(like).reshape(self.per_channel), offset.detach().to(like).reshape(self.per_channel)
+        return gain.detach().to(output).reshape(self.per_channel), offset.detach().to(output).reshape(self.per_channel)
 
     def _before_relu(self, output: Tensor, call: LayerCall, side: int) -> Tensor:
         """A layer's output behind the BatchNorm and the sum, with the addend of the dense (0) or the cut network (1)."""

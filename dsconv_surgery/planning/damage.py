@@ -50,7 +50,7 @@ class DamageEstimator:
         if self._latest is None or self._latest[0] != name:
             self._latest = None
             plain = self._objective(name)
-            self._latest = name, (plain, plain.ridged(RIDGE * max(plain.scale, 1e-12)))
+            self._latest = name, (plain, plain.ridged(RIDGE * plain.scale))
         return self._latest[1]
 
     @cached_property

@@ -44,11 +44,13 @@ class Objective:
         """The energy to divide errors by in a search, never zero."""
         return max(self.energy, self.floor, 1e-300)
 
-    @property
+    @cached_property
     def scale(self) -> float:
-        """The mean of the diagonal of `E[p p^T]`; ridges are multiples of it."""
+        """The mean of the diagonal of `E[p p^T]`, at least its rounding errors, and 1 if it is zero; ridges are multiples of it."""
         diagonal = self.gram.square().sum(1) if self.rows else self.gram.diagonal(dim1=1, dim2=2)
-        return max(float(diagonal.mean()) - (0.0 if self.rows else self.ridge), 0.0)
+        squares = float(self.weight.square().sum(dtype=torch.float64))
+        rounding = self.floor / squares if squares else 0.0
+        return max(float(diagonal.mean()) - (0.0 if self.rows else self.ridge), rounding) or 1.0
 
     @cached_property
     def size(self) -> float:
@@ -85,7 +87,7 @@ class Objective:
         residual = self.cross - self.product(self.weight)
         if float(residual.abs().max()) <= 1e-12 * float(self.cross.abs().max()):
             return self.weight
-        tiny = (RIDGE if self.gram.dtype == torch.float64 else SINGLE_RIDGE) * max(self.scale, 1e-30)
+        tiny = (RIDGE if self.gram.dtype == torch.float64 else SINGLE_RIDGE) * self.scale
         if self.rows:  # (R^T R + a)^-1 = (1 - R^T (R R^T + a)^-1 R) / a
             ridge = self.ridge + tiny
             inner = self.gram @ self.gram.mT

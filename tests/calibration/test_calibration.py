@@ -602,3 +602,45 @@ def test_a_layer_that_no_image_reaches_is_named() -> None:
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected a positive whole number"):
         Calibration([], **wrong)
+
+
+@pytest.mark.parametrize("channels", [6, 120], ids=["narrow", "wide"])
+def test_factors_do_not_depend_on_the_scale_of_the_inputs(channels: int) -> None:
+    """Images of about 1e-9 (a power of two, so that no rounding error changes) give the same factors in float64."""
+    layers = (
+        nn.Conv2d(3, channels, 3, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(channels, 8, 3, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3, bias=False),
+    )
+    model = nn.Sequential(*layers).double().eval()
+    x = torch.rand(24, 3, 9, 9, dtype=torch.float64)
+    plan = make_plan(model, x[:1], rule="fixed", rank=3, schemes="channel", include="2", cache=False)
+    fitted = [apply_plan(model, plan, calibration=[scale * x]) for scale in (1.0, 2.0**-30)]
+    plain, tiny = (fold_back(cut, plan).get_parameter("2.weight").detach() for cut in fitted)
+    assert float((plain - layers[2].weight.detach()).norm() / plain.norm()) > 0.1
+    assert float((plain - tiny).norm() / plain.norm()) < (1e-9 if channels == 6 else 1e-3)  # wide layers are fitted in float32
+
+
+@pytest.mark.parametrize("patches", [2**20, 4], ids=["gram", "rows"])
+def test_the_scale_that_ridges_are_multiples_of_is_never_zero(patches: int) -> None:
+    """Inputs without variance count as having that of rounding errors, relative to their size; zero inputs as having size 1."""
+    layer = nn.Conv2d(3, 5, 3)
+    for size in (1.0, 2.0**-30):
+        x = torch.full((4, 3, 8, 8), 0.75 * size)
+        constant = moments_of(layer, x, None, patches).objective("all", exact=True).scale
+        assert 1e-13 * size**2 < constant < 1e-11 * size**2
+    assert moments_of(layer, 0 * x, None, patches).objective("all", exact=True).scale == 1.0
+
+
+def test_an_error_of_the_second_moment_of_gradients_names_the_layer() -> None:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (0 * x).sqrt() + x  # the gradient at zero is 0 * inf
+
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), Root()).eval()
+    x = torch.rand(16, 3, 9, 9)
+    plan = make_plan(model, x[:1], rule="fixed", rank=2, schemes="channel", include="2", cache=False)
+    with pytest.raises(ValueError, match=r"^2: cannot be fitted to the calibration images: linalg\.eigh"):
+        apply_plan(model, plan, calibration=[x])
