@@ -28,7 +28,7 @@ from dsconv_surgery.network.layers import (
 from dsconv_surgery.network.self_check import DenseRunError, check_computes_same
 from dsconv_surgery.plan import Cut, Plan
 from dsconv_surgery.schemes import Factors, build, factorize, get_scheme, is_channels_last, kernel_of, links_of
-from dsconv_surgery.support.copies import deepcopy_model, evaluation_copy, model_device
+from dsconv_surgery.support.copies import copy_model, evaluation_copy, model_device
 from dsconv_surgery.support.formatting import did_you_mean
 from dsconv_surgery.support.input_description import InputsNotKeptError
 from dsconv_surgery.support.inputs import Inputs, as_inputs
@@ -259,7 +259,7 @@ def listed(problems: list[str]) -> str:
 
 def _copy_with(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     """A deep copy in which some submodules are replaced, wherever and however the model refers to them."""
-    result = deepcopy_model(model, {id(model.get_submodule(name)): module for name, module in replacements.items()})
+    result = copy_model(model, {id(model.get_submodule(name)): module for name, module in replacements.items()})
     if result in replacements.values():  # the model is a lone layer
         return result
     for name, module in replacements.items():

@@ -23,7 +23,7 @@ from dsconv_surgery.network.geometry import Size
 from dsconv_surgery.network.graph_rewrite import placeholder_values, trace
 from dsconv_surgery.network.layers import is_layer, named_layers, take_place, weight_property_readers
 from dsconv_surgery.network.source_reads import LAYER_ATTRIBUTES
-from dsconv_surgery.support.copies import CopyError, copy_model, deepcopy_model, fake_copy, unregistered_tensors
+from dsconv_surgery.support.copies import CopyError, copy_model, fake_copy, unregistered_tensors
 from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.random_state import seeded
 
@@ -84,12 +84,12 @@ def _first_run(model: nn.Module, inputs: Inputs) -> tuple[Callable[..., Any], _C
     failure: Exception | None = None
     # fx would trace into a lone layer, and it reads more of a weight than its dtype.
     kinds = ("fake", "real") if is_layer(model) or weight_property_readers(model) else ("traced", "fake", "real")
-    for how in kinds:
+    for run_kind in kinds:
 
-        def run(make_observer: Callable[[nn.Module], Any], names: Sequence[str], how: str = how) -> Any:
+        def run(make_observer: Callable[[nn.Module], Any], names: Sequence[str], run_kind: str = run_kind) -> Any:
             with warnings.catch_warnings(), _quiet(_FAILED_RUN_LOGGERS):
                 warnings.simplefilter("ignore")
-                return _run(model, inputs, how, make_observer, names)
+                return _run(model, inputs, run_kind, make_observer, names)
 
         try:
             recorder = run(lambda clone: _CallRecorder(clone, model), [])
@@ -105,16 +105,16 @@ def _first_run(model: nn.Module, inputs: Inputs) -> tuple[Callable[..., Any], _C
     ) from failure
 
 
-def _run(model: nn.Module, inputs: Inputs, how: str, make_observer: Callable[[nn.Module], Any], wrapped: Sequence[str]) -> Any:
+def _run(model: nn.Module, inputs: Inputs, run_kind: str, make_observer: Callable[[nn.Module], Any], wrapped: Sequence[str]) -> Any:
     """Run a copy once, with some layers in an nn.Sequential, under an observer made for the copy; returns the observer."""
-    device_copy: Any = (nullcontext(), copy_model(model), inputs) if how == "real" else fake_copy(model, inputs)
+    device_copy: Any = (nullcontext(), copy_model(model), inputs) if run_kind == "real" else fake_copy(model, inputs)
     fake_mode, clone, values = device_copy
     # FlopCounterMode does not take parameters that require gradients as inputs of modules.
     clone = _wrap_layers(clone.eval().requires_grad_(False), wrapped)
     observer = make_observer(clone)
     with torch.no_grad(), seeded(0), fake_mode, observer:
-        values = pytree.tree_map_only(Tensor, torch.clone, values) if how == "real" else values  # the network may change them in place
-        if how == "traced":
+        values = pytree.tree_map_only(Tensor, torch.clone, values) if run_kind == "real" else values  # the network may change them in place
+        if run_kind == "traced":
             graph = trace(clone)
             fx.Interpreter(graph).run(*placeholder_values(clone, graph, values))
         else:
@@ -132,7 +132,7 @@ def _wrap_layers(model: nn.Module, names: Sequence[str]) -> nn.Module:
     for layer in map(model.get_submodule, names):
         wrapped[id(layer)] = nn.Sequential(OrderedDict(layer=layer)).eval()
         take_place(layer, wrapped[id(layer)], layer in readers)
-    return deepcopy_model(model, tensors | wrapped)
+    return copy_model(model, tensors | wrapped)
 
 
 def _recurrent_flops(x: Any, weights: Sequence[Any]) -> int:

@@ -20,7 +20,7 @@ from dsconv_surgery.network.layers import (
     uncarried_attributes,
 )
 from dsconv_surgery.network.source_reads import source_reads
-from dsconv_surgery.support.copies import copy_model, deepcopy_model
+from dsconv_surgery.support.copies import copy_model
 from dsconv_surgery.support.random_state import preserve_random_state
 
 TOLERANCE = 1e-5  # relative, of outputs in float32 and float64; of lower precisions, 16 roundings
@@ -87,7 +87,7 @@ def plain(model: nn.Module) -> nn.Module:
             result = _plain_layer(layer)
         if result is not None and not (reads.get(layer) and isinstance(result, nn.Sequential)):
             by_id[id(layer)] = replaced[name] = result
-    result = deepcopy_model(model, by_id)
+    result = copy_model(model, by_id)
     if id(model) in by_id:
         return result
     for name, module in replaced.items():
@@ -124,8 +124,8 @@ def _plain_layer(layer: nn.Module) -> nn.Module | None:
         return None
     bias = layer._parameters.get("bias")
     for name, parameter in result.named_parameters():
-        like = [bias] if name.endswith("bias") and bias is not None else [p for p in parameters if p is not bias]
-        parameter.requires_grad_(any(p.requires_grad for p in like))
+        sources = [bias] if name.endswith("bias") and bias is not None else [p for p in parameters if p is not bias]
+        parameter.requires_grad_(any(p.requires_grad for p in sources))
     carry_attributes(layer, result)
     return result.train(layer.training)
 

@@ -68,7 +68,7 @@ class CopyError(ValueError):
     """A network cannot be copied."""
 
 
-def deepcopy_model(model: nn.Module, replaced: Mapping[int, Any] | None = None) -> nn.Module:
+def copy_model(model: nn.Module, replaced: Mapping[int, Any] | None = None) -> nn.Module:
     """A deep copy of a network, in which objects with an id in `replaced` are others.
 
     Tensors that autograd computed, which copy.deepcopy refuses, are copied without their history, and tensors made under inference mode
@@ -120,14 +120,9 @@ def _uncopyable(value: Any, path: str, memo: Mapping[int, Any], visited: set[int
     return path, value
 
 
-def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy of a network."""
-    return deepcopy_model(model)
-
-
 def evaluation_copy(model: nn.Module) -> nn.Module:
     """A deep copy of a network in evaluation mode."""
-    return deepcopy_model(model).eval()
+    return copy_model(model).eval()
 
 
 def fake_copy(model: nn.Module, inputs: Inputs) -> tuple[FakeTensorMode, nn.Module, Inputs]:
@@ -136,7 +131,7 @@ def fake_copy(model: nn.Module, inputs: Inputs) -> tuple[FakeTensorMode, nn.Modu
     with torch.inference_mode(False):
         tensors: dict[int, Any] = {id(t): mode.from_tensor(_plain_leaf(t)) for t in (*model.parameters(), *unregistered_tensors(model))}
         fake_inputs = pytree.tree_map_only(Tensor, lambda t: mode.from_tensor(_plain_leaf(t)), inputs)
-    return mode, deepcopy_model(model, tensors), fake_inputs
+    return mode, copy_model(model, tensors), fake_inputs
 
 
 def _plain_leaf(tensor: Tensor) -> Tensor:
