@@ -190,10 +190,10 @@ class Recipe(PlanSettings):
         """Read a TOML file, or a recipe that comes with the library, by its name (see `Recipe.known`)."""
         path, name = Path(name_or_path), str(name_or_path)
         if (os.path.isdir(path) or not os.path.exists(path)) and path.suffix != ".toml":
-            known = cls.known()
-            if name not in known:
-                raise ValueError(f"recipe {quoted(name)}: no such file or recipe.{did_you_mean(name[:QUOTED], known)}")
-            path = known[name]
+            recipes = cls.known()
+            if name not in recipes:
+                raise ValueError(f"recipe {quoted(name)}: no such file or recipe.{did_you_mean(name[:QUOTED], recipes)}")
+            path = recipes[name]
         try:
             return cls.from_toml(read_file(path).decode(), name)
         except UnicodeDecodeError as error:

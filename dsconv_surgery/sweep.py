@@ -125,7 +125,7 @@ def pareto(
         raise ValueError("budget=: pareto makes its budgets from fractions= and measure=, as in fractions=(0.5, 0.3), measure='macs'.")
     rule = settings.get("rule", "budget")
     if isinstance(rule, str) and rule in RULES and RULES[rule].needs != "budget":
-        names = ", ".join(name for name, known in RULES.items() if known.needs == "budget")
+        names = ", ".join(name for name, item in RULES.items() if item.needs == "budget")
         raise ValueError(f"rule {rule!r} takes no budget, but pareto cuts to budgets. Use one of {names}, or a function.")
     budgets = [Budget(**{measure: fraction}) for fraction in sorted(fractions, reverse=True)]
     checked = PlanSettings(**{**settings, "budget": budgets[-1]})

@@ -151,11 +151,11 @@ def _checked_trace(model: nn.Module, images: Images) -> fx.GraphModule | None:
 
 def _layer_nodes(model: nn.Module, graph: fx.GraphModule, names: Sequence[str]) -> dict[str, list[fx.Node]]:
     """The graph's calls of each layer, by its aliases as well, in running order."""
-    known = {alias: name for aliases in named_layers(model).values() for name in aliases if name in names for alias in aliases}
+    names_by_alias = {alias: name for aliases in named_layers(model).values() for name in aliases if name in names for alias in aliases}
     nodes: dict[str, list[fx.Node]] = {}
     for node in graph.graph.nodes:
-        if node.op == "call_module" and str(node.target) in known:
-            nodes.setdefault(known[str(node.target)], []).append(node)
+        if node.op == "call_module" and str(node.target) in names_by_alias:
+            nodes.setdefault(names_by_alias[str(node.target)], []).append(node)
     return nodes
 
 

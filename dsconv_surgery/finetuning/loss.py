@@ -44,9 +44,9 @@ class DistillationLoss:
     without labels. The loss of the labels is cross-entropy by default.
     """
 
-    def __init__(self, teacher: nn.Module | None, loss: Loss | None, share: float, temperature: float, select: OutputSelector) -> None:
+    def __init__(self, teacher: nn.Module | None, loss: Loss | None, distill: float, temperature: float, select: OutputSelector) -> None:
         self.teacher, self._loss = teacher, loss or cross_entropy
-        self._share, self._temperature, self._select = share, temperature, select
+        self._distill, self._temperature, self._select = distill, temperature, select
 
     def teacher_outputs(self, inputs: Inputs) -> Any:
         """The teacher's outputs without gradients; None without a teacher."""
@@ -56,7 +56,7 @@ class DistillationLoss:
     def __call__(self, outputs: Any, teacher_outputs: Any, targets: tuple[Any, ...], k: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and "labels" and "teacher" before they are weighted; `targets` and `k` as `mix_images` returns them."""
         parts: dict[str, Tensor] = {}
-        share = 0.0 if self.teacher is None else self._share if targets else 1.0
+        share = 0.0 if self.teacher is None else self._distill if targets else 1.0
         if share < 1:
             count = len(targets) if k == 1 else len(targets) // 2
             parts["labels"] = k * self._labels_loss(outputs, targets[:count])

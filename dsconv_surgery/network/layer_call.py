@@ -149,7 +149,7 @@ def _is_transparent(function: Any) -> bool:
     code, names = function.__code__, function.__globals__
     nested = any(hasattr(constant, "co_names") for constant in code.co_consts)
     values = [names[name] for name in code.co_names if name in names and name not in GEOMETRY]
-    unknown = any(all(value is not known for known in _FORWARD_GLOBALS) for value in values)
+    unknown = any(all(value is not item for item in _FORWARD_GLOBALS) for value in values)
     return not (nested or unknown) and {*code.co_names} <= _FORWARD_NAMES and {*code.co_freevars} <= {"__class__"}
 
 

@@ -76,28 +76,28 @@ def _scan(code: CodeType) -> tuple[frozenset[str], tuple[SourceRead, ...]]:
         return frozenset(code.co_names), ()
     nodes = list(ast.walk(tree))
     own = code.co_varnames[0] if code.co_argcount else "self"
-    known: dict[str, str] = {own: ""}
+    paths: dict[str, str] = {own: ""}
     for node in nodes:  # conv = self.conv; for conv in self.convs
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Attribute | ast.Subscript):
-            known[node.targets[0].id] = _path(node.value, known)
+            paths[node.targets[0].id] = _path(node.value, paths)
         elif isinstance(node, ast.For) and isinstance(node.target, ast.Name) and isinstance(node.iter, ast.Attribute):
-            known[node.target.id] = _path(node.iter, known) + ".*"
-    soft = {id(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr in WEIGHT_PROPERTIES}
+            paths[node.target.id] = _path(node.iter, paths) + ".*"
+    of_weight_property = {id(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr in WEIGHT_PROPERTIES}
     reads = set()
     for node in nodes:
         target, attribute = (node.value, node.attr) if isinstance(node, ast.Attribute) else (None, "")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) > 1:
             target, attribute = node.args[0], getattr(node.args[1], "value", "")
-        path = _path(target, known) if attribute in LAYER_ATTRIBUTES and target is not None else ""
+        path = _path(target, paths) if attribute in LAYER_ATTRIBUTES and target is not None else ""
         if path.strip(".*"):
-            reads.add(SourceRead(path, attribute, attribute == "weight" and id(node) in soft, code.co_qualname))
+            reads.add(SourceRead(path, attribute, attribute == "weight" and id(node) in of_weight_property, code.co_qualname))
     return frozenset(node.attr for node in nodes if isinstance(node, ast.Attribute)), tuple(reads)
 
 
-def _path(node: ast.expr, known: Mapping[str, str]) -> str:
+def _path(node: ast.expr, paths: Mapping[str, str]) -> str:
     """The path of an expression below self, as a pattern: `.conv`, `.blocks.*.fc`, `*.fc` for an unknown beginning."""
     if isinstance(node, ast.Name):
-        return known.get(node.id, "*")
+        return paths.get(node.id, "*")
     if isinstance(node, ast.Attribute):
-        return f"{_path(node.value, known)}.{node.attr}"
-    return f"{_path(node.value, known)}.*" if isinstance(node, ast.Subscript) else "*"
+        return f"{_path(node.value, paths)}.{node.attr}"
+    return f"{_path(node.value, paths)}.*" if isinstance(node, ast.Subscript) else "*"

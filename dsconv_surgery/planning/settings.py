@@ -83,8 +83,8 @@ class PlanSettings:
         for name in self.schemes or ():
             get_scheme(name)
         if isinstance(self.rule, str) and self.rule not in RULES:
-            known = f"Known: {', '.join(RULES)}, or a function of option tables."
-            raise ValueError(f"unknown rule {quoted(self.rule)}.{did_you_mean(self.rule, RULES)} {known}")
+            choices = f"Known: {', '.join(RULES)}, or a function of option tables."
+            raise ValueError(f"unknown rule {quoted(self.rule)}.{did_you_mean(self.rule, RULES)} {choices}")
         for owner, rule in RULES.items():
             if rule.needs not in (None, "budget") and ((value := getattr(self, rule.needs)) is not None) != (self.rule == owner):
                 actual = f"found rule={self.rule!r}, {rule.needs}={value!r}"

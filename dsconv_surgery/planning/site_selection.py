@@ -43,13 +43,13 @@ def warn_of_cost_outside(survey: Survey, measures: Sequence[str]) -> None:
 
 def select_sites(survey: Survey, settings: PlanSettings) -> tuple[list[ConvSite], list[Skip]]:
     """The sites that the patterns select, and a skip for every other layer."""
-    known = {name for layer in survey.layers for name in (layer.name, *(layer.aliases if isinstance(layer, ConvSite) else ()))}
+    all_names = {name for layer in survey.layers for name in (layer.name, *(layer.aliases if isinstance(layer, ConvSite) else ()))}
     if not any(isinstance(layer, ConvSite) for layer in survey.layers):
         raise ValueError(_explain_no_site(survey))
     for key in ("include", "exclude"):
         for pattern in getattr(settings, key):
-            if not any(fnmatchcase(name, pattern) for name in known):
-                raise ValueError(f"{key}: no layer matches {pattern!r}.{did_you_mean(pattern, sorted(known))}")
+            if not any(fnmatchcase(name, pattern) for name in all_names):
+                raise ValueError(f"{key}: no layer matches {pattern!r}.{did_you_mean(pattern, sorted(all_names))}")
     sites: list[ConvSite] = []
     skips: list[Skip] = []
     for layer in survey.layers:

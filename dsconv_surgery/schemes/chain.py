@@ -91,16 +91,16 @@ def relative_error(weight: Tensor, kernel: Tensor) -> float:
 
 
 @torch.no_grad()
-def build(chain: dict[str, ConvSpec], like: nn.Module, factors: Factors | None, weight_properties: bool = False) -> nn.Sequential:
+def build(chain: dict[str, ConvSpec], dense_layer: nn.Module, factors: Factors | None, weight_properties: bool = False) -> nn.Sequential:
     """An nn.Sequential of plain layers for a chain, with the dtype, device, memory format, bias, flags and plain attributes of a layer.
 
     Args:
         chain: link name -> geometry, as from `chain_of`.
-        like: the layer that the chain replaces.
+        dense_layer: the layer that the chain replaces.
         factors: weights by link name; None leaves the weights uninitialised. The bias is always copied.
         weight_properties: the network reads `weight.dtype` or `weight.device` of the layer. The chain gets an empty buffer `weight` for it.
     """
-    original: Any = like
+    original: Any = dense_layer
     links: OrderedDict[str, nn.Module] = OrderedDict()
     for name, spec in chain.items():
         layer: Any = make_layer(spec, original.weight)
@@ -118,9 +118,9 @@ def build(chain: dict[str, ConvSpec], like: nn.Module, factors: Factors | None, 
     return result
 
 
-def make_layer(spec: ConvSpec, like: Tensor) -> nn.Module:
+def make_layer(spec: ConvSpec, example: Tensor) -> nn.Module:
     """A plain, uninitialised layer with the dtype and device of a tensor."""
-    options: Any = {"bias": spec.bias, "device": like.device, "dtype": like.dtype}
+    options: Any = {"bias": spec.bias, "device": example.device, "dtype": example.dtype}
     if spec.kind == "linear":
         return nn.utils.skip_init(nn.Linear, spec.in_channels, spec.out_channels, **options)
     geometry = (spec.in_channels, spec.out_channels, spec.kernel, spec.stride, spec.padding, spec.dilation, spec.groups)

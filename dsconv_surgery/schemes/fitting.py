@@ -116,14 +116,14 @@ def _identity_like(last: Tensor) -> Tensor:
     return eye.unflatten(1, last.shape[2:]).expand(last.shape[0], *(-1,) * 4)
 
 
-def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like: Tensor, objective: Objective) -> tuple[Tensor, float]:
+def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, initial: Tensor, objective: Objective) -> tuple[Tensor, float]:
     """The last link's best weight and the error, if all outputs combine the same features f; the gradient goes to `free`.
 
     The error includes a penalty on `sum_p |a_p|^2 |f_p|^2`, a being the weight: without it, the terms of a kernel cancel each other
     in growing amounts (the degeneracy of CP; Phan et al. 2020 bound the same sum).
     """
     with torch.enable_grad():
-        features = scheme.kernel(spec, {**free, last: _identity_like(like)}).flatten(2)  # g p n
+        features = scheme.kernel(spec, {**free, last: _identity_like(initial)}).flatten(2)  # g p n
     with torch.no_grad():
         products = objective.product(features)
         gram, matched = products @ features.mT, objective.cross @ features.mT
@@ -135,13 +135,13 @@ def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like
         slope = solved.mT @ (solved @ products - objective.cross) + PENALTY * objective.size * norms.unsqueeze(2) * features
     if features.requires_grad:
         features.backward(2 * slope / objective.unit)
-    return solved.reshape(like.shape), error / objective.unit
+    return solved.reshape(initial.shape), error / objective.unit
 
 
-def _solve_each(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like: Tensor, objective: Objective) -> tuple[Tensor, float]:
+def _solve_each(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, initial: Tensor, objective: Objective) -> tuple[Tensor, float]:
     """The same if the last link is depthwise, so that each output combines other features."""
     with torch.no_grad():
-        units = _identity_like(like).unsqueeze(2).expand(-1, -1, *like.shape[1:])  # g p o ...
+        units = _identity_like(initial).unsqueeze(2).expand(-1, -1, *initial.shape[1:])  # g p o ...
         features = [scheme.kernel(spec, {**free, last: unit}).flatten(2) for unit in units.unbind(1)]  # g o n
         feature, product = torch.stack(features, 2), torch.stack([_sparse_product(objective, f) for f in features], 2)  # g o p n
         gram, matched = product @ feature.mT, feature @ objective.cross.unsqueeze(-1)  # g o p p, g o p 1
@@ -150,8 +150,8 @@ def _solve_each(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, like: 
         error = objective.energy + float(change.sum(dtype=torch.float64))
         slope = (solved @ product).squeeze(2) - objective.cross
     if any(factor.requires_grad for factor in free.values()) and torch.is_grad_enabled():
-        scheme.kernel(spec, {**free, last: solved.reshape(like.shape)}).flatten(2).backward(2 * slope / objective.unit)
-    return solved.reshape(like.shape), error / objective.unit
+        scheme.kernel(spec, {**free, last: solved.reshape(initial.shape)}).flatten(2).backward(2 * slope / objective.unit)
+    return solved.reshape(initial.shape), error / objective.unit
 
 
 def _sparse_product(objective: Objective, feature: Tensor) -> Tensor:

@@ -33,9 +33,9 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     return "\n".join(lines) + "\n"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ " Did you mean X?" for the most similar known name, an empty string if none is similar."""
-    matches = difflib.get_close_matches(word, list(known), 1)
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """ " Did you mean X?" for the most similar choice, an empty string if none is similar."""
+    matches = difflib.get_close_matches(word, list(choices), 1)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -119,13 +119,13 @@ class InputStructure:
         Raises:
             ValueError: the batch has another structure, or numbers that are not finite.
         """
-        (args, kwargs), (own_args, own_kwargs) = self._example, self._split(batch, where)
-        if len(own_args) != len(args) or not kwargs.keys() <= own_kwargs.keys():
-            arguments = f"expected arguments like {Inputs(*args, **kwargs)}, found {Inputs(*own_args, **own_kwargs)}."
+        (args, kwargs), (batch_args, batch_kwargs) = self._example, self._split(batch, where)
+        if len(batch_args) != len(args) or not kwargs.keys() <= batch_kwargs.keys():
+            arguments = f"expected arguments like {Inputs(*args, **kwargs)}, found {Inputs(*batch_args, **batch_kwargs)}."
             raise ValueError(f"{where}: {arguments} {REMEDY}")
         places = {key: f"argument {key!r}" for key in (*range(len(args)), *kwargs)} if len(args) + len(kwargs) > 1 else {}
-        positional = [_map(_check_leaf, args[i], own_args[i], where, places.get(i, "")) for i in range(len(args))]
-        named = {key: _map(_check_leaf, value, own_kwargs[key], where, places.get(key, "")) for key, value in kwargs.items()}
+        positional = [_map(_check_leaf, args[i], batch_args[i], where, places.get(i, "")) for i in range(len(args))]
+        named = {key: _map(_check_leaf, value, batch_kwargs[key], where, places.get(key, "")) for key, value in kwargs.items()}
         values = tuple(positional), named
         if self._main is None:
             raise ValueError(f"{where}: found {describe_type(batch)}, expected tensors with one row per image. {REMEDY}")
@@ -183,9 +183,9 @@ class InputStructure:
 
     def _map(self, function: Callable[[Any, Any, str], Any], values: Any) -> tuple[list[Any], dict[str, Any]]:
         """`_map` for each argument."""
-        (args, kwargs), (own_args, own_kwargs) = self._example, values
-        positional = [_map(function, example, value, "", "") for example, value in zip(args, own_args, strict=True)]
-        return positional, {key: _map(function, example, own_kwargs[key], "", "") for key, example in kwargs.items()}
+        (args, kwargs), (batch_args, batch_kwargs) = self._example, values
+        positional = [_map(function, example, value, "", "") for example, value in zip(args, batch_args, strict=True)]
+        return positional, {key: _map(function, example, batch_kwargs[key], "", "") for key, example in kwargs.items()}
 
     def _count(self, values: Any) -> int:
         if self._main is None:
@@ -218,9 +218,9 @@ def _check_leaf(example: Any, value: Any, place: str) -> Any:
         raise ValueError(f"{place}: found {describe_type(value)}, expected a tensor like the example's {describe_type(example)}. {REMEDY}")
     else:
         pairs = [(example, value)]
-    for like, tensor in pairs:
-        if tensor.ndim != like.ndim or (like.ndim == 4 and tensor.shape[1] != like.shape[1]):  # sequences may differ in length
-            message = f"{place} has shape {tuple(tensor.shape)}, expected one like the example input's, {tuple(like.shape)}."
+    for expected, tensor in pairs:
+        if tensor.ndim != expected.ndim or (expected.ndim == 4 and tensor.shape[1] != expected.shape[1]):  # sequences may differ in length
+            message = f"{place} has shape {tuple(tensor.shape)}, expected one like the example input's, {tuple(expected.shape)}."
             raise ValueError(f"{message} {REMEDY}")
     return value
 
@@ -236,19 +236,19 @@ def _map(function: Callable[[Any, Any, str], Any], example: Any, value: Any, whe
 
     ValueError for another structure. `where` names the batch, `place` the position in it.
     """
-    here = f"{where}: at {place}" if place else where
+    location = f"{where}: at {place}" if place else where
     if isinstance(example, Tensor) or _is_image_list(example):
-        return function(example, value, here)
+        return function(example, value, location)
     if isinstance(example, Mapping):
         missing = [key for key in example if not isinstance(value, Mapping) or key not in value]
         if missing:
-            raise ValueError(f"{here}: found {describe_type(value)}, expected a dict with {', '.join(map(repr, example))}. {REMEDY}")
+            raise ValueError(f"{location}: found {describe_type(value)}, expected a dict with {', '.join(map(repr, example))}. {REMEDY}")
         return {key: _map(function, item, value[key], where, f"{place}[{key!r}]") for key, item in example.items()}
     if isinstance(example, list | tuple):
         if not isinstance(value, list | tuple) or len(value) != len(example):
-            raise ValueError(f"{here}: found {describe_type(value)}, expected {describe_type(example)}. {REMEDY}")
+            raise ValueError(f"{location}: found {describe_type(value)}, expected {describe_type(example)}. {REMEDY}")
         items = [_map(function, a, b, where, f"{place}[{index}]") for index, (a, b) in enumerate(zip(example, value, strict=True))]
         return items if isinstance(example, list) else type(example)(*items) if hasattr(example, "_fields") else tuple(items)
     if isinstance(value, Tensor | list | tuple | Mapping) or (example is None) != (value is None):
-        raise ValueError(f"{here}: found {describe_type(value)}, expected {describe_type(example)}. {REMEDY}")
+        raise ValueError(f"{location}: found {describe_type(value)}, expected {describe_type(example)}. {REMEDY}")
     return value

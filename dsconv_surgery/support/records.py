@@ -58,8 +58,8 @@ def _explain(error: ValidationError, cls: Any, example: str) -> str:
     problem = error.errors(include_url=False)[0]
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "unexpected_keyword_argument":
-        known = cls.__dataclass_fields__
-        hint = f"{did_you_mean(name, known)} Known: {', '.join(known)}, as in {example}."
+        fields = cls.__dataclass_fields__
+        hint = f"{did_you_mean(name, fields)} Known: {', '.join(fields)}, as in {example}."
         return f"{name}={quoted(problem['input'])}: there is no such setting.{hint}"
     if problem["type"] == "unexpected_positional_argument":
         return f"found {quoted(problem['input'])} without a name. Write settings by name, as in {example}."
