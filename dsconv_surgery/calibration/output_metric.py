@@ -17,8 +17,8 @@ def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> di
     """For each layer the second moment `sum g g^T` over output positions, (out, out), of the gradients g at the layer's output.
 
     g is the gradient of `v . f(x)`, with f the network and v drawn from a normal distribution. `E[g g^T]` is then the mean of
-    `J^T J`, with J the Jacobian of f (Gauss-Newton, as in K-FAC, Martens & Grosse 2015). Empty if the output has no gradient,
-    or if the network cannot be differentiated, as with some operations in place.
+    `J^T J`, with J the Jacobian of f (Gauss-Newton, as in K-FAC, Martens & Grosse 2015). Layers whose gradients are not finite are
+    left out; empty if the output has no gradient, or if the network cannot be differentiated, as with some operations in place.
     """
     probe = copy_model(model)
     for parameter in probe.parameters():
@@ -54,4 +54,4 @@ def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> di
             sums[name] = distributed.all_reduce_sum(
                 sums.get(name, torch.zeros(size, size, dtype=torch.float64, device=model_device(model)))
             )
-    return sums
+    return {name: metric for name, metric in sums.items() if bool(metric.isfinite().all())}  # the root of zero has no finite gradient

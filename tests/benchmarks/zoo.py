@@ -85,7 +85,7 @@ def build_torchvision(name: str) -> tuple[Callable[[], Any], tuple[Any, ...]]:
         inputs = ([torch.rand(3, 96, 128)],)
         settings |= {} if name.startswith("ssd") else {"min_size": 96, "max_size": 128}
     elif name.startswith(VIDEO):
-        size = 224 if name.startswith("mvit") else 64
+        size = 224 if name.startswith(("mvit", "s3d")) else 64
         inputs = (torch.rand(1, 3, 16 if name.startswith(("mvit", "s3d")) else 8, size, size),)
     elif name.startswith("raft"):
         inputs = (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
