@@ -118,7 +118,7 @@ class Report(JsonRecord):
             lines.append(f"tried {t.budget}: parameters {t.cost.params:,}, MACs {t.cost.macs:,}, score {t.score:g}, {drop} max_drop")
         if ms := self.latency:
             predicted = "" if ms.predicted is None else f", predicted {ms.predicted:.2f} ms"
-            conditions = f"median of {ms.rounds} rounds, {ms.conditions}"
+            conditions = f"fastest quarter of at least {ms.rounds} rounds, {ms.conditions}"
             lines.append(f"latency {ms.before:.2f} -> {ms.after:.2f} ms{predicted}, speed-up {ms.before / ms.after:.2f}x ({conditions})")
         return lines
 

@@ -20,7 +20,7 @@ from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
 from dsconv_surgery.support.fidelity import checked_score, measure_fidelity
 from dsconv_surgery.support.formatting import markdown_table, text_table
 from dsconv_surgery.support.inputs import as_inputs
-from dsconv_surgery.support.latency import measure_latency
+from dsconv_surgery.support.latency import Stopwatch, measure_latency
 from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.plotting import Panel, save_panels
 from dsconv_surgery.support.records import JsonRecord, record
@@ -106,7 +106,7 @@ def pareto(
         measure: "macs", "params" or "latency".
         evaluate: a function that gives a network's score, higher for better.
         data: images on which outputs are compared with the dense network's; the calibration images if not given.
-        latency: time every network.
+        latency: time every network, in turn with the dense one.
 
     Returns:
         A `Sweep`: print it, or see `to_markdown()`, `to_json()` and `plot(path)`.
@@ -136,8 +136,12 @@ def pareto(
     for budget in reversed(budgets):  # the hardest to reach first: nothing is computed for a sweep that cannot be finished
         planner.check(budget)
 
+    watch = Stopwatch()
+    reference = measure_latency([model], inputs, stopwatch=watch)[0] if latency else 0.0
+
     def point(fraction: float, network: nn.Module, cost: Cost, plan: Plan | None) -> Point:
-        cost = replace(cost, latency=measure_latency([network], inputs)[0] if latency else 0.0)
+        before, after = measure_latency([model, network], inputs, stopwatch=watch) if latency else (1.0, 0.0)
+        cost = replace(cost, latency=reference * after / before)  # the machine may be busier than at the first point
         score = None if evaluate is None else checked_score(evaluate, network)
         if compared is None:
             return Point(fraction, cost, score, plan=plan)
@@ -148,4 +152,5 @@ def pareto(
     for fraction, budget in zip(sorted(fractions, reverse=True), budgets, strict=True):
         cut, plan = cut_to_budget(planner, budget)
         points.append(point(fraction, cut, plan.total_after, plan))
+    watch.warn()
     return Sweep(measure, tuple(points))

@@ -1,23 +1,25 @@
-"""Latency of single layers on this machine, each geometry timed once."""
+"""Latency of single layers on this machine, each geometry timed once, in turn with the chains that may replace it."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsconv_surgery.network.geometry import ConvSpec, Size
 from dsconv_surgery.schemes import make_layer
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.cache import Cache
 from dsconv_surgery.support.inputs import Inputs
-from dsconv_surgery.support.latency import Conditions, timing_conditions
+from dsconv_surgery.support.latency import TOLERANCE, Conditions, Stopwatch, timing_conditions
 from dsconv_surgery.support.random_state import preserve_random_state
 
-SECONDS = 0.03  # of timed runs for one geometry
+ROUNDS = 7  # runs of each chain
+ALIGNMENT = 64  # numbers; weights begin at multiples of it
 
 
 class LayerTimer:
@@ -25,38 +27,74 @@ class LayerTimer:
 
     Args:
         model, inputs: their dtype, device, memory format and batch are used for all timings.
-        cache: stores timings by geometry, conditions and machine.
+        cache: stores timings by geometry, conditions and machine, unless other programs disturbed them.
+        stopwatch: remembers disturbances, for one warning.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, cache: Cache) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, cache: Cache, stopwatch: Stopwatch) -> None:
         self.conditions: Conditions = timing_conditions(inputs)
         parameter = next(model.parameters(), torch.zeros((), dtype=torch.float32, device="cpu"))
         self._example = torch.empty((), dtype=parameter.dtype, device=parameter.device)
-        self._cache = cache
+        self._cache, self._stopwatch = cache, stopwatch
         device = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else f"{platform.processor()} {platform.machine()}"
         self._environment = {**asdict(self.conditions), "dtype": str(parameter.dtype), "machine": device, "node": platform.node()}
 
-    def time(self, chain: Mapping[str, ConvSpec], sizes: Sequence[Size]) -> float:
-        """Median milliseconds of the links run in order, summed over inputs of these sizes."""
-        links = list(chain.values())
+    def time(self, chains: Sequence[Mapping[str, ConvSpec]], sizes: Sequence[Size]) -> list[float]:
+        """Milliseconds of chains, each summed over inputs of these sizes; the first chain is the reference of the others.
+
+        Chains that are not in the cache are timed in turn with the reference. If the reference is in the cache, their times are scaled
+        by how much longer it takes now, so that drift of the machine between measurements does not favour some chains.
+        """
         # Names of layers are not part of the key, so layers of one geometry share their timings.
-        key = {"links": [str(link) for link in links], "sizes": [list(size) for size in sizes], **self._environment}
-        with preserve_random_state():
-            return distributed.all_reduce_mean(self._cache.get("latency", key, lambda: sum(self._measure(links, size) for size in sizes)))
+        shared = {"sizes": [list(size) for size in sizes], **self._environment}
+        keys = [{"links": [str(link) for link in chain.values()], **shared} for chain in chains]
+        times = [self._cache.read("latency", key) for key in keys]
+        missing = [index for index, milliseconds in enumerate(times) if milliseconds is None]
+        if missing:
+            indices = sorted({0, *missing})
+            with preserve_random_state():
+                measured = dict(zip(indices, self._measure([list(chains[index].values()) for index in indices], sizes), strict=True))
+            reference, disturbance = measured[0]
+            scale = 1.0 if times[0] is None else times[0] / reference
+            for index in missing:
+                times[index] = measured[index][0] * scale
+                if max(disturbance, measured[index][1]) <= TOLERANCE:
+                    self._cache.write("latency", keys[index], times[index])
+        return [distributed.all_reduce_mean(milliseconds) for milliseconds in times]
 
-    def _measure(self, links: Sequence[ConvSpec], size: Size) -> float:
-        layers = nn.Sequential(*(make_layer(link, self._example) for link in links)).eval()
-        for parameter in layers.parameters():
-            nn.init.normal_(parameter, std=0.05)
-        batch, *space = size
-        shape = (batch, links[0].in_channels) if links[0].kind == "linear" else (batch, links[0].in_channels, *space)
-        x = torch.randn(shape, device=self._example.device, dtype=torch.float32).to(self._example.dtype)
-        if self.conditions.memory_format == "channels_last" and x.ndim == 4:
-            layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            x = x.contiguous(memory_format=torch.channels_last)
-        from torch.utils.benchmark import Timer  # here, as it takes long to import
-
-        timer = Timer("layers(x)", globals={"layers": layers, "x": x}, num_threads=self.conditions.threads)
+    def _measure(self, chains: Sequence[Sequence[ConvSpec]], sizes: Sequence[Size]) -> list[tuple[float, float]]:
+        """Each chain's milliseconds, and the largest disturbance of its runs."""
+        # All chains share the memory of their weights. Two parameters of a link may each need up to one ALIGNMENT more.
+        weights = self._random(max(sum(link.params + 2 * ALIGNMENT for link in links) for links in chains)).mul_(0.05)
+        calls = []
+        for batch, *space in sizes:
+            inputs: dict[str, Tensor] = {}
+            for links in chains:
+                shape = (batch, links[0].in_channels) if links[0].kind == "linear" else (batch, links[0].in_channels, *space)
+                x = inputs.setdefault(str(shape), self._random(*shape))
+                calls.append(partial(self._build(links, weights), x))
         with torch.inference_mode():
-            timer.timeit(3)  # warm-up; Timer synchronises CUDA itself
-            return 1e3 * timer.blocked_autorange(min_run_time=SECONDS).median
+            timings = self._stopwatch.time(calls, self._example.device, ROUNDS)
+        groups = [timings[index :: len(chains)] for index in range(len(chains))]
+        return [(sum(timing.milliseconds for timing in group), max(timing.disturbance for timing in group)) for group in groups]
+
+    def _random(self, *shape: int) -> Tensor:
+        x = torch.randn(shape, device=self._example.device, dtype=torch.float32).to(self._example.dtype)
+        return x.contiguous(memory_format=torch.channels_last) if self._channels_last and x.ndim == 4 else x
+
+    @property
+    def _channels_last(self) -> bool:
+        return self.conditions.memory_format == "channels_last"
+
+    def _build(self, links: Sequence[ConvSpec], weights: Tensor) -> nn.Module:
+        """The layers of a chain, with parts of `weights` as their parameters."""
+        layers = nn.Sequential(*(make_layer(link, self._example.to("meta")) for link in links)).eval()
+        if self._channels_last:
+            layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        state: dict[str, Tensor] = {}
+        start = 0
+        for name, parameter in layers.state_dict().items():
+            state[name] = weights.as_strided(parameter.shape, parameter.stride(), start)
+            start += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        layers.load_state_dict(state, assign=True)
+        return layers

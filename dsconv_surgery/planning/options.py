@@ -42,16 +42,14 @@ def layer_options(
     if not weight.is_meta:
         check_finite(site.name, weight)
     errors = OptionErrors(site, module, names, estimator)
-    dense = site.cost if timer is None else replace(site.cost, latency=timer.time({"dense": site.spec}, site.sizes))
     refusals = {name: schemes.refusal(schemes.get_scheme(name), site.spec) for name in names}
-    tried = {name: _options_up_to_dense(name, site, dense, measures) for name, refusal in refusals.items() if not refusal}
-    options: dict[str, list[Option]] = {}
+    tried = {name: _options_up_to_dense(name, site, site.cost, measures) for name, refusal in refusals.items() if not refusal}
+    dense, options = site.cost, dict[str, list[Option]]()
     for name, candidates in tried.items():
-        group = [option for option in candidates if _saves(option, dense, measures) and _has_multiple(option, site, multiple)]
-        if timer is not None and group:
-            group = [option for option in _timed(group, site, errors, timer) if option.cost.latency < FASTER * dense.latency]
-        if group:
+        if group := [option for option in candidates if _saves(option, dense, measures) and _has_multiple(option, site, multiple)]:
             options[name] = sorted(group, key=lambda option: (option.cost.macs, option.cost.params))
+    if timer is not None and options:
+        dense, options = _faster(options, site, errors, timer)
     if options:
         if timer is not None:
             errors.latencies = {name: [(float(o.cost.macs), o.cost.latency) for o in group] for name, group in options.items()}
@@ -93,16 +91,37 @@ def _has_multiple(option: Option, site: ConvSite, multiple: int) -> bool:
     return all(link.out_channels % multiple == 0 for link in links[:-1])
 
 
-def _timed(options: list[Option], site: ConvSite, errors: OptionErrors, timer: LayerTimer) -> list[Option]:
-    """Options of one scheme with their milliseconds, measured near SAMPLE_FRACTIONS and interpolated by MACs; of pairs, only the best."""
-    options = sorted(options, key=lambda option: option.cost.macs)
-    scheme, ranks = schemes.get_scheme(options[0].scheme), [option.rank for option in options]
-    bounds = None if isinstance(ranks[0], int) else errors.bounds(scheme.name, ranks)
-    if bounds is not None:  # keep pairs with a lower bound than all cheaper pairs
-        lowest = np.minimum.accumulate(np.append(np.inf, bounds))[:-1]
-        options = [option for option, bound, limit in zip(options, bounds, lowest, strict=True) if bound < limit]
-    macs = np.array([float(option.cost.macs) for option in options])
-    samples = sorted({0, len(options) - 1, *(int(np.abs(macs - part * site.cost.macs).argmin()) for part in SAMPLE_FRACTIONS)})
-    times = [timer.time(schemes.chain_of(scheme, site.spec, options[k].rank), site.sizes) for k in samples]
-    latencies = np.interp(macs, macs[samples], times)
-    return [replace(option, cost=replace(option.cost, latency=float(ms))) for option, ms in zip(options, latencies, strict=True)]
+def _faster(
+    options: dict[str, list[Option]], site: ConvSite, errors: OptionErrors, timer: LayerTimer
+) -> tuple[Cost, dict[str, list[Option]]]:
+    """The layer's cost and its faster options with their milliseconds; of pairs, only the best.
+
+    The layer and the options near SAMPLE_FRACTIONS are measured in turn; times in between are interpolated by MACs.
+    """
+    samples: dict[str, list[int]] = {}
+    for name, group in options.items():
+        options = {**options, name: (group := _best_pairs(group, errors))}
+        macs = np.array([float(option.cost.macs) for option in group])
+        nearest = (int(np.abs(macs - part * site.cost.macs).argmin()) for part in SAMPLE_FRACTIONS)
+        samples[name] = sorted({0, len(group) - 1, *nearest})
+    sampled = [options[name][index] for name, indices in samples.items() for index in indices]
+    chains = [schemes.chain_of(schemes.get_scheme(option.scheme), site.spec, option.rank) for option in sampled]
+    milliseconds, *times = timer.time([{"dense": site.spec}, *chains], site.sizes)
+    faster: dict[str, list[Option]] = {}
+    for name, group in options.items():
+        points = [(float(o.cost.macs), ms) for o, ms in zip(sampled, times, strict=True) if o.scheme == name]
+        latencies = np.interp([float(option.cost.macs) for option in group], *np.array(points).T)
+        timed = [replace(o, cost=replace(o.cost, latency=float(ms))) for o, ms in zip(group, latencies, strict=True)]
+        if timed := [option for option in timed if option.cost.latency < FASTER * milliseconds]:
+            faster[name] = timed
+    return replace(site.cost, latency=milliseconds), faster
+
+
+def _best_pairs(options: list[Option], errors: OptionErrors) -> list[Option]:
+    """Of options with pairs of ranks, cheapest first, those with a lower bound on the error than all cheaper ones."""
+    ranks = [option.rank for option in options]
+    bounds = None if isinstance(ranks[0], int) else errors.bounds(options[0].scheme, ranks)
+    if bounds is None:
+        return options
+    lowest = np.minimum.accumulate(np.append(np.inf, bounds))[:-1]
+    return [option for option, bound, limit in zip(options, bounds, lowest, strict=True) if bound < limit]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,13 @@ from dsconv_surgery.support.cache import Cache
 from dsconv_surgery.support.formatting import did_you_mean
 from dsconv_surgery.support.input_description import describe_inputs
 from dsconv_surgery.support.inputs import Inputs, as_inputs
-from dsconv_surgery.support.latency import Latency, measure_latency, timing_conditions
+from dsconv_surgery.support.latency import ROUNDS, Latency, Stopwatch, measure_latency, timing_conditions
 from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.random_state import preserve_random_state
 from dsconv_surgery.surgery import build_cut_model
 
 REFINEMENT_ROUNDS = 1  # measure the chosen options, then choose again
 LATENCY_TRIES, LATENCY_TOLERANCE = 4, 0.02  # plans tried to meet a latency budget, and by how much it may be missed
-TIMED_PASSES = 31  # forward passes to time a whole network
 FactorsByLayer = dict[str, Factors]  # factors that planning computed, so that the cut need not compute them again
 
 
@@ -111,9 +111,10 @@ class Planner:
             warn_of_cost_outside(self._survey, settings.measures)
         # Processes that share the images must compute the same things at the same time, so none of them reads its own cache.
         store, timer = Cache(cache if distributed.process_and_world_size()[1] == 1 else False), None
+        self._stopwatch = Stopwatch()
         if "latency" in settings.measures:
-            timer = LayerTimer(model, inputs, store)
-            self.total = replace(self.total, latency=distributed.all_reduce_mean(measure_latency([model], inputs)[0]))
+            timer = LayerTimer(model, inputs, store, self._stopwatch)
+            self.total = replace(self.total, latency=self._measure_latency([model])[0])
         damages = DamageEstimator(model, self._sites, images, store)
         self._tables: dict[str, Table] = {}
         self._errors: dict[str, OptionErrors] = {}
@@ -127,7 +128,11 @@ class Planner:
 
     def check(self, budget: Budget) -> None:
         """Raise BudgetError if not even the cheapest option of every layer meets a budget."""
-        allowed_costs(self._tables, self.total, budget, [skip.reason for skip in self._skips])
+        try:
+            allowed_costs(self._tables, self.total, budget, [skip.reason for skip in self._skips])
+        except BudgetError:
+            self._stopwatch.warn()  # busy times may be the reason
+            raise
 
     def smallest_fraction(self, measure: str) -> float:
         """The fraction of the network's cost that is left with the cheapest option of every layer."""
@@ -148,7 +153,8 @@ class Planner:
             budget: None for a rule that takes no budget.
             errors_later: leave out errors that no decision needed; the cut measures them.
         """
-        with tqdm(total=len(self._tables), desc="judge options", unit="layer", disable=not self.progress) as bar:
+        with tqdm(total=len(self._tables), desc="judge options", unit="layer", disable=not self.progress) as bar, ExitStack() as stack:
+            stack.callback(self._stopwatch.warn)  # if there is no plan, too: busy times may be the reason
             for errors in self._errors.values():
                 errors.on_start = bar.update  # rules measure options when they need them, layer by layer
                 errors.start_plan()
@@ -200,7 +206,7 @@ class Planner:
             saved = [option.cost.latency - self._tables[name].dense.latency for name, option in choice.items() if option]
             predicted = self.total.latency + sum(saved)
             latency = self._time_cut(plan)
-            timing = Latency(self.total.latency, latency, timing_conditions(self.inputs), TIMED_PASSES, predicted)
+            timing = Latency(self.total.latency, latency, timing_conditions(self.inputs), ROUNDS, predicted)
             too_slow = latency > (1 + LATENCY_TOLERANCE) * target
             tries.append((abs(latency - target) + target * too_slow, (replace(plan, timing=timing), factors)))
             if (target * (1 - LATENCY_TOLERANCE) <= latency and not too_slow) or not plan.cuts:
@@ -212,9 +218,11 @@ class Planner:
         """Milliseconds of the network cut by a plan, relative to the dense time that the budget was set by."""
         with preserve_random_state():
             cut = _random_cut(self.model, plan)
-        times = measure_latency([self.model, cut], self.inputs, rounds=TIMED_PASSES)
-        dense, after = map(distributed.all_reduce_mean, times)
+        dense, after = self._measure_latency([self.model, cut])
         return after * self.total.latency / dense  # the machine may be busier than when the budget was set
+
+    def _measure_latency(self, models: list[nn.Module]) -> list[float]:
+        return [distributed.all_reduce_mean(ms) for ms in measure_latency(models, self.inputs, stopwatch=self._stopwatch)]
 
     def _as_plan(self, budget: Budget | None, choice: Choice, errors_later: bool) -> tuple[Plan, FactorsByLayer]:
         cuts: list[Cut] = []

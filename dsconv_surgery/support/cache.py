@@ -34,9 +34,17 @@ class Cache:
         self.folder: Path | None = None if where is False else Path(default) if where is True else Path(where)
 
     def get(self, kind: str, key: Any, compute: Callable[[], Any]) -> Any:
-        """The stored value of a key, else the result of `compute`, which is then stored; both are plain JSON data."""
+        """The stored value of a key, else the result of `compute`, which is then stored; both are plain JSON data and not None."""
+        value = self.read(kind, key)
+        if value is None:
+            value = compute()
+            self.write(kind, key, value)
+        return value
+
+    def read(self, kind: str, key: Any) -> Any:
+        """The stored value of a key, or None."""
         if self.folder is None:
-            return compute()
+            return None
         key = [_versions(), kind, key]
         path = self.folder / kind / f"{json_sha256(key)}.json"
         try:
@@ -47,14 +55,20 @@ class Cache:
                 raise ValueError("the checksum differs")
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             warnings.warn(f"{path}: a damaged cache entry. Its value is computed again.", stacklevel=2)
-        value = compute()
+        return None
+
+    def write(self, kind: str, key: Any, value: Any) -> None:
+        """Store a value under a key."""
+        if self.folder is None:
+            return
+        key = [_versions(), kind, key]
+        path = self.folder / kind / f"{json_sha256(key)}.json"
         try:
             with atomic_write(path, durable=False) as temporary:
                 temporary.write_text(json.dumps({"value": value, "sha256": json_sha256([key, value])}))
         except (OSError, ValueError) as error:
             warnings.warn(f"{path}: cannot be written ({error}). Nothing more is stored in the cache.", stacklevel=2)
             self.folder = None
-        return value
 
 
 def digest(*parts: Tensor | str) -> str:

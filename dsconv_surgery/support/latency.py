@@ -1,9 +1,14 @@
-"""Latency of whole networks: measured in turn, with the conditions that a time holds for."""
+"""Latency: calls timed in turn, the disturbance by other programs, and the conditions that a time holds for."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+import gc
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +18,11 @@ from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.random_state import preserve_random_state
 from dsconv_surgery.support.records import record
 
-ROUNDS = 15  # forward passes of each network
+ROUNDS = 15  # runs of each network
+ATTEMPTS = 3  # disturbed calls are timed again, for up to this many times the rounds
+SHORTEST_RUN, SHORTEST_TICKS = 1e-3, 20  # shorter calls are repeated until a run lasts so many seconds, and so many ticks of the clock
+MOST_CALLS = 10**6  # in a run, for a clock that stands still
+TOLERANCE = 1.1  # a disturbance up to this factor is ignored; quiet machines stay below it
 
 
 @record
@@ -32,7 +41,10 @@ class Conditions:
 
 @record
 class Latency:
-    """Median milliseconds of the dense and the cut network, timed in turn, and the time that was predicted for the cut one."""
+    """Milliseconds of the dense and the cut network, timed in turn, and the time that was predicted for the cut one.
+
+    They hold without interruptions by other programs, and come from the fastest quarter of at least so many rounds.
+    """
 
     before: float
     after: float
@@ -52,16 +64,127 @@ def timing_conditions(inputs: Inputs) -> Conditions:
     return Conditions(torch.get_num_threads(), batch, dtype, str(first.device), memory_format)
 
 
-def measure_latency(models: Sequence[nn.Module], inputs: Inputs, rounds: int = ROUNDS) -> list[float]:
-    """Median milliseconds of copies of networks, end to end in evaluation mode, on torch's current thread count."""
-    from torch.utils.benchmark import Timer
+@record
+class Clocks:
+    """Functions that read the wall time and the CPU time of the calling thread, in seconds, and the steps that these advance by.
 
-    threads, arguments = torch.get_num_threads(), {"args": inputs.args, "kwargs": inputs.kwargs}
-    call = "model(*args, **kwargs)"
-    timers = [Timer(call, globals=arguments | {"model": evaluation_copy(model)}, num_threads=threads) for model in models]
+    The thread's CPU time tells interruptions from work for any number of threads: the calling thread takes part in parallel work, and
+    waits actively for the others. It waits passively, for long, only where another program holds up one of them.
+    """
+
+    wall: Callable[[], float] = time.perf_counter
+    cpu: Callable[[], float] = time.thread_time
+    wall_tick: float = time.get_clock_info("perf_counter").resolution
+    cpu_tick: float = 1 / 64 if time.get_clock_info("thread_time").implementation.startswith("GetThreadTimes") else 1e-6
+
+
+CLOCKS = Clocks()
+
+
+@record
+class Timing:
+    """Milliseconds of a call without interruptions, and the factor by which these stretched its runs: 1 on a quiet machine."""
+
+    milliseconds: float
+    disturbance: float
+
+
+class Stopwatch:
+    """Times calls in turn, and remembers how much other programs disturbed them.
+
+    `disturbance = max(q / t_1, sum_i t_i / sum_i c_i)` for a call whose runs took t_1 <= t_2 <= ... seconds of wall time and c_i of the
+    thread's CPU time, with their lower quartile q and sums over the runs up to it. The first factor shows that too few runs agree. The
+    second, on CPUs only, shows interruptions even if they stretch all runs alike. The call's time is `q / disturbance`.
+    """
+
+    def __init__(self, clocks: Clocks | None = None) -> None:
+        self._clocks = clocks or CLOCKS
+        self.disturbance = 1.0  # the largest of all turns since the last warning
+
+    def time(self, calls: Sequence[Callable[[], Any]], device: torch.device | str, rounds: int) -> list[Timing]:
+        """Time calls in turn, round after round, so that drift and bursts of load affect all; repeat those that were disturbed."""
+        run = partial(self._run_cuda if torch.device(device).type == "cuda" else self._run, torch.device(device))
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            numbers = [self._calls_per_run(partial(run, call)) for call in calls]
+            runs: list[list[tuple[float, float]]] = [[] for _ in calls]
+            timings = [Timing(0.0, math.inf) for _ in calls]
+            for _ in range(ATTEMPTS):
+                again = [index for index, timing in enumerate(timings) if timing.disturbance > TOLERANCE]
+                for _ in range(rounds):
+                    for index in again:
+                        runs[index].append(run(calls[index], numbers[index]))
+                for index in again:
+                    timings[index] = self._judge(runs[index], numbers[index])
+        finally:
+            if collects:
+                gc.enable()
+        # Over a whole turn, so that a single odd call among many is not taken for a busy machine.
+        if undisturbed := sum(timing.milliseconds for timing in timings):
+            disturbed = sum(timing.milliseconds * timing.disturbance for timing in timings)
+            self.disturbance = max(self.disturbance, disturbed / undisturbed)
+        return timings
+
+    def warn(self) -> None:
+        """Warn, with the figure, if anything timed since the last warning was disturbed too much."""
+        disturbance, self.disturbance = self.disturbance, 1.0
+        if disturbance > TOLERANCE:
+            warnings.warn(
+                f"latency: the machine was too busy to measure it well. Interruptions made runs {disturbance:.2f} times as long. Times are "
+                "corrected, but may be wrong by up to this factor. Close other programs and run this again.",
+                stacklevel=3,
+            )
+
+    def _run(self, device: torch.device, call: Callable[[], Any], number: int) -> tuple[float, float]:
+        """Seconds of wall time of so many calls, and of the thread's CPU time if the CPU runs them, else of wall time again."""
+        clocks, on_cpu = self._clocks, device.type in ("cpu", "meta")
+        synchronize = (lambda: None) if on_cpu else torch.get_device_module(device).synchronize
+        synchronize()
+        wall, cpu = clocks.wall(), clocks.cpu()
+        for _ in range(number):
+            call()
+        synchronize()
+        cpu, wall = clocks.cpu() - cpu, clocks.wall() - wall
+        return wall, cpu if on_cpu else wall
+
+    def _run_cuda(self, device: torch.device, call: Callable[[], Any], number: int) -> tuple[float, float]:
+        """The same between two events on the GPU, where no CPU time shows interruptions."""
+        stream = torch.cuda.current_stream(device)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record(stream)
+        for _ in range(number):
+            call()
+        end.record(stream)
+        end.synchronize()
+        return (seconds := start.elapsed_time(end) / 1e3), seconds
+
+    def _calls_per_run(self, run: Callable[[int], tuple[float, float]]) -> int:
+        """How many calls make up a run that is long enough for the clock; they warm up the call as well."""
+        number, shortest = 1, max(SHORTEST_RUN, SHORTEST_TICKS * self._clocks.wall_tick)
+        run(number)
+        while (seconds := min(run(number)[0] for _ in range(2))) < shortest and number < MOST_CALLS:
+            number *= 10 if seconds * 10 < shortest else math.ceil(shortest / seconds)
+        return number
+
+    def _judge(self, runs: list[tuple[float, float]], number: int) -> Timing:
+        fastest = sorted(runs)[: (len(runs) - 1) // 4 + 1]
+        wall, cpu = (sum(seconds) for seconds in zip(*fastest, strict=True))
+        quartile, shortest = fastest[-1][0], max(fastest[0][0], self._clocks.wall_tick)
+        disturbance = max(1.0, quartile / shortest, wall / (cpu + len(fastest) * self._clocks.cpu_tick))
+        return Timing(1e3 * quartile / number / disturbance, disturbance)
+
+
+def measure_latency(models: Sequence[nn.Module], inputs: Inputs, rounds: int = ROUNDS, stopwatch: Stopwatch | None = None) -> list[float]:
+    """Milliseconds of copies of networks, end to end in evaluation mode, timed in turn on torch's current thread count.
+
+    Args:
+        stopwatch: remembers disturbances, for one warning about several measurements. Without it, the warning is given here.
+    """
+    watch, device = stopwatch or Stopwatch(), timing_conditions(inputs).device
+    calls = [partial(evaluation_copy(model), *inputs.args, **inputs.kwargs) for model in models]
     with torch.inference_mode(), preserve_random_state():
-        for timer in timers:
-            timer.timeit(2)  # warm-up; Timer synchronises CUDA itself
-        # In turn, so that a busy moment of the machine affects all networks.
-        times = [[1e3 * timer.timeit(1).median for timer in timers] for _ in range(rounds)]
-    return [statistics.median(samples) for samples in zip(*times, strict=True)]
+        timings = watch.time(calls, device, rounds)
+    if stopwatch is None:
+        watch.warn()
+    return [timing.milliseconds for timing in timings]

@@ -22,7 +22,7 @@ from dsconv_surgery import Budget, Calibration, FineTune, Plan, Recipe, compare,
 from dsconv_surgery.budget import BudgetError
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.network.geometry import ConvSpec, Cost
-from dsconv_surgery.planning import option_errors, planner
+from dsconv_surgery.planning import layer_latency, option_errors, planner
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.knapsack import choose
 from dsconv_surgery.planning.layer_latency import LayerTimer
@@ -193,7 +193,9 @@ def test_a_choice_beyond_its_limits_is_no_plan(net: Net, x: Tensor, monkeypatch:
 def test_limits_tightened_out_of_reach_leave_the_best_plan_so_far(error: Exception, net: Net, x: Tensor, monkeypatch: Any) -> None:
     """While a plan is brought to keep a time; other errors are not taken for that."""
     monkeypatch.setattr(
-        LayerTimer, "time", lambda _, chain, sizes: float(sum(link.macs(size) for size in sizes for link in chain.values()))
+        LayerTimer,
+        "time",
+        lambda _, chains, sizes: [float(sum(link.macs(size) for size in sizes for link in chain.values())) for chain in chains],
     )
     monkeypatch.setattr(
         "dsconv_surgery.planning.planner.measure_latency", lambda models, *_, **__: [1.0] * len(models)
@@ -422,16 +424,16 @@ def test_latency_budgets_are_met(net: Net, x: Tensor, monkeypatch: pytest.Monkey
     """With fixed times: faster options are chosen, and never one that is slower than the dense layer."""
     speed = {"spatial": 1e-6, "depthwise": 1e-4}
 
-    def ticks(_clock: LayerTimer, chain: dict[str, ConvSpec], sizes: Any) -> float:
+    def ticks(chain: dict[str, ConvSpec], sizes: Any) -> float:
         macs = sum(link.macs(size) for size in sizes for link in chain.values())
         kind = "depthwise" if any(link.groups > 2 for link in chain.values()) else "spatial"
         return macs * speed[kind]
 
-    monkeypatch.setattr(LayerTimer, "time", ticks)
+    monkeypatch.setattr(LayerTimer, "time", lambda _, chains, sizes: [ticks(chain, sizes) for chain in chains])
 
-    def whole(models: Any, inputs: Any, rounds: int = 15) -> list[float]:
+    def whole(models: Any, *_: Any, **__: Any) -> list[float]:
         return [
-            sum(ticks(None, {"": ConvSpec.of(m)}, [(1, 8, 8)]) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))  # type: ignore[arg-type]
+            sum(ticks({"": ConvSpec.of(m)}, [(1, 8, 8)]) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
             for model in models
         ]
 
@@ -454,15 +456,15 @@ def test_latency_budgets_are_met(net: Net, x: Tensor, monkeypatch: pytest.Monkey
 def test_networks_in_channels_last_are_timed_in_it(net: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers with biases and links with flat weights, too: all 4-D tensors in timed layers are in the format of the inputs."""
     in_format: list[bool] = []
-    run = nn.Conv2d.forward
+    run = nn.functional.conv2d
 
-    def record(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    def record(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         if torch.is_inference_mode_enabled():
             last = torch.channels_last
-            in_format.append(x.is_contiguous(memory_format=last) and layer.weight.is_contiguous(memory_format=last))
-        return run(layer, x)
+            in_format.append(x.is_contiguous(memory_format=last) and weight.is_contiguous(memory_format=last))
+        return run(x, weight, *rest)
 
-    monkeypatch.setattr(nn.Conv2d, "forward", record)
+    monkeypatch.setattr(nn.functional, "conv2d", record)  # not nn.Conv2d.forward: layers with a replaced forward are not cut
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wide = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     small = compress(net, wide, budget=Budget(latency=1.0), cache=False)
@@ -472,8 +474,9 @@ def test_networks_in_channels_last_are_timed_in_it(net: Net, x: Tensor, monkeypa
     assert all(in_format)
 
 
-def test_real_time_is_predicted_and_reported(net: Net, x: Tensor) -> None:
+def test_real_time_is_predicted_and_reported(net: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """On this machine, with a budget that every plan meets: conditions, prediction and measurement are reported, timings cached."""
+    monkeypatch.setattr(layer_latency, "TOLERANCE", math.inf)  # this machine may be busy, and disturbed timings are not cached
     wide = torch.randn(4, 3, 64, 64)
     small = compress(net, wide, budget=Budget(latency=1.0))
     report = compare(net, small.model, wide, plan=small.plan, latency=True)
@@ -482,9 +485,8 @@ def test_real_time_is_predicted_and_reported(net: Net, x: Tensor) -> None:
     assert report.latency.predicted == small.plan.timing.after
     assert report.latency.conditions.batch == 4
     assert "predicted" in str(report)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerTimer, "_measure", lambda *_: pytest.fail("timed again"))
-        make_plan(net, wide, budget=Budget(latency=1.0))
+    monkeypatch.setattr(LayerTimer, "_measure", lambda *_: pytest.fail("timed again"))
+    make_plan(net, wide, budget=Budget(latency=1.0))
 
 
 # ---- rules by name
