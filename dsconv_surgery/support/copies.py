@@ -164,9 +164,14 @@ def to_device(value: Any, device: torch.device) -> Any:
     """Nested data with every tensor moved to a device."""
 
     def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True, copy=tensor.is_inference())
+        return tensor.to(device, non_blocking=_need_not_wait(device), copy=tensor.is_inference())
 
     return pytree.tree_map_only(Tensor, move, value)
+
+
+def _need_not_wait(device: torch.device) -> bool:
+    """Whether a copy to a device may return early. The next operation on a GPU waits for its values, but the CPU would read too soon."""
+    return device.type == "cuda"
 
 
 def run_model(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
@@ -181,4 +186,4 @@ def run_model(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
 
 def own_copy(inputs: Inputs, device: torch.device) -> Inputs:
     """Inputs on a device, copied; tensors made under inference mode become ordinary ones."""
-    return pytree.tree_map_only(Tensor, lambda t: t.detach().to(device, non_blocking=True, copy=True), inputs)
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().to(device, non_blocking=_need_not_wait(device), copy=True), inputs)
