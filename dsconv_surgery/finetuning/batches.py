@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from dsconv_surgery.finetuning.settings import FineTune
+from dsconv_surgery.support.copies import to_device
+from dsconv_surgery.support.random_state import set_seed
 
 
 def total_steps(batches: Iterable[Any], settings: FineTune, resumable: bool) -> int:
@@ -50,9 +51,7 @@ def total_steps(batches: Iterable[Any], settings: FineTune, resumable: bool) -> 
 def seed_epoch(batches: Iterable[Any], seed: int, epoch: int) -> None:
     """Make the random draws of an epoch's batches depend on the seed and the epoch only."""
     epoch_seed = derived_seed(seed, "data", epoch)
-    torch.manual_seed(epoch_seed)
-    random.seed(epoch_seed)
-    np.random.seed(epoch_seed)
+    set_seed(epoch_seed)
     for sampler in _samplers(batches):
         generator = getattr(sampler, "generator", None)
         if isinstance(generator, torch.Generator):
@@ -105,11 +104,11 @@ def mix_images(items: tuple[Any, ...], inputs: int, probability: float) -> tuple
         return items, 1.0
     order, k, blend = torch.randperm(len(images[0]), device="cpu"), _uniform(), _uniform() < 0.5
     if blend or any(x.ndim != 4 for x in images) or any(target.ndim > 2 for target in targets):
-        images = tuple(k * x + (1 - k) * x[order.to(x.device)] for x in images)
+        images = tuple(k * x + (1 - k) * x[to_device(order, x.device)] for x in images)
     else:
         position, side = torch.rand(2, dtype=torch.float32, device="cpu").tolist(), (1 - k) ** 0.5
-        images = tuple(_paste_rectangle(x, x[order.to(x.device)], position, side) for x in images)
-    return (*images, *targets, *(target[order.to(target.device)] for target in targets)), k
+        images = tuple(_paste_rectangle(x, x[to_device(order, x.device)], position, side) for x in images)
+    return (*images, *targets, *(target[to_device(order, target.device)] for target in targets)), k
 
 
 def _uniform() -> float:

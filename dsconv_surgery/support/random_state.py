@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.backends import cuda
 
 
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
     """Restore the random states of torch (the CPU and all CUDA devices in use), NumPy and Python at the end of the block."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(list(devices)):
             yield
@@ -37,9 +38,18 @@ def seeded(seed: int) -> Iterator[None]:
 
 def set_seed(seed: int) -> None:
     """Seed the random draws of torch, NumPy and Python."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def seed_torch(seed: int) -> None:
+    """Seed the random draws of torch.
+
+    CUDA is left alone until it is in use: torch.manual_seed would note the seed for its first use, after the states are restored.
+    """
+    seed_generators = torch.manual_seed if torch.cuda.is_initialized() or not cuda.is_built() else torch.default_generator.manual_seed
+    seed_generators(seed)
 
 
 def random_state(device: torch.device) -> tuple[Any, ...]:
