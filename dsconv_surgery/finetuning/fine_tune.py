@@ -17,7 +17,7 @@ from dsconv_surgery.finetuning.settings import FineTune
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import model_device
 from dsconv_surgery.support.inputs import checked_prepare
-from dsconv_surgery.support.modes import standard_modes
+from dsconv_surgery.support.modes import callers_precision, standard_modes
 from dsconv_surgery.support.outputs import OutputSelector
 from dsconv_surgery.support.random_state import preserve_random_state
 
@@ -101,7 +101,7 @@ def fine_tune(
     path = None if checkpoint is None else Path(checkpoint)
     training_flags = [(module, module.training) for network in networks.values() for module in network.modules()]
     try:
-        with distributed.process_group(model_device(model)), preserve_random_state():
+        with distributed.process_group(model_device(model)), preserve_random_state(), callers_precision():
             if teacher is not None:
                 teacher.eval()
             loop = TrainingLoop(model, batches, distillation, validate, settings, make_optimizer, inputs, prepare, steps, callback, path)

@@ -16,6 +16,7 @@ from dsconv_surgery.support import distributed
 from dsconv_surgery.support.cache import Cache
 from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.latency import TOLERANCE, Conditions, Stopwatch, timing_conditions
+from dsconv_surgery.support.modes import callers_precision
 from dsconv_surgery.support.random_state import preserve_random_state
 
 ROUNDS = 7  # runs of each chain
@@ -73,7 +74,7 @@ class LayerTimer:
                 shape = (batch, links[0].in_channels) if links[0].kind == "linear" else (batch, links[0].in_channels, *space)
                 x = inputs.setdefault(str(shape), self._random(*shape))
                 calls.append(partial(self._build(links, weights), x))
-        with torch.inference_mode():
+        with torch.inference_mode(), callers_precision():
             timings = self._stopwatch.time(calls, self._example.device, ROUNDS)
         groups = [timings[index :: len(chains)] for index in range(len(chains))]
         return [(sum(timing.milliseconds for timing in group), max(timing.disturbance for timing in group)) for group in groups]

@@ -15,6 +15,7 @@ from torch import nn
 
 from dsconv_surgery.support.copies import evaluation_copy
 from dsconv_surgery.support.inputs import Inputs
+from dsconv_surgery.support.modes import callers_precision
 from dsconv_surgery.support.random_state import preserve_random_state
 from dsconv_surgery.support.records import record
 
@@ -183,7 +184,7 @@ def measure_latency(models: Sequence[nn.Module], inputs: Inputs, rounds: int = R
     """
     watch, device = stopwatch or Stopwatch(), timing_conditions(inputs).device
     calls = [partial(evaluation_copy(model), *inputs.args, **inputs.kwargs) for model in models]
-    with torch.inference_mode(), preserve_random_state():
+    with torch.inference_mode(), preserve_random_state(), callers_precision():
         timings = watch.time(calls, device, rounds)
     if stopwatch is None:
         watch.warn()
