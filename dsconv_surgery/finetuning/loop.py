@@ -29,7 +29,7 @@ from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import as_channels_last, model_device, to_device
 from dsconv_surgery.support.fidelity import checked_score
 from dsconv_surgery.support.inputs import batch_inputs, batch_items, input_count
-from dsconv_surgery.support.random_state import from_random_state, preserve_random_state, random_state
+from dsconv_surgery.support.random_state import from_random_state, preserve_random_state, random_state, seed_torch
 
 
 @dataclass
@@ -104,9 +104,12 @@ class TrainingLoop:
         factor = learning_rate_factor(self.step, self.steps, self.settings.warmup)
         for parameters, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             parameters["lr"] = rate * factor
-        losses = self._backward(group)
+        parts = self._backward(group)
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.trained, self.settings.clip or math.inf))
+        parts["norm"] = nn.utils.clip_grad_norm_(self.trained, self.settings.clip or math.inf)
+        # The only moment of a step at which the CPU waits for the device.
+        losses = dict(zip(parts, torch.stack([part.float() for part in parts.values()]).tolist(), strict=True))
+        norm = losses.pop("norm")
         # In float16, the scaler skips a step whose gradient is not finite and halves its scale, from 65,536; otherwise the scale is 1.
         if not math.isfinite(losses["loss"]) or not (math.isfinite(norm) or self.scaler.get_scale() > 1):
             self._stop(losses["loss"], norm)
@@ -120,14 +123,14 @@ class TrainingLoop:
         self._call_back({"loss": losses["loss"], "lr": self.settings.lr * factor})
         return losses["loss"]
 
-    def _backward(self, group: list[Any]) -> dict[str, float]:
+    def _backward(self, group: list[Any]) -> dict[str, Tensor]:
         """Add up the gradients of a step's batches; the loss and its parts, means over batches and processes."""
         sums: dict[str, Tensor] = {}
         # Draws inside a step (dropout) must not change those of the batches, which a resumed epoch repeats without its steps.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(derived_seed(self.settings.seed, "mix", self.step))
+            seed_torch(derived_seed(self.settings.seed, "mix", self.step))
             mixed = [self._mix(batch) for batch in group]
-            torch.manual_seed(derived_seed(self.settings.seed, "step", self.step, self.process))
+            seed_torch(derived_seed(self.settings.seed, "step", self.step, self.process))
             for index, (batch, k) in enumerate(mixed):
                 items, weight = distributed.local_part(batch)
                 with self.network.no_sync() if self.world_size > 1 and index < len(group) - 1 else nullcontext():
@@ -135,13 +138,13 @@ class TrainingLoop:
                     self.scaler.scale(loss * (weight / len(group))).backward()
                 for name, value in {"loss": loss.detach(), **parts}.items():
                     sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value * (weight / self.world_size / len(group))
-        return dict(zip(sums, distributed.all_reduce_sum(torch.stack(list(sums.values()))).tolist(), strict=True))
+        return dict(zip(sums, distributed.all_reduce_sum(torch.stack(list(sums.values()))), strict=True))
 
     def _mix(self, batch: Any) -> tuple[tuple[Any, ...], float]:
-        """Check a batch and apply `mix_images`. A batch that cannot be mixed is an error only where `mix` was set."""
+        """Check a batch, and mix its images on the model's device. A batch that cannot be mixed is an error only where `mix` was set."""
         batch = batch if self.prepare is None else self.prepare(batch)
         batch_inputs(batch, self.inputs, "fine_tune: a batch")
-        items = batch_items(batch)
+        items = to_device(batch_items(batch), self.device)
         count = input_count(items, self.inputs)
         if len(items) == count and self.loss.teacher is None:
             raise ValueError("fine_tune: a batch holds no labels, and there is no teacher. Pass the dense network as teacher=, or labels.")
@@ -149,7 +152,6 @@ class TrainingLoop:
 
     def _loss(self, items: tuple[Any, ...], k: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch that was mixed with weight k, and its parts."""
-        items = to_device(items, self.device)
         count = input_count(items, self.inputs)
         inputs, targets = items[:count], items[count:]
         if self.settings.channels_last:
