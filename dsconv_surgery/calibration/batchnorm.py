@@ -40,7 +40,7 @@ def _estimate_statistics(model: nn.Module, norms: Iterable[Any], images: Images)
     """Set the statistics to their mean over batches, and over processes weighted by the number of batches."""
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the mean over batches, not an exponential average
+        norm.register_forward_pre_hook(_Averaging())
         norm.train()
     with torch.no_grad():
         for first_image, count, inputs in _select(images, held=False):
@@ -51,6 +51,20 @@ def _estimate_statistics(model: nn.Module, norms: Iterable[Any], images: Images)
         batches = distributed.all_reduce_sum(norm.num_batches_tracked.double())
         for statistic in (norm.running_mean, norm.running_var):
             statistic.copy_(distributed.all_reduce_sum(statistic * norm.num_batches_tracked) / batches)
+
+
+class _Averaging:
+    """A hook before each call of a BatchNorm in training mode: its statistics become means over calls.
+
+    `momentum=None` does the same, but reads the number of calls from the device each time.
+    """
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def __call__(self, norm: nn.Module, _inputs: Any) -> None:
+        self._calls += 1
+        norm.momentum = 1 / self._calls  # type: ignore[assignment]
 
 
 def _lowers_error(dense: nn.Module, before: nn.Module, after: nn.Module, images: Images) -> bool:

@@ -19,7 +19,7 @@ from dsconv_surgery.network.discovery import ConvSite
 from dsconv_surgery.network.geometry import ConvSpec, Size
 from dsconv_surgery.schemes import LinAlgError, Objective, kernel_tensor, naming_layer
 from dsconv_surgery.support import distributed
-from dsconv_surgery.support.copies import evaluation_copy
+from dsconv_surgery.support.copies import evaluation_copy, to_device
 from dsconv_surgery.support.fidelity import ROUNDING
 
 CHUNK_VALUES = 2**24  # patch values processed at a time (64 MiB in float32)
@@ -77,7 +77,7 @@ class Moments:
             held = held_out(first_image + start, p.shape[0]) & self._hold
             for fold, mask in enumerate((~held, held)):
                 if bool(mask.any()):
-                    selected = mask.to(device)
+                    selected = to_device(mask.nonzero().squeeze(1), device)  # a mask on the device would make the CPU wait
                     self._add_rows(fold, _merged(p[selected]), None if t is None else _merged(t[selected]))
 
     def _draw(self, total: int) -> Tensor | None:
@@ -91,7 +91,7 @@ class Moments:
             ),
         )
         return (
-            torch.randperm(total, generator=self._draws, device="cpu")[:count].sort().values.to(self.weight.device)
+            to_device(torch.randperm(total, generator=self._draws, device="cpu")[:count].sort().values, self.weight.device)
             if count < total
             else None
         )

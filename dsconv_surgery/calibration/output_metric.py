@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.support import distributed
-from dsconv_surgery.support.copies import copy_model, model_device, run_model
+from dsconv_surgery.support.copies import copy_model, model_device, run_model, to_device
 
 
 def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> dict[str, Tensor]:
@@ -40,9 +40,12 @@ def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> di
         for first_image, _, inputs in images.probe_batches():
             try:
                 outputs = [tensor for tensor in images.select_outputs(run_model(probe, inputs, first_image)) if tensor.requires_grad]
-                targets = [torch.randn(t.shape, generator=draws, device="cpu", dtype=torch.float32).to(t) for t in outputs]
+                drawn = [torch.randn(t.shape, generator=draws, device="cpu", dtype=torch.float32) for t in outputs]
+                targets = [to_device(v, t.device).to(t.dtype) for v, t in zip(drawn, outputs, strict=True)]
                 if outputs:
                     torch.autograd.backward(outputs, targets)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # torch refuses operations in place on values that a gradient needs
                 outputs = []
             if not outputs:

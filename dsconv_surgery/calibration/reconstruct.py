@@ -22,6 +22,7 @@ from dsconv_surgery.calibration.side_by_side import NetworkPair, network_pair
 from dsconv_surgery.plan import Cut
 from dsconv_surgery.schemes import Factors, Objective
 from dsconv_surgery.support import distributed
+from dsconv_surgery.support.copies import to_device
 
 # Strengths of the pull towards the weights, in units of the inputs' mean square. They are tried in this order for as long as the
 # error on held-out images falls; without held-out images the first is used.
@@ -168,12 +169,12 @@ class _LayerFit:
         self.moments.all_reduce()
         trial = self._fit(self.moments.objective("fit", self.centred), ridge, factors, WIDE_TRIAL if self.wide else TRIAL)
         outputs = [output, self._cut_before_relu(trial)]
-        errors = torch.zeros(2, dtype=torch.float64, device="cpu")
+        errors = self.moments.weight.new_zeros(2)
         for call in pair.calls([self.cut.name]):
-            held = held_out(call.first_image, call.target.shape[0])
+            held = to_device(held_out(call.first_image, call.target.shape[0]).nonzero().squeeze(1), call.target.device)
             dense = self._before_relu(call.target, call, 0)[held].relu()
             for index, output in enumerate(outputs):
-                errors[index] += float((dense - output(call)[held].relu()).square().sum())
+                errors[index] += (dense - output(call)[held].relu()).square().sum().to(errors)
         if float(distributed.all_reduce_sum(errors).diff()) < 0:
             return trial
         self.moments.target_sums = linear

@@ -79,7 +79,7 @@ class OptionErrors:
         self._require_weights()
         if name not in self._bounds:
             spectrum = schemes.spectrum(schemes.get_scheme(name), self._spec, self._weight)
-            self._bounds[name] = None if spectrum is None else _truncation_errors(spectrum)
+            self._bounds[name] = None if spectrum is None else _truncation_errors(spectrum.cpu())  # read number by number
         errors = self._bounds[name]
         if errors is None:
             return None

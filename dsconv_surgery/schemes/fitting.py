@@ -131,7 +131,7 @@ def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, init
         solved = _regular_solve(gram + torch.diag_embed(penalty), matched)
         change = ((solved @ gram - 2 * matched) * solved).sum(dtype=torch.float64)
         norms = solved.square().sum(1)
-        error = objective.energy + float(change) + float((penalty * norms).sum(dtype=torch.float64))
+        error = objective.energy + float(change + (penalty * norms).sum(dtype=torch.float64))
         slope = solved.mT @ (solved @ products - objective.cross) + PENALTY * objective.size * norms.unsqueeze(2) * features
     if features.requires_grad:
         features.backward(2 * slope / objective.unit)

@@ -40,7 +40,7 @@ def class_divergence(target: Tensor, logits: Tensor, temperature: float = 1.0) -
 def squared_error(target: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """`sum (target - output)^2` and `sum target^2` in float64, without entries that are the same infinity in both."""
     mask = ~(target.isinf() & (target == output))
-    a, b = target[mask].double(), output[mask].double()
+    a, b = torch.where(mask, target, 0.0).double(), torch.where(mask, output, 0.0).double()
     return (a - b).square().sum(), a.square().sum()
 
 
@@ -69,22 +69,23 @@ class OutputComparison:
         self.classification = True
         self.images = 0
         self._select = select
-        # Squared error, squared norm, images with the same top class, divergence, rows of classifiers' outputs.
+        # Squared error, squared norm, images with the same top class, divergence, rows of classifiers' outputs; on the outputs' device.
         self._sums = torch.zeros(5, dtype=torch.float64, device="cpu")
 
     def add(self, target: Any, output: Any, images: int) -> None:
         """One batch: the dense network's output and the other network's."""
         tensors = self._select.pairs(target, output)
         targets, outputs = [a for a, _ in tensors], [b for _, b in tensors]
-        pairs = [squared_error(a, b) for a, b in tensors]
-        sums = [sum(float(missed) for missed, _ in pairs), sum(float(norm) for _, norm in pairs), 0.0, 0.0, 0.0]
+        sums = targets[0].new_zeros(5, dtype=torch.float64)
+        for a, b in tensors:
+            sums[:2] += torch.stack(squared_error(a, b)).to(sums.device)
         self.classification = self.classification and is_classification(targets)
         if self.classification:
-            sums[2] = float((targets[0].argmax(1) == outputs[0].argmax(1)).sum())
-            sums[3] = float(class_divergence(targets[0].double(), outputs[0].double()))
+            sums[2] = (targets[0].argmax(1) == outputs[0].argmax(1)).sum()
+            sums[3] = class_divergence(targets[0].double(), outputs[0].double())
             sums[4] = len(targets[0])  # a video has several rows for each image
         self.images += images
-        self._sums += torch.tensor(sums, dtype=torch.float64, device="cpu")
+        self._sums = self._sums.to(sums.device) + sums
 
     def all_reduce(self) -> None:
         """Sum over all processes."""

@@ -150,12 +150,13 @@ class InputStructure:
         """The inputs for some images: a range, or a mask with one flag per image."""
         values, count = (inputs.args, inputs.kwargs), self.count(inputs)
         numbers = torch.arange(count, device="cpu")[index].tolist()
+        rows = index if isinstance(index, slice) else torch.tensor(numbers, dtype=torch.long, device="cpu")
 
         def pick(example: Any, value: Any, _place: str) -> Any:
             if not (_has_images(example, self.images) and len(value) == count):
                 return value
             if isinstance(value, Tensor):
-                return value[index.to(value.device) if isinstance(index, Tensor) else index]
+                return value[rows if isinstance(rows, slice) else rows.to(value.device, non_blocking=True)]
             return [value[number] for number in numbers]
 
         args, kwargs = self._map(pick, values)
