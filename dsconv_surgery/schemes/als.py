@@ -107,8 +107,7 @@ def _slice_terms(tensor: Tensor, tap_shape: tuple[int, ...], count: int) -> Term
 
 def _strongest(slices: Tensor, tap_shape: tuple[int, ...], count: int) -> tuple[float, Terms]:
     """The strongest components of slices (g, s, c, k): their energy; one-hot (g, s, r), scaled left vectors (g, c, r), taps."""
-    left, values, right = torch.linalg.svd(slices, full_matrices=False)  # g s c j, g s j, g s j k
-    scaled = (left * values.unsqueeze(-2)).mT  # g s j c
+    scaled, values, right = _components(slices)
     taps = [right]
     if len(tap_shape) == 2:  # split each tap vector into outer products; each of them is a term
         u, s, v = torch.linalg.svd(right.unflatten(-1, tap_shape), full_matrices=False)  # g s j y t, g s j t, g s j t x
@@ -120,6 +119,20 @@ def _strongest(slices: Tensor, tap_shape: tuple[int, ...], count: int) -> tuple[
     slice_of_term = one_hot(chosen // values.shape[2], slices.shape[1]).to(slices.dtype)
     rows = (factor.flatten(1, 2) for factor in (scaled, *taps))  # g (s j) c
     return energy, (slice_of_term.mT, *(row.gather(1, chosen.unsqueeze(-1).expand(-1, -1, row.shape[2])).mT for row in rows))
+
+
+def _components(slices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular components of slices (g, s, c, k): scaled left vectors (g, s, j, c), values (g, s, j), right vectors (g, s, j, k).
+
+    Where taps are few, eigenvectors of the second moment of the taps take half the time of an SVD on the CPU. CUDA decomposes small
+    symmetric matrices all at once, but other matrices one after the other.
+    """
+    if slices.shape[2] < slices.shape[3]:
+        left, values, right = torch.linalg.svd(slices, full_matrices=False)
+        return (left * values.unsqueeze(-2)).mT, values, right
+    right = torch.linalg.eigh(slices.mT @ slices)[1].flip(-1).mT
+    scaled = right @ slices.mT
+    return scaled, torch.linalg.vector_norm(scaled, dim=-1), right
 
 
 def _sweep_until_stalled(tensor: Tensor, start: Terms, rough: bool) -> Terms:
@@ -159,9 +172,9 @@ def _sweep(by_output: Tensor, by_input: Tensor, terms: Terms, repeats: int) -> t
     outputs, inputs, *taps = terms
     taps, outputs, _ = _half_sweep(by_input, inputs, outputs, taps, repeats)
     taps, inputs, matched = _half_sweep(by_output, outputs, inputs, taps, repeats)
-    product = float((matched * inputs).sum(dtype=torch.float64))
-    square = float((_gram(outputs) * _gram(inputs) * _gram(_all_taps(taps))).sum(dtype=torch.float64))
-    return (outputs, inputs, *taps), 2 * product - square
+    product = (matched * inputs).sum(dtype=torch.float64)
+    square = (_gram(outputs) * _gram(inputs) * _gram(_all_taps(taps))).sum(dtype=torch.float64)
+    return (outputs, inputs, *taps), float(2 * product - square)
 
 
 def _half_sweep(tensor: Tensor, fixed: Tensor, channels: Tensor, taps: list[Tensor], repeats: int) -> tuple[list[Tensor], Tensor, Tensor]:

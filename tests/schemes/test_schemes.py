@@ -429,3 +429,15 @@ def test_ranks_above_the_full_rank_are_refused() -> None:
         above = full + 1 if isinstance(full, int) else (full[0], full[1] + 1)
         with pytest.raises(ValueError, match=r"^stem: .*rank"):
             schemes.check_rank("stem", schemes.get_scheme(name), spec, above)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 4, 3, 9), (2, 3, 4, 4)], ids=str)
+def test_components_of_slices_are_those_of_the_svd(shape: tuple[int, ...]) -> None:
+    """Largest first, with orthonormal right vectors, also for a slice of zeros and one of rank one."""
+    slices = torch.randn(shape, dtype=torch.float64)
+    slices[0, 0] = 0
+    slices[0, 1] = slices[0, 1, :, :1] * torch.ones(shape[3], dtype=torch.float64)
+    scaled, values, right = als._components(slices)
+    torch.testing.assert_close(scaled.mT @ right, slices, rtol=0, atol=1e-12)
+    torch.testing.assert_close(values, torch.linalg.svdvals(slices), rtol=0, atol=1e-7)
+    torch.testing.assert_close(right @ right.mT, torch.eye(right.shape[2], dtype=torch.float64).expand(*shape[:2], -1, -1))
