@@ -16,6 +16,7 @@ from dsconv_surgery.calibration.hooks import Following, HookedPair, LayerCall
 from dsconv_surgery.calibration.images import Images, check_model_runs
 from dsconv_surgery.network.graph_rewrite import placeholder_values, trace
 from dsconv_surgery.network.layers import is_layer, named_layers
+from dsconv_surgery.network.self_check import is_close
 from dsconv_surgery.support.copies import model_device, own_copy
 from dsconv_surgery.support.outputs import output_tensors
 from dsconv_surgery.support.random_state import preserve_random_state, seeded, set_seed
@@ -145,8 +146,7 @@ def _checked_trace(model: nn.Module, images: Images) -> fx.GraphModule | None:
                 outputs = output_tensors(fx.Interpreter(graph).run(*values))  # a GraphModule would print its traceback
     except Exception:  # tracing fails in many ways; a graph fails where the trace took another branch than these images
         return None
-    same = (a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(expected, outputs, strict=False))
-    return graph if len(expected) == len(outputs) and all(same) else None
+    return graph if len(expected) == len(outputs) and all(map(is_close, expected, outputs)) else None
 
 
 def _layer_nodes(model: nn.Module, graph: fx.GraphModule, names: Sequence[str]) -> dict[str, list[fx.Node]]:

@@ -91,14 +91,15 @@ def _count_calls(cut: nn.Module, last_links: Mapping[str, str]) -> list[str]:
 def _equal(expected: Any, result: Any) -> bool:
     # Whole numbers, such as classes, have to be the same as well.
     sides = [[*output_tensors(side), *(t for t in all_tensors(side) if _is_whole(t))] for side in (expected, result)]
-    return len(sides[0]) == len(sides[1]) and all(map(_close, *sides))
+    return len(sides[0]) == len(sides[1]) and all(map(is_close, *sides))
 
 
 def _is_whole(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def is_close(a: Tensor, b: Tensor) -> bool:
+    """Whether two results of the same operations are equal but for rounding, relative to the largest value."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point():
@@ -124,7 +125,7 @@ def _explain(dense: nn.Module, cut: nn.Module, last_links: Mapping[str, str], in
             run_model(network, inputs)
     place = "after the last layer"
     for (expected_name, expected), (name, result) in zip(*outputs, strict=False):
-        if expected_name != name or not _close(expected, result):
+        if expected_name != name or not is_close(expected, result):
             place = f"in the output of layer {expected_name!r}"
             break
     return (
