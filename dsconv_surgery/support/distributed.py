@@ -22,10 +22,10 @@ def process_and_world_size() -> tuple[int, int]:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Under torchrun, create a process group for the block unless there is one already: nccl for CUDA, gloo for other devices."""
+    """Under torchrun, create a process group for the block unless there is one already: nccl for CUDA tensors, gloo for others."""
     create = dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized() and int(os.environ["WORLD_SIZE"]) > 1
     if create:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:
@@ -53,8 +53,11 @@ def local_part(batch: Any) -> tuple[Any, float]:
 def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum over processes, the same in all of them; with one process, the tensor itself."""
     if process_and_world_size()[1] > 1:
-        value = value.detach().clone()
-        dist.all_reduce(value)
+        # A group of nccl alone sums nothing on the CPU.
+        target = torch.device("cuda") if value.device.type == "cpu" and dist.get_backend() == "nccl" else value.device
+        total = value.detach().to(target, copy=True)
+        dist.all_reduce(total)
+        value = total.to(value.device)
     return value
 
 
