@@ -23,7 +23,7 @@ from dsconv_surgery.network.geometry import Size
 from dsconv_surgery.network.graph_rewrite import placeholder_values, trace
 from dsconv_surgery.network.layers import is_layer, named_layers, take_place, weight_property_readers
 from dsconv_surgery.network.source_reads import LAYER_ATTRIBUTES
-from dsconv_surgery.support.copies import CopyError, copy_model, fake_copy, unregistered_tensors
+from dsconv_surgery.support.copies import CopyError, copy_model, fake_copy, model_device, unregistered_tensors
 from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.random_state import seeded
 
@@ -99,9 +99,11 @@ def _first_run(model: nn.Module, inputs: Inputs) -> tuple[Callable[..., Any], _C
         except Exception as error:
             failure = error
     shapes = [f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in inputs.tensors]
+    device, others = model_device(model), {str(t.device) for t in inputs.tensors} - {str(model_device(model))}
+    remedy = f" The network is on {device}: move the inputs there, as in inputs.to({str(device)!r})." if others else ""
     raise ValueError(
         f"the model does not run on the example inputs ({', '.join(shapes) or 'no tensors'}): {type(failure).__name__}: {failure} "
-        "Pass inputs for which `model(*example_inputs, **example_kwargs)` works in evaluation mode."
+        f"Pass inputs for which `model(*example_inputs, **example_kwargs)` works in evaluation mode.{remedy}"
     ) from failure
 
 

@@ -109,7 +109,7 @@ def _plain_layer(layer: nn.Module) -> nn.Module | None:
     parameters = list(layer.parameters())
     if not isinstance(layer, nn.Conv2d | nn.Linear) or not parameters or not all(p.is_floating_point() for p in parameters):
         return None
-    shapes, generator, probe = list(input_shapes(layer)), torch.Generator().manual_seed(0), copy_model(layer).eval()
+    shapes, generator, probe = list(input_shapes(layer)), torch.Generator("cpu").manual_seed(0), copy_model(layer).eval()
     inputs = [torch.randn(shape, generator=generator, device="cpu").to(parameters[0]) for shape in (shapes[0], shapes[-1])]
     try:
         computed = [record_call(probe, x) for x in inputs]
