@@ -54,6 +54,14 @@ def _seed() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every kind of device; CUDA is skipped where there is none."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device on this machine")
+    return torch.device(request.param)
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of CIFAR-10 and pretrained networks, where there is one."""
