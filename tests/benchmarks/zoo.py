@@ -90,7 +90,7 @@ def build_torchvision(name: str) -> tuple[Callable[[], Any], tuple[Any, ...]]:
     elif name.startswith("raft"):
         inputs = (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
     else:
-        size = FIXED_SIZE.get(name, 64)
+        size = FIXED_SIZE.get(name.removeprefix("quantized_"), 64)
         inputs = (torch.rand(2 if size == 64 else 1, 3, size, size),)
     return lambda: models.get_model(name, **settings), inputs
 
