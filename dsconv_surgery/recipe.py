@@ -39,7 +39,7 @@ class CalibrationSettings:
     """How many calibration images a recipe uses, and the settings of `Calibration` for them."""
 
     images: Count = 512
-    patches: Count = 2**17
+    patches: Count = 2**15
     memory: Count = 2**31
 
 

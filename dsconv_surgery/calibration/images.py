@@ -17,7 +17,7 @@ from dsconv_surgery.support.outputs import OutputSelector
 
 HELD_OUT_EVERY = 4  # one image of four is held out
 MIN_TO_HOLD_OUT = 4 * HELD_OUT_EVERY  # no image is held out of fewer
-PROBE_IMAGES, PROBE_VALUES = 256, 2**23  # limits of images and of their values for measurements that repeat
+PROBE_IMAGES, PROBE_VALUES = 128, 2**22  # limits of images and of their values for measurements that repeat
 CHUNK_IMAGES, CHUNK_VALUES = 128, 2**21  # limits of images and of their values for one forward pass
 
 
@@ -41,7 +41,7 @@ class Calibration:
     """
 
     batches: Iterable[Any]
-    patches: int = 2**17
+    patches: int = 2**15
     memory: int = 2**31
     seed: int = 0
 

@@ -23,6 +23,8 @@ from dsconv_surgery.support.copies import evaluation_copy, to_device
 from dsconv_surgery.support.fidelity import ROUNDING
 
 CHUNK_VALUES = 2**24  # patch values processed at a time (64 MiB in float32)
+PLAN_VALUES = 2**23  # values of patches that a layer's errors are measured on before a plan
+MANY = 8  # patches for each of a patch's values: with fewer, errors are measured on other patches than those that are fitted to
 DOUBLE_LENGTH = 640  # fits run in float64 for patches up to this length, in float32 for longer ones
 FOLDS = {"fit": slice(0, 1), "held": slice(1, 2), "all": slice(0, 2)}
 
@@ -188,10 +190,17 @@ class _Centred:
         total.baddbmm_(left, right)
 
 
-def moments_for(spec: ConvSpec, weight: Tensor, sizes: Iterable[Size], images: Images, hold: bool) -> Moments:
-    """Empty moments for a layer that a plan's example input calls with these sizes; `hold` applies if there are enough images."""
+def moments_for(spec: ConvSpec, weight: Tensor, sizes: Iterable[Size], images: Images, values: int | None = None) -> Moments:
+    """Empty moments for a layer that a plan's example input calls with these sizes; images are held out if there are enough.
+
+    With `values`, patches are drawn that have about so many values together, and images are held out only if these are few patches.
+    """
     positions = -(-positions_of(spec, sizes) * images.count // images.example)
-    return Moments(spec, weight, positions, images.settings.patches, images.settings.seed, hold and images.count >= MIN_TO_HOLD_OUT)
+    length, patches, hold = weight.numel() // weight.shape[1], images.settings.patches, images.count >= MIN_TO_HOLD_OUT
+    if values is not None:
+        patches = max(1, min(patches, values // length))
+        hold = hold and min(patches, positions) < MANY * length
+    return Moments(spec, weight, positions, patches, images.settings.seed, hold)
 
 
 def positions_of(spec: ConvSpec, sizes: Iterable[Size]) -> int:
@@ -232,11 +241,11 @@ def _merged(rows: Tensor) -> Tensor:
     return rows.transpose(0, 1).flatten(1, 2)
 
 
-def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -> Callable[[str], Objective]:
-    """A function from a layer's name to its objective `E |(W - V) p|^2` on calibration images, with p from the dense network.
+def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -> Callable[[str], tuple[Objective, Objective]]:
+    """A function from a layer's name to its objectives `E |(W - V) p|^2` on calibration images: to fit to, and to measure errors by.
 
-    The first call gathers the moments of all layers in one pass. Moments are centred where the layer has a bias or a BatchNorm
-    follows, which take up the mean of the error.
+    The first call gathers the moments of all layers in one pass of the dense network. Moments are centred where the layer has a bias
+    or a BatchNorm follows, which take up the mean of the error. Layers with few patches are measured on held-out images.
     """
     names = [site.name for site in sites]
 
@@ -248,7 +257,7 @@ def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -
         result = {}
         for site in sites:
             weight = kernel_tensor(site.spec, model.get_submodule(site.name).get_parameter("weight"))
-            moments = moments_for(site.spec, weight, site.sizes, images, hold=False)
+            moments = moments_for(site.spec, weight, site.sizes, images, values=PLAN_VALUES)
             result[site.name] = moments, site.spec.bias or following[site.name].batchnorm is not None
 
         def add(first_image: int, name: str, x: Tensor, _output: Tensor) -> None:
@@ -260,9 +269,11 @@ def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -
             moments.all_reduce()
         return result
 
-    def objective(name: str) -> Objective:
+    def objectives(name: str) -> tuple[Objective, Objective]:
         moments, centred = gather()[name]
         with naming_layer(name):
-            return moments.objective("all", centred, exact=True)
+            if min(map(moments.count, ("fit", "held"))) > 0:
+                return moments.objective("fit", centred, exact=True), moments.objective("held", centred, exact=True)
+            return (moments.objective("all", centred, exact=True),) * 2
 
-    return objective
+    return objectives

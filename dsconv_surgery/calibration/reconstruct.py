@@ -84,7 +84,7 @@ class _LayerFit:
         self.batchnorm: Any = None if following.batchnorm is None else model.get_submodule(following.batchnorm)
         self.scheme = schemes.get_scheme(cut.scheme)
         weight = schemes.kernel_tensor(cut.spec, self.layer.get_parameter("weight"))
-        self.moments = moments_for(cut.spec, weight, cut.sizes, images, hold=True)
+        self.moments = moments_for(cut.spec, weight, cut.sizes, images)
         self.wide = self.moments.length > WIDE_LENGTH
         self.metric = None if metric is None else _root(metric, cut.spec.groups)
         self.per_channel = (-1,) if cut.spec.kind == "linear" else (-1, 1, 1)  # shape of a value per channel

@@ -40,14 +40,16 @@ class _Side(fx.Interpreter):
 class SideBySide:
     """A traced dense network and the network cut so far, run node by node over all images: one pass for all layers.
 
-    A value lives from the node that computes it to the last node that uses it.
+    A value lives from the node that computes it to the last node that uses it. With `probe`, there is the dense network alone, and it
+    runs on the first images: `outputs` tells what it computes if a layer is replaced.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.GraphModule, images: Images, names: Sequence[str]) -> None:
-        self._model, self._graph, self._images = model, graph, images
+    def __init__(self, model: nn.Module, graph: fx.GraphModule, images: Images, names: Sequence[str], probe: bool = False) -> None:
+        self._model, self._graph, self._images, self._probe = model, graph, images, probe
         self._dense, self._cut = _Side(graph), _Side(graph)
         self._nodes = _layer_nodes(model, graph, names)
         self.following = {name: _following(graph, nodes[0]) if len(nodes) == 1 else Following() for name, nodes in self._nodes.items()}
+        self.first_layer = next(iter(self._nodes), "")
         self._order = _running_order(graph, {self._nodes[name][0]: after.addend for name, after in self.following.items() if after.addend})
         self._position = {node: index for index, node in enumerate(self._order)}
         self._last_use = {value: index for index, node in enumerate(self._order) for value in node.all_input_nodes}
@@ -77,6 +79,22 @@ class SideBySide:
                     shortcut = (dense[addend], cut[addend]) if addend in dense else None
                     yield LayerCall(name, first_image, dense[source], cut[source], target, shortcut)
 
+    def outputs(self, name: str, replacement: nn.Module | None) -> Iterator[Any]:
+        """The network's output for every chunk of images, run from the values before a layer, with the layer replaced or as it is."""
+        first = self._position[self._nodes[name][0]]
+        if first < self._next:
+            self._store.close()
+            self._next = 0
+        if first > self._next:
+            self._advance(first)
+        if replacement is not None:
+            self._dense.replacements = {str(node.target): replacement for node in self._nodes[name]}
+        try:
+            for first_image, dense, _ in self._store:
+                yield self._run(first_image, _copied(dense), None, self._next, len(self._order))
+        finally:
+            self._dense.replacements = {}
+
     def install(self, name: str, layer: nn.Module, batchnorm: nn.Module | None) -> None:
         """Replace a layer of the cut network, and the BatchNorm after it if there is one."""
         self._cut.replacements.update({str(node.target): layer for node in self._nodes[name]})
@@ -91,24 +109,27 @@ class SideBySide:
         """Run both networks up to a position, for all images."""
         store = ActivationStore(self._images.settings.memory, self._graph)
         if self._next == 0:  # both networks are the same up to the first cut
-            for first_image, _, inputs in self._images:
+            for first_image, _, inputs in self._images.probe_batches() if self._probe else self._images:
                 dense: Values = {}
                 values = own_copy(inputs, model_device(self._graph))  # the network may change them in place
                 self._dense.args_iter = iter(placeholder_values(self._model, self._graph, values))
                 self._run(first_image, dense, None, 0, stop)
-                store.add(first_image, dense, _copied(dense))
+                store.add(first_image, dense, {} if self._probe else _copied(dense))
         for first_image, dense, cut in self._store.drain():
-            self._run(first_image, dense, cut, self._next, stop)
+            self._run(first_image, dense, None if self._probe else cut, self._next, stop)
             store.add(first_image, dense, cut)
         self._store.close()
         self._next, self._store = stop, store
 
     @torch.no_grad()
-    def _run(self, first_image: int, dense: Values, cut: Values | None, start: int, stop: int) -> None:
+    def _run(self, first_image: int, dense: Values, cut: Values | None, start: int, stop: int) -> Any:
         """Run the nodes from `start` up to `stop` on some images' values, and drop the values that no later node uses.
+
+        Returns the dense network's value of the last node.
 
         Random draws of a node depend on the node and the images only, so they are the same in both networks.
         """
+        result = None
         with preserve_random_state():
             for index in range(start, stop):
                 node = self._order[index]
@@ -117,10 +138,12 @@ class SideBySide:
                         side.env = values
                         set_seed(first_image * len(self._order) + index)
                         values[node] = side.run_node(node)
+                        result = values[node] if values is dense else result
                         for value in (node, *node.all_input_nodes):
                             if self._last_use.get(value, -1) <= index:
                                 values.pop(value, None)
                         side.env = {}
+        return result
 
 
 NetworkPair = SideBySide | HookedPair
@@ -128,11 +151,11 @@ NetworkPair = SideBySide | HookedPair
 
 def network_pair(model: nn.Module, images: Images, names: Sequence[str]) -> NetworkPair:
     """A dense network and its copy to be cut at these layers: by its graph where there is a correct one, else by hooks."""
-    graph = _checked_trace(model, images)
+    graph = checked_trace(model, images)
     return HookedPair(model, images, names) if graph is None else SideBySide(model, graph, images, names)
 
 
-def _checked_trace(model: nn.Module, images: Images) -> fx.GraphModule | None:
+def checked_trace(model: nn.Module, images: Images) -> fx.GraphModule | None:
     """The model's graph, if the model can be traced and the graph's output on the first images is the same."""
     expected = output_tensors(check_model_runs(model, images))
     if is_layer(model):  # its graph would hold the layer's operations

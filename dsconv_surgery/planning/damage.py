@@ -1,9 +1,9 @@
-"""Damage of a layer's error: how far it moves the network's outputs on calibration images, and curves through such measurements."""
+"""Damage of a layer's error: how far it moves the network's outputs on calibration images, and the curve through such measurements."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.calibration.moments import layer_moments
+from dsconv_surgery.calibration.side_by_side import SideBySide, checked_trace
 from dsconv_surgery.network.discovery import ConvSite
 from dsconv_surgery.network.graph_rewrite import trace
 from dsconv_surgery.schemes import Objective
@@ -23,8 +24,9 @@ from dsconv_surgery.support.fidelity import OutputComparison
 from dsconv_surgery.support.outputs import OutputSelector
 
 RIDGE = 0.1  # pulls factors towards the weights, in units of the inputs' mean square
-BANDWIDTH = 0.3  # of the average over log errors: single measurements scatter by half
-PRIOR_SLOPE, PRIOR_WEIGHT = 1.5, 0.05  # of log damage over log error, before any measurement
+# Of log damage over log error, in CIFAR ResNets: the mean slope of layers, and the variance of single measurements over that of slopes.
+PRIOR_SLOPE, PRIOR_WEIGHT = 1.75, 0.9
+TINY = 1e-9  # smaller errors and damages count as equal
 
 
 class DamageEstimator:
@@ -38,20 +40,16 @@ class DamageEstimator:
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[ConvSite], images: Images | None, cache: Cache) -> None:
-        self._model, self.images, self.cache = model, images, cache
+        self._model, self._names, self.images, self.cache = model, [site.name for site in sites], images, cache
         self._select = OutputSelector() if images is None else images.select_outputs
-        self._objective = None if images is None else layer_moments(model, images, sites)
-        self._latest: tuple[str, tuple[Objective, Objective]] | None = None  # of one layer only, because wide layers take much memory
+        self._objectives = None if images is None else layer_moments(model, images, sites)
 
     def objectives(self, name: str) -> tuple[Objective, Objective]:
-        """The error of a layer's outputs on the dense network's inputs; and the same with a ridge towards the weights."""
-        if self._objective is None:
+        """The error of a layer's outputs on the dense network's inputs, with a ridge towards the weights, to fit to; and to judge by."""
+        if self._objectives is None:
             raise ValueError(f"{name}: errors of outputs need calibration images, and none were passed. Pass calibration=.")
-        if self._latest is None or self._latest[0] != name:
-            self._latest = None
-            plain = self._objective(name)
-            self._latest = name, (plain, plain.ridged(RIDGE * plain.scale))
-        return self._latest[1]
+        fit, judge = self._objectives(name)
+        return fit.ridged(RIDGE * fit.scale), judge
 
     @cached_property
     def digest(self) -> str:
@@ -66,7 +64,7 @@ class DamageEstimator:
             parts.append("not traced")
         if self.images is not None:
             if parts[-1] == "not traced" or self._select.function is not None:
-                for _, output in self._targets:
+                for output in self._run_whole():
                     parts += self._select(output)
             parts.append(f"{self.images.settings.patches} {self.images.settings.seed} {self.images.example}")
             for _, _, inputs in self.images:
@@ -74,28 +72,24 @@ class DamageEstimator:
                 parts.append(digest(*(leaf if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)))
         return digest(*parts)
 
-    def divergence(self, name: str, replacement: nn.Module) -> float:
-        """How far the network's outputs move if one layer is replaced and, where it will have a bias, its mean error corrected.
+    def divergence(self, name: str, chain: nn.Module, centred: bool) -> float:
+        """How far the network's outputs move if a chain replaces one layer; `centred` corrects its mean error, as a bias will.
 
         For a classifier the Kullback-Leibler divergence from the dense network, in nats; otherwise the squared relative error.
         """
-        targets, centred = self._targets, self.objectives(name)[0].centred
-        replacement = replacement.eval()
-
-        def replace_output(_module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            result = replacement(*args, **kwargs)
-            if not centred:
-                return result
-            error = output - result
-            return result + (error.mean((0, 2, 3), keepdim=True) if error.ndim == 4 else error.flatten(0, -2).mean(0))
-
-        handle = self._dense.get_submodule(name).register_forward_hook(replace_output, with_kwargs=True)
-        try:
-            outputs = self._outputs()
-        finally:
-            handle.remove()
+        targets, replacement = self._targets, _Replaced(self._dense.get_submodule(name), chain.eval(), centred)
+        if self._pair is not None:
+            if name not in self._pair.following:
+                return 0.0  # no image reaches it
+            outputs = self._pair.outputs(name, replacement)
+        else:
+            handle = self._dense.get_submodule(name).register_forward_hook(replacement.replace, with_kwargs=True)
+            try:
+                outputs = iter(list(self._run_whole()))
+            finally:
+                handle.remove()
         comparison = OutputComparison(self._select)
-        for (count, target), (_, output) in zip(targets, outputs, strict=True):
+        for (count, target), output in zip(targets, outputs, strict=True):
             comparison.add(target, output, count)
         comparison.all_reduce()
         result = comparison.error if comparison.divergence is None else comparison.divergence
@@ -108,43 +102,56 @@ class DamageEstimator:
         return evaluation_copy(self._model)
 
     @cached_property
+    def _pair(self) -> SideBySide | None:
+        """Runs the part of the network behind a layer; None for networks that cannot be traced, which run as a whole."""
+        images: Any = self.images
+        graph = checked_trace(self._dense, images)
+        return None if graph is None else SideBySide(self._dense, graph, images, self._names, probe=True)
+
+    @cached_property
     def _targets(self) -> list[tuple[int, Any]]:
-        targets = self._outputs()
+        """The number of images and the dense network's output, for each chunk of images."""
+        images: Any = self.images
+        outputs = self._run_whole() if self._pair is None else self._pair.outputs(self._pair.first_layer, None)
+        targets = [(count, output) for (_, count, _), output in zip(images.probe_batches(), outputs, strict=True)]
         tensors = [tensor for _, output in targets for tensor in self._select(output) if tensor.numel()]
         if not all(not bool(t.isnan().any()) and bool(t.isfinite().any()) for t in tensors):
             raise ValueError("calibration: the network's own outputs on these images are NaN, or nothing but infinite. Repair it first.")
         return targets
 
-    def _outputs(self) -> list[tuple[int, Any]]:
-        """The number of images and the output, for each batch."""
+    def _run_whole(self) -> Iterator[Any]:
         images: Any = self.images
         with torch.no_grad():
-            return [(count, run_model(self._dense, inputs, first_image)) for first_image, count, inputs in images.probe_batches()]
+            for first_image, _, inputs in images.probe_batches():
+                yield run_model(self._dense, inputs, first_image)
 
 
-def smooth_curve(x: Any, y: Any, targets: Any) -> Any:
-    """Local linear regression of y on x, both logarithms, made monotonic; below the least x with slope 1."""
-    grid = np.linspace(x.min(), max(x.max(), x.min() + 1e-6), 100)
-    offset = x - grid[:, None]
-    weight = np.exp(-0.5 * (offset / BANDWIDTH) ** 2) + 1e-9
-    moments = [(weight * offset**k).sum(1) for k in range(3)]
-    moments[2] += PRIOR_WEIGHT
-    products = [(weight * y).sum(1), (weight * offset * y).sum(1) + PRIOR_WEIGHT * PRIOR_SLOPE]
-    level = (moments[2] * products[0] - moments[1] * products[1]) / (moments[0] * moments[2] - moments[1] ** 2)
-    return interpolate(grid, np.maximum.accumulate(level), targets, slope=1.0)
+class _Replaced(nn.Module):
+    """A chain in the place of a layer; with `centred`, each channel's mean error on the images of a call is taken away."""
+
+    def __init__(self, layer: nn.Module, chain: nn.Module, centred: bool) -> None:
+        super().__init__()
+        self.layer, self.chain, self.centred = layer, chain, centred
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.replace(self.layer, args, kwargs, self.layer(*args, **kwargs) if self.centred else None)
+
+    def replace(self, _layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
+        """The output of a forward hook."""
+        result = self.chain(*args, **kwargs)
+        if not self.centred:
+            return result
+        error = output - result
+        return result + (error.mean((0, 2, 3), keepdim=True) if error.ndim == 4 else error.flatten(0, -2).mean(0))
 
 
-def interpolate(x: Any, y: Any, targets: Any, slope: float | None = None) -> Any:
-    """Piecewise linear through (x, y), extended with the slopes of the end pieces.
+def damage_curve(points: Sequence[tuple[float, float]], errors: Sequence[float]) -> list[float]:
+    """Damages at some errors, by a line through measured pairs of error and damage, log against log.
 
-    With `slope`, that is the slope below the first x and the least slope above the last.
+    Least squares with a prior on the slope, which single measurements, that scatter by a third, would miss. Zero for errors of zero.
     """
-    x, first = np.unique(x, return_index=True)
-    y = y[first]
-    if len(x) == 1:
-        return np.full(np.shape(targets), y[0]) + (slope or 0.0) * (targets - x[0])
-    inner = np.interp(targets, x, y)
-    low = y[0] + (slope if slope is not None else (y[1] - y[0]) / (x[1] - x[0])) * (targets - x[0])
-    last = (y[-1] - y[-2]) / (x[-1] - x[-2])
-    high = y[-1] + (last if slope is None else max(last, slope)) * (targets - x[-1])
-    return np.where(targets < x[0], low, np.where(targets > x[-1], high, inner))
+    x, y = np.log(np.maximum(np.array(points), TINY)).T
+    offset = x - x.mean()
+    slope = (offset @ (y - y.mean()) + PRIOR_WEIGHT * PRIOR_SLOPE) / (offset @ offset + PRIOR_WEIGHT)
+    logs = y.mean() + max(float(slope), 0.5) * (np.log(np.maximum(np.array(errors), TINY)) - x.mean())
+    return [float(damage) if error > TINY else 0.0 for damage, error in zip(np.exp(logs), errors, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,20 +13,27 @@ from torch import Tensor, nn
 
 from dsconv_surgery import schemes
 from dsconv_surgery.network.discovery import ConvSite
-from dsconv_surgery.network.geometry import Rank, chain_cost
-from dsconv_surgery.planning.damage import BANDWIDTH, DamageEstimator, interpolate, smooth_curve
+from dsconv_surgery.network.geometry import ConvSpec, Rank, chain_cost
+from dsconv_surgery.planning.damage import TINY, DamageEstimator, damage_curve
 from dsconv_surgery.schemes import Factors
 from dsconv_surgery.support.cache import Cache, digest
 
-SAMPLE_FRACTIONS = (0.05, 0.1, 0.18, 0.3, 0.5, 0.8)  # of a layer's MACs: errors and times are measured at ranks near them
-# Iterations of a fit at a sampled rank, and for layers with more weights per output channel than WIDE.
-ITERATIONS, WIDE_ITERATIONS, WIDE = 20, 5, 1024
-DAMAGE_ERRORS = tuple(np.geomspace(0.6, 0.01, 10))  # damage is measured for options with errors near these
-SKIP_RATIO = 2.0  # options with this many times the initial error of cheaper ones are not fitted further
-DAMAGE_SKIP_RATIO = 1.3  # the same for measurements of damage
-TINY = 1e-9  # smaller errors and damages count as equal
+SAMPLE_FRACTIONS = (0.1, 0.3, 0.7)  # of a layer's MACs: errors are measured at ranks near them, and at the cheapest rank
+ITERATIONS, WIDE_ITERATIONS, WIDE = 10, 5, 1024  # of a fit, and of one in layers with more weights per output channel than WIDE
+FIT_GAIN = 0.82  # what a fit of all links makes of the error of a fitted last link: 0.80 to 0.84 in the schemes' mean on ResNet-20
+SKIP_RATIO = 1.5  # options whose weights' error is this many times that of others that cost no more are not fitted
+DAMAGE_SKIP_RATIO = 1.3  # the same for measurements of damage, with errors of outputs
+DAMAGE_ERRORS = (0.35, 0.1, 0.03)  # damage is measured for options with errors near these
 Sample = tuple[str, Rank]  # a scheme at a sampled rank
 Unfolding = tuple[list[float], tuple[int, int]]  # a matrix's singular values, and its shape
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What was measured of one layer's options."""
+
+    errors: dict[Sample, float]
+    damages: list[tuple[float, float]]  # pairs of error and damage; empty without calibration images
 
 
 class OptionErrors:
@@ -33,39 +41,24 @@ class OptionErrors:
 
     Attributes:
         factors: of the options whose exact errors were measured.
-        on_start: called when the layer's first option is measured.
+        on_measure: called when the layer's options are measured.
         latencies: for each timed scheme, pairs of MACs and milliseconds, by rising MACs.
     """
 
     def __init__(self, site: ConvSite, layer: nn.Module, names: Sequence[str], estimator: DamageEstimator) -> None:
         self.factors: dict[Sample, Factors] = {}
-        self.on_start: Callable[[], object] = lambda: None
+        self.on_measure: Callable[[], object] = lambda: None
         self.latencies: dict[str, list[tuple[float, float]]] = {}
         self._site, self._layer, self._names, self._estimator = site, layer, names, estimator
         self._spec, self._weight, self._calibrated = site.spec, layer.get_parameter("weight"), estimator.images is not None
-        # Results of registered schemes are not cached: another scheme may have the same name in the next run.
-        built_in = all(type(schemes.get_scheme(name)).__module__.startswith("dsconv_surgery.") for name in names)
-        self._cache = estimator.cache if built_in else Cache(False)
-        self._key: list[Any] = [site.name, str(site.spec), [list(size) for size in site.sizes]]
-        self._started = False
         self._errors: dict[Sample, float] = {}
-        self._bounds: dict[str, Tensor | None] = {}
-        self._sampled_ranks: dict[str, list[Rank]] = {}
-        self._starts: dict[Sample, Factors] = {}  # of fits at sampled ranks; like the next, until their damage is measured
-        self._fits: dict[Sample, Factors] = {}  # at sampled ranks
-        self._damages: dict[Sample, float] = {}  # measured by `refine_damage`
-        self._refined: list[tuple[float, float]] = []  # pairs of error and damage that the current plan uses beside the sampled ones
 
     def measure(self, name: str, rank: Rank) -> float:
-        """The exact error: of the weights, or of outputs on calibration images."""
+        """The error of an option: of the weights, or of outputs on calibration images."""
         if (name, rank) not in self._errors:
-            self._start()
-            if self._calibrated:
-                self._errors[name, rank], factors = self._fit(name, rank, None, None)
-            else:
-                scheme = schemes.get_scheme(name)
-                factors = next(schemes.factorize(scheme, self._spec, self._weight, [rank]))
-                self._errors[name, rank] = schemes.relative_error(self._weight, schemes.kernel_of(scheme, self._spec, factors))
+            self._require_weights()
+            fits = _Fits(self._site, self._layer, self._estimator)
+            self._errors[name, rank], factors = fits.fit(name, rank) if self._calibrated else fits.factorize(name, rank)
             self.factors[name, rank] = {link: factor.to(self._weight.dtype) for link, factor in factors.items()}
         return self._errors[name, rank]
 
@@ -77,55 +70,27 @@ class OptionErrors:
         if self._calibrated and isinstance(ranks[0], int):
             return None
         self._require_weights()
-        if name not in self._bounds:
-            spectrum = schemes.spectrum(schemes.get_scheme(name), self._spec, self._weight)
-            self._bounds[name] = None if spectrum is None else _truncation_errors(spectrum.cpu())  # read number by number
-        errors = self._bounds[name]
+        errors = self._truncation_errors.get(name)
         if errors is None:
             return None
         return [float(errors[rank - 1] if isinstance(rank, int) else errors[rank[0] - 1, rank[1] - 1]) for rank in ranks]
 
     def estimate(self, name: str, ranks: Sequence[Rank]) -> list[float]:
-        """Errors at many ranks: exact where a spectrum gives them, else interpolated between sampled ranks, log against log."""
+        """Errors at many ranks: exact where a spectrum gives them, else interpolated between sampled ranks."""
         bounds = self.bounds(name, ranks)
         if bounds is not None and not self._calibrated:
             return bounds
-        samples = self.sample_ranks(name)
-        sample_errors = self._sample_errors(name, samples)
-        sample_bounds = self.bounds(name, samples)  # pairs of ranks are ordered by the weights' errors
-        scale = np.log if sample_bounds is None else _log_of_error
-        x, targets = (
-            np.array([float(rank) if isinstance(rank, int) else 0.0 for rank in group] if errors is None else [-e for e in errors])
-            for group, errors in ((samples, sample_bounds), (ranks, bounds))
-        )
-        order = np.argsort(x)
-        log_errors = np.minimum.accumulate(np.log(np.maximum(np.array(sample_errors)[order], TINY)))
-        return np.exp(interpolate(scale(x[order]), log_errors, scale(targets))).clip(0.0, 1.0).tolist()
+        measured = self._curves.errors
+        samples = [rank for rank in self._sample_ranks[name] if (name, rank) in measured]
+        errors = np.log([max(measured[name, rank], TINY) for rank in samples])
+        sample_bounds = self.bounds(name, samples) if samples else None  # pairs of ranks are ordered by the weights' errors
+        x, targets = (_abscissa(*pair) for pair in ((samples, sample_bounds), (ranks, bounds)))
+        return np.exp(interpolate(x, errors, targets)).clip(0.0, 1.0).tolist()
 
     def damage(self, errors: Sequence[float]) -> list[float]:
-        """How far errors move the network's outputs, log against log between errors at which that was measured."""
-        points = self._sampled_damage + self._refined if self._calibrated else []
-        if len(points) < 2:
-            return list(errors)
-        x, y = np.log(np.maximum(np.array(points), TINY)).T
-        damages = np.exp(smooth_curve(x, y, np.log(np.maximum(np.array(errors), TINY))))
-        return [float(damage) if error > TINY else 0.0 for damage, error in zip(damages, errors, strict=True)]
-
-    def refine_damage(self, name: str, rank: Rank) -> bool:
-        """Measure an option's damage unless it was measured at nearly the same error; whether it was measured now."""
-        if not self._calibrated:
-            return False
-        (error,) = self.estimate(name, [rank])
-        if any(abs(np.log(max(error, TINY) / max(other, TINY))) < BANDWIDTH / 4 for other, _ in self._sampled_damage + self._refined):
-            return False
-        if (name, rank) not in self._damages:
-            self._damages[name, rank] = self._cached("damage_at", name, [rank], partial(self._damage_at, name, rank))
-        self._refined.append((error, self._damages[name, rank]))
-        return True
-
-    def start_plan(self) -> None:
-        """Forget refinements, so that a plan does not depend on earlier ones."""
-        self._refined.clear()
+        """How far errors move the network's outputs; without calibration images, the errors themselves."""
+        points = self._curves.damages if self._calibrated else []
+        return damage_curve(points, errors) if points else list(errors)
 
     def unfoldings(self) -> list[Unfolding]:
         """The unfoldings of the kernel by input and by output channel; of groups, those with the largest singular values."""
@@ -137,9 +102,21 @@ class OptionErrors:
             result.append((values[int(values.sum(1).argmax())].tolist(), (matrix.shape[1], matrix.shape[2])))
         return result
 
-    def sample_ranks(self, name: str) -> list[Rank]:
+    @cached_property
+    def _truncation_errors(self) -> dict[str, Tensor]:
+        """Errors of the weights at all ranks, for schemes with a spectrum."""
+        spectra = {name: schemes.spectrum(schemes.get_scheme(name), self._spec, self._weight) for name in self._applicable}
+        return {name: truncation_errors(spectrum.cpu()) for name, spectrum in spectra.items() if spectrum is not None}
+
+    @cached_property
+    def _applicable(self) -> list[str]:
+        return [name for name in self._names if schemes.refusal(schemes.get_scheme(name), self._spec) is None]
+
+    @cached_property
+    def _sample_ranks(self) -> dict[str, list[Rank]]:
         """The ranks at which errors are measured: the cheapest, and the best below each of SAMPLE_FRACTIONS of the layer's MACs."""
-        if name not in self._sampled_ranks:
+        result: dict[str, list[Rank]] = {}
+        for name in self._applicable:
             scheme = schemes.get_scheme(name)
             ranks: list[tuple[Rank, float]] = []
             for rank in scheme.ranks(self._spec.one_group()):
@@ -154,120 +131,60 @@ class OptionErrors:
                 within = [k for k, (_, fraction) in enumerate(ranks) if fraction <= limit]
                 if within:
                     samples.add(ranks[within[-1] if bounds is None else min(within, key=bounds.__getitem__)][0])
-            self._sampled_ranks[name] = sorted(samples)
-        return self._sampled_ranks[name]
-
-    def _sample_errors(self, name: str, ranks: list[Rank]) -> list[float]:
-        if self._calibrated:
-            return [self._fitted_errors[name, rank] for rank in ranks]
-        return list(self._cached("errors", name, ranks, partial(self._initial_errors, name)))
-
-    def _cached(self, kind: str, name: str, ranks: Sequence[Rank], compute: Callable[[], Any]) -> Any:
-        """The result of `compute`, which must depend on nothing but the layer, the scheme, the ranks and, with images, the network."""
-        source = self._estimator.digest if self._calibrated else digest(self._weight)
-        return self._cache.get(kind, [source, *self._key, name, _as_json(ranks)], compute)
+            result[name] = sorted(samples)
+        return result
 
     @cached_property
-    def _samples(self) -> dict[Sample, list[float]]:
-        """All schemes that apply at their sampled ranks: MACs, parameters and, if options were timed, interpolated milliseconds."""
-        samples: dict[Sample, list[float]] = {}
-        for name in self._names:
-            scheme = schemes.get_scheme(name)
-            for rank in self.sample_ranks(name) if schemes.refusal(scheme, self._spec) is None else ():
-                cost = chain_cost(schemes.chain_of(scheme, self._spec, rank), self._site.sizes)
-                samples[name, rank] = [float(cost.macs), float(cost.params)]
+    def _costs(self) -> dict[Sample, list[float]]:
+        """All sampled options: MACs, parameters and, if options were timed, interpolated milliseconds."""
+        costs: dict[Sample, list[float]] = {}
+        for name, ranks in self._sample_ranks.items():
+            for rank in ranks:
+                cost = chain_cost(schemes.chain_of(schemes.get_scheme(name), self._spec, rank), self._site.sizes)
+                costs[name, rank] = [float(cost.macs), float(cost.params)]
                 if self.latencies:
                     timed = self.latencies.get(name)
-                    samples[name, rank].append(float(np.interp(cost.macs, *np.array(timed).T)) if timed else np.inf)
-        return samples
+                    costs[name, rank].append(float(np.interp(cost.macs, *np.array(timed).T)) if timed else np.inf)
+        return costs
 
     @cached_property
-    def _fitted_errors(self) -> dict[Sample, float]:
-        """Errors on calibration images at the sampled ranks: of fits of all links for promising options, else of the last link alone.
+    def _curves(self) -> Curves:
+        """Errors and damages of sampled options, from the cache where it has them.
 
-        An option is not promising if, in each measure, another option has less than half of its error and costs no more. Fitting all
-        links lowers errors by some tens of percent.
+        Without calibration images, the errors of factors of the weights. With them, errors of outputs after a fit of the last link, with
+        the gain of a whole fit. They are measured for promising options only: others have, in each measure of cost, a rival with a much
+        smaller error of the weights. Damage is measured for options with errors near DAMAGE_ERRORS, of those only that a plan may
+        choose: options with the same error differ in damage by a third.
         """
-        initial: dict[Sample, float] = {}
-        for name in dict.fromkeys(name for name, _ in self._samples):
-            ranks = self.sample_ranks(name)
-            errors = self._cached("initial", name, ranks, partial(self._initial_errors, name))
-            initial |= {(name, rank): error for rank, error in zip(ranks, errors, strict=True)}
-        fitted: dict[Sample, float] = {}
-        for (name, rank), error in initial.items():
-            better = [self._samples[sample] for sample, other in initial.items() if other * SKIP_RATIO < error]
-            skip = all(any(costs[m] <= cost for costs in better) for m, cost in enumerate(self._samples[name, rank]))
-            fitted[name, rank] = error if skip else self._cached("fitted", name, [rank], partial(self._fitted_error, name, rank))
-        return fitted
-
-    def _initial_errors(self, name: str) -> list[float]:
-        """At each sampled rank, the error of factors of the weights; with calibration, after the last link is fitted."""
-        self._start()
-        scheme, ranks = schemes.get_scheme(name), self.sample_ranks(name)
-        errors: list[float] = []
-        for rank, start in zip(ranks, schemes.factorize(scheme, self._spec, self._weight, ranks, rough=True), strict=True):
-            if self._calibrated:
-                error, factors = self._fit(name, rank, start, 0)
-                self._starts[name, rank] = {link: factor.float() for link, factor in factors.items()}
-            else:
-                error = schemes.relative_error(self._weight, schemes.kernel_of(scheme, self._spec, start))
-            errors.append(error)
-        return errors
-
-    def _fitted_error(self, name: str, rank: Rank) -> float:
-        """The error at a sampled rank. The start must not depend on what the cache holds, so it is computed again if it is absent."""
-        self._start()
-        if (name, rank) not in self._starts:
-            self._initial_errors(name)
-        iterations = WIDE_ITERATIONS if self._weight[0].numel() > WIDE else ITERATIONS
-        error, factors = self._fit(name, rank, self._starts.pop((name, rank)), iterations)
-        self._fits[name, rank] = {link: factor.float() for link, factor in factors.items()}
-        return error
-
-    def _fit(self, name: str, rank: Rank, start: Factors | None, iterations: int | None) -> tuple[float, Factors]:
-        scheme, (objective, regularised) = schemes.get_scheme(name), self._estimator.objectives(self._site.name)
-        with schemes.naming_layer(self._site.name):
-            factors = schemes.fit(scheme, self._spec, self._weight, rank, regularised, start=start, iterations=iterations)
-        return objective.value(scheme.kernel(self._spec.one_group(), factors)), factors
-
-    @cached_property
-    def _sampled_damage(self) -> list[tuple[float, float]]:
-        """Pairs of error and damage of sampled options with errors near DAMAGE_ERRORS, of those only that a plan may choose.
-
-        Schemes with the same error differ in damage, so options are left out that others beat in MACs and in parameters.
-        """
-        errors = {(name, rank): self._sample_errors(name, [rank])[0] for name, rank in self._samples}
-
-        def is_beaten(sample: Sample, measure: int) -> bool:
-            cost = self._samples[sample][measure]
-            return any(
-                error * DAMAGE_SKIP_RATIO < errors[sample] and self._samples[other][measure] <= cost for other, error in errors.items()
-            )
-
-        candidates = [sample for sample in errors if not (is_beaten(sample, 0) and is_beaten(sample, 1))]
-        chosen = {min(candidates, key=lambda s: abs(np.log(max(errors[s], TINY) / target))): None for target in DAMAGE_ERRORS}
-        points = [(errors[s], self._cached("damage", s[0], [s[1]], partial(self._damage_of_fit, *s))) for s in chosen]
-        self._starts.clear()
-        self._fits.clear()
-        return points
-
-    def _damage_at(self, name: str, rank: Rank) -> float:
-        return self._divergence(name, rank, self._fit(name, rank, None, ITERATIONS)[1])
-
-    def _damage_of_fit(self, name: str, rank: Rank) -> float:
-        if (name, rank) not in self._fits:
-            self._fitted_error(name, rank)
-        return self._divergence(name, rank, self._fits[name, rank])
-
-    def _divergence(self, name: str, rank: Rank, factors: Factors) -> float:
-        links = schemes.build(schemes.chain_of(schemes.get_scheme(name), self._spec, rank), self._layer, factors)
-        return self._estimator.divergence(self._site.name, links)
-
-    def _start(self) -> None:
         self._require_weights()
-        if not self._started:
-            self._started = True
-            self.on_start()
+        self.on_measure()
+        fits, ranks = _Fits(self._site, self._layer, self._estimator), self._sample_ranks
+        errors: dict[Sample, float] = {}
+        for name, group in ranks.items():
+            if self._calibrated or name not in self._truncation_errors:  # otherwise known at all ranks
+                values = self._cached("weights", name, group, partial(fits.weight_errors, name, group))
+                errors |= {(name, rank): value for rank, value in zip(group, values, strict=True)}
+        if not self._calibrated:
+            return Curves(errors, [])
+        promising = [sample for sample in errors if not self._is_beaten(sample, errors, SKIP_RATIO)]
+        errors = {s: self._cached("outputs", s[0], [s[1]], partial(fits.output_error, *s, ranks[s[0]])) for s in promising}
+        candidates = [sample for sample in errors if not self._is_beaten(sample, errors, DAMAGE_SKIP_RATIO)]
+        chosen = {min(candidates, key=lambda s: abs(np.log(max(errors[s], TINY) / target))): None for target in DAMAGE_ERRORS}
+        damages = [self._cached("damage", s[0], [s[1]], partial(fits.damage, *s, ranks[s[0]])) for s in chosen]
+        return Curves(errors, [(errors[sample], damage) for sample, damage in zip(chosen, damages, strict=True)])
+
+    def _is_beaten(self, sample: Sample, errors: dict[Sample, float], ratio: float) -> bool:
+        """Whether in each measure another option has an error that is smaller by a ratio, at no more cost."""
+        better = [self._costs[other] for other, error in errors.items() if error * ratio < errors[sample]]
+        return all(any(costs[m] <= cost for costs in better) for m, cost in enumerate(self._costs[sample]))
+
+    def _cached(self, kind: str, name: str, ranks: Sequence[Rank], compute: Callable[[], Any]) -> Any:
+        # Results of registered schemes are not cached: another scheme may have the same name in the next run.
+        built_in = all(type(schemes.get_scheme(name)).__module__.startswith("dsconv_surgery.") for name in self._names)
+        cache = self._estimator.cache if built_in else Cache(False)
+        source = self._estimator.digest if self._calibrated else digest(self._weight)
+        key = [source, self._site.name, str(self._spec), [list(size) for size in self._site.sizes], name]
+        return cache.get(kind, [*key, [list(rank) if isinstance(rank, tuple) else rank for rank in ranks]], compute)
 
     def _require_weights(self) -> None:
         if self._weight.is_meta:
@@ -277,7 +194,70 @@ class OptionErrors:
             )
 
 
-def _truncation_errors(spectrum: Tensor) -> Tensor:
+class _Fits:
+    """Fits of one layer's options. What does not come from the cache is computed, with the factors that it needs."""
+
+    def __init__(self, site: ConvSite, layer: nn.Module, estimator: DamageEstimator) -> None:
+        self._site, self._spec, self._layer, self._weight = site, site.spec, layer, layer.get_parameter("weight")
+        self._estimator = estimator
+        self._starts: dict[Sample, Factors] = {}  # factors of the weights
+        self._factors: dict[Sample, Factors] = {}  # with the last link fitted
+
+    @cached_property
+    def _objectives(self) -> tuple[schemes.Objective, schemes.Objective]:
+        return self._estimator.objectives(self._site.name)
+
+    def factorize(self, name: str, rank: Rank) -> tuple[float, Factors]:
+        """The error of factors of the weights, and the factors."""
+        scheme = schemes.get_scheme(name)
+        factors = next(schemes.factorize(scheme, self._spec, self._weight, [rank]))
+        return schemes.relative_error(self._weight, schemes.kernel_of(scheme, self._spec, factors)), factors
+
+    def fit(self, name: str, rank: Rank, start: Factors | None = None, iterations: int | None = None) -> tuple[float, Factors]:
+        """The error of factors fitted to the images, and the factors."""
+        if iterations is None:
+            iterations = WIDE_ITERATIONS if self._weight[0].numel() > WIDE else ITERATIONS
+        scheme, (fit, judge) = schemes.get_scheme(name), self._objectives
+        with schemes.naming_layer(self._site.name):
+            factors = schemes.fit(scheme, self._spec, self._weight, rank, fit, start=start, iterations=iterations)
+        return judge.value(scheme.kernel(self._spec.one_group(), factors)), factors
+
+    def weight_errors(self, name: str, ranks: Sequence[Rank]) -> list[float]:
+        """The errors of rough factors of the weights at a scheme's sampled ranks."""
+        scheme, errors = schemes.get_scheme(name), []
+        for rank, factors in zip(ranks, schemes.factorize(scheme, self._spec, self._weight, ranks, rough=True), strict=True):
+            errors.append(schemes.relative_error(self._weight, schemes.kernel_of(scheme, self._spec, factors)))
+            self._starts[name, rank] = factors
+        return errors
+
+    def output_error(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> float:
+        """The error of outputs at one of the sampled ranks, `ranks`."""
+        if (name, rank) not in self._starts:  # the factors depend on the smaller ranks, so all are computed
+            self.weight_errors(name, ranks)
+        scheme, start = schemes.get_scheme(name), self._starts[name, rank]
+        if self._spec.in_channels // self._spec.groups * self._spec.taps > WIDE and _last_solve_is_slow(scheme, self._spec, start):
+            self._factors[name, rank] = start
+            return self._objectives[1].value(scheme.kernel(self._spec.one_group(), start))
+        closed = schemes.has_optimum(scheme)
+        error, self._factors[name, rank] = self.fit(name, rank, start, 1 if closed else 0)
+        return error if closed else FIT_GAIN * error
+
+    def damage(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> float:
+        """The damage of the factors with a fitted last link, at one of the sampled ranks."""
+        if (name, rank) not in self._factors:
+            self.output_error(name, rank, ranks)
+        chain = schemes.chain_of(schemes.get_scheme(name), self._spec, rank)
+        links = schemes.build(chain, self._layer, self._factors[name, rank])
+        return self._estimator.divergence(self._site.name, links, self._objectives[1].centred)
+
+
+def _last_solve_is_slow(scheme: schemes.Scheme, spec: ConvSpec, factors: Factors) -> bool:
+    """Whether the last link combines more features than there are input channels, or other ones for each output."""
+    *_, previous, last = factors.values()
+    return last.shape[2] != previous.shape[1] or last.shape[2] > 2 * spec.in_channels // spec.groups
+
+
+def truncation_errors(spectrum: Tensor) -> Tensor:
     """Relative squared errors of keeping the first r (or r, q) components of a spectrum."""
     total = spectrum.sum()
     if spectrum.ndim == 1:  # summed from the small end, so that small errors keep their digits
@@ -287,10 +267,21 @@ def _truncation_errors(spectrum: Tensor) -> Tensor:
     return (errors / total).clamp(min=0) if total > 0 else torch.zeros_like(spectrum)
 
 
-def _as_json(ranks: Sequence[Rank]) -> list[Any]:
-    return [list(rank) if isinstance(rank, tuple) else rank for rank in ranks]
+def _abscissa(ranks: Sequence[Rank], bounds: Sequence[float] | None) -> Any:
+    """What log errors are smooth in: the root of the rank; for pairs of ranks, minus the logarithm of the weights' error."""
+    if bounds is not None:
+        return -np.log(np.maximum(bounds, TINY))
+    return np.sqrt([float(rank) if isinstance(rank, int) else 0.0 for rank in ranks])
 
 
-def _log_of_error(negative: Any) -> Any:
-    """The logarithm of quality: of errors, passed as their negatives so that they rise with quality."""
-    return -np.log(np.maximum(-negative, TINY))
+def interpolate(x: Any, y: Any, targets: Any) -> Any:
+    """Falling values through (x, y), by monotonic cubic pieces (PCHIP), extended by lines; zero below a single x, and without any."""
+    from scipy.interpolate import PchipInterpolator  # here, as it takes long to import
+
+    x, first = np.unique(x, return_index=True)
+    y = np.minimum.accumulate(y[first])
+    if len(x) < 2:
+        return np.where(targets >= x[0], y[0], 0.0) if len(x) else np.zeros(np.shape(targets))
+    curve, inside = PchipInterpolator(x, y), np.clip(targets, x[0], x[-1])
+    slopes = [(y[1] - y[0]) / (x[1] - x[0]), (y[-1] - y[-2]) / (x[-1] - x[-2])]
+    return curve(inside) + np.where(targets < x[0], slopes[0], slopes[1]) * (targets - inside)

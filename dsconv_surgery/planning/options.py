@@ -14,9 +14,10 @@ from dsconv_surgery.network.geometry import Cost, chain_cost
 from dsconv_surgery.network.layers import check_finite
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.layer_latency import LayerTimer
-from dsconv_surgery.planning.option_errors import SAMPLE_FRACTIONS, OptionErrors
+from dsconv_surgery.planning.option_errors import OptionErrors
 from dsconv_surgery.planning.tables import Option, Table
 
+TIMED_FRACTIONS = (0.05, 0.1, 0.18, 0.3, 0.5, 0.8)  # of a layer's MACs: options near them are timed
 FASTER = 0.95  # an option must take less than this fraction of the layer's time: timings vary as much
 
 
@@ -96,13 +97,13 @@ def _faster(
 ) -> tuple[Cost, dict[str, list[Option]]]:
     """The layer's cost and its faster options with their milliseconds; of pairs, only the best.
 
-    The layer and the options near SAMPLE_FRACTIONS are measured in turn; times in between are interpolated by MACs.
+    The layer and the options near TIMED_FRACTIONS are measured in turn; times in between are interpolated by MACs.
     """
     samples: dict[str, list[int]] = {}
     for name, group in options.items():
         options = {**options, name: (group := _best_pairs(group, errors))}
         macs = np.array([float(option.cost.macs) for option in group])
-        nearest = (int(np.abs(macs - part * site.cost.macs).argmin()) for part in SAMPLE_FRACTIONS)
+        nearest = (int(np.abs(macs - part * site.cost.macs).argmin()) for part in TIMED_FRACTIONS)
         samples[name] = sorted({0, len(group) - 1, *nearest})
     sampled = [options[name][index] for name, indices in samples.items() for index in indices]
     chains = [schemes.chain_of(schemes.get_scheme(option.scheme), site.spec, option.rank) for option in sampled]

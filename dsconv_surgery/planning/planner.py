@@ -36,7 +36,6 @@ from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.random_state import preserve_random_state
 from dsconv_surgery.surgery import build_cut_model
 
-REFINEMENT_ROUNDS = 1  # measure the chosen options, then choose again
 LATENCY_TRIES, LATENCY_TOLERANCE = 4, 0.02  # plans tried to meet a latency budget, and by how much it may be missed
 FactorsByLayer = dict[str, Factors]  # factors that planning computed, so that the cut need not compute them again
 
@@ -156,8 +155,7 @@ class Planner:
         with tqdm(total=len(self._tables), desc="judge options", unit="layer", disable=not self.progress) as bar, ExitStack() as stack:
             stack.callback(self._stopwatch.warn)  # if there is no plan, too: busy times may be the reason
             for errors in self._errors.values():
-                errors.on_start = bar.update  # rules measure options when they need them, layer by layer
-                errors.start_plan()
+                errors.on_measure = bar.update  # rules measure options when they need them, layer by layer
             if budget is None:
                 return self._as_plan(budget, self._choose({}), errors_later)
             allowed = allowed_costs(self._tables, self.total, budget, [skip.reason for skip in self._skips])
@@ -176,12 +174,6 @@ class Planner:
                         f"{self.settings.rule_text} chose for {name!r}, which has no option table.{did_you_mean(name, list(tables))}"
                     )
             return {name: choice.get(name) for name in tables}
-        if rule == "budget":  # errors and damages between measured options are estimates: measure the chosen ones, then choose again
-            for _ in range(REFINEMENT_ROUNDS):
-                choice = RULES[rule].choose(tables, allowed)
-                measured = [self._errors[name].refine_damage(option.scheme, option.rank) for name, option in choice.items() if option]
-                if not any(measured):
-                    break
         choice = RULES[rule](tables, allowed, vars(self.settings))
         costs = [option.cost if (option := choice.get(name)) else table.dense for name, table in tables.items()]
         if any(sum(getattr(cost, m) for cost in costs) > limit * (1 + 1e-9) for m, limit in allowed.items()):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 SWEEPS = 200  # limit of sweeps
-ROUGH_SWEEPS = 10  # limit for the start of a search on data, which ends lower from here than after more sweeps
+ROUGH_SWEEPS, WIDE_ROUGH_SWEEPS = 10, 4  # limits for the start of a search on data, which ends lower from here than after more sweeps
 WIDE_SWEEPS = 40  # limit in wide layers, which run in float32
 WIDE = 2 * 10**7  # a layer is wide if one of the two large products of a sweep needs more multiply-accumulates
 STALL = 3e-4  # stop when the last ten sweeps lowered the squared error by less than this share of it per sweep
@@ -146,7 +146,8 @@ def _sweep_until_stalled(tensor: Tensor, start: Terms, rough: bool) -> Terms:
     best: Terms = tuple(factor.to(tensor.dtype) for factor in start)
     best_error = _error(tensor, best) / norm
     point, momentum, history = best, MOMENTUM_START, [best_error]
-    for _ in range(ROUGH_SWEEPS if rough else WIDE_SWEEPS if wide else SWEEPS):
+    limit = (WIDE_ROUGH_SWEEPS if rough else WIDE_SWEEPS) if wide else (ROUGH_SWEEPS if rough else SWEEPS)
+    for _ in range(limit):
         terms, explained = _sweep(by_output, by_input, point, 1 if wide else 2)
         error = 1 - explained / norm
         if error < best_error:

@@ -54,9 +54,12 @@ def fit(
     if rank == scheme.full_rank(block):
         iterations = 0  # exact for every kernel
     weighted = objective.weighted(metric.to(objective.cross)) if metric is not None and _last_is_shared(start) else objective
-    best = (scheme.optimum(block, weighted, rank) if iterations != 0 else None) or refine(scheme, block, start, weighted, iterations)
+    optimum = scheme.optimum(block, weighted, rank) if iterations != 0 else None
+    best = optimum or refine(scheme, block, start, weighted, iterations)
     if weighted is not objective:
         best = refine(scheme, block, best, objective, 0)
+    elif optimum is not None or iterations == 0:
+        return best  # a solution in closed form, for all links or for the last
     return best if penalized_error(scheme, block, best, objective) <= penalized_error(scheme, block, start, objective) else start
 
 
@@ -90,6 +93,11 @@ def refine(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objectiv
     free = {link: factor.detach() for link, factor in free.items()}
     solved, _ = eliminate(scheme, spec, free, last, factors[last], objective)
     return _balanced({**free, last: solved})
+
+
+def has_optimum(scheme: Scheme) -> bool:
+    """Whether a scheme has its factors of least error on data in closed form."""
+    return type(scheme).optimum is not Scheme.optimum
 
 
 def penalized_error(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objective) -> float:

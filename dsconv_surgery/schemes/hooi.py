@@ -11,7 +11,7 @@ from tensorly.tenalg import multi_mode_dot
 from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
 
-SWEEPS = 10  # limit; more than two gain little
+SWEEPS, ROUGH_SWEEPS = 10, 2  # limits; more than two gain little
 STALL = 1e-6  # stop when a sweep raises the explained squared norm by less than this share of the kernel's
 
 
@@ -34,7 +34,7 @@ def hosvd(tensor: Tensor) -> TuckerTensor:
 
 
 @_pytorch_backend()
-def hooi(tensor: Tensor, rank: tuple[int, int], previous: list[TuckerTensor]) -> TuckerTensor:
+def hooi(tensor: Tensor, rank: tuple[int, int], previous: list[TuckerTensor], sweeps: int = SWEEPS) -> TuckerTensor:
     """The form of a rank (out, in) that explains no less than any smaller of the previous results, of which the first is `hosvd`'s."""
     exact_core, (_, exact_inputs, _) = previous[0]
     if exact_core.shape[:2] == rank:
@@ -46,7 +46,7 @@ def hooi(tensor: Tensor, rank: tuple[int, int], previous: list[TuckerTensor]) ->
     if best is not None and _energy(best.core) > explained:  # start from the best one, with its input basis completed
         inputs = torch.linalg.qr(torch.cat([best.factors[1], exact_inputs], 1))[0][:, :p]
         explained = _energy(_core_and_basis(tensor, inputs, 1, q)[0])
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         _, outputs = _core_and_basis(tensor, inputs, 1, q)
         core, inputs = _core_and_basis(tensor, outputs, 0, p)
         before, explained = explained, _energy(core)

@@ -82,10 +82,16 @@ class Objective:
         error = float((self.product(v) * v).sum(dtype=torch.float64) - 2 * (v * self.cross).sum(dtype=torch.float64)) + self.energy
         return relative_to_energy(error, self.energy, self.floor)
 
+    @cached_property
+    def principal_outputs(self) -> tuple[Tensor, Tensor]:
+        """The kernel T of least error, (g, o, n), and the eigenvectors of `T S T^T` by rising eigenvalues, (g, o, o)."""
+        target = self.target()
+        return target, torch.linalg.eigh(self.product(target) @ target.mT)[1]
+
     def target(self) -> Tensor:
         """`W + (B - W S) S^-1`, the kernel of least error: (g, o, n). If t = W p, it is W, even where S is singular."""
         residual = self.cross - self.product(self.weight)
-        if float(residual.abs().max()) <= 1e-12 * float(self.cross.abs().max()):
+        if float(residual.abs().max()) <= (1e-12 if self.cross.dtype == torch.float64 else 1e-5) * float(self.cross.abs().max()):
             return self.weight
         tiny = (RIDGE if self.gram.dtype == torch.float64 else SINGLE_RIDGE) * self.scale
         if self.rows:  # (R^T R + a)^-1 = (1 - R^T (R R^T + a)^-1 R) / a
@@ -117,6 +123,6 @@ def leading_outputs(objective: Objective, count: int) -> tuple[Tensor, Tensor]:
 
     `E = U` and `R = U^T T`, with T the kernel of least error and U the leading eigenvectors of `T S T^T` (Zhang et al. 2015).
     """
-    target = objective.target()
-    leading = torch.linalg.eigh(objective.product(target) @ target.mT)[1][..., -count:].flip(-1)
+    target, vectors = objective.principal_outputs
+    leading = vectors[..., -count:].flip(-1)
     return leading, leading.mT @ target

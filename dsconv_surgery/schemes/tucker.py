@@ -36,14 +36,14 @@ class Tucker(Scheme):
         return {"reduce": ConvSpec(spec.in_channels, p), "core": core, "expand": ConvSpec(q, spec.out_channels)}
 
     def factorize(self, spec: ConvSpec, weight: Tensor, ranks: list[Rank], rough: bool = False) -> Iterator[Factors]:
-        from dsconv_surgery.schemes.hooi import hooi, hosvd  # here, as tensorly takes a second to import
+        from dsconv_surgery.schemes.hooi import ROUGH_SWEEPS, SWEEPS, hooi, hosvd  # here, as tensorly takes a second to import
 
         groups = weight.flatten(3)  # g, o, i, k
         results = [[hosvd(tensor)] for tensor in groups]
         for rank in ranks:
             p, q = rank_pair(rank)
             for tensor, previous in zip(groups, results, strict=True):
-                previous.append(hooi(tensor, (q, p), previous))
+                previous.append(hooi(tensor, (q, p), previous, ROUGH_SWEEPS if rough else SWEEPS))
             core = torch.stack([previous[-1].core for previous in results])
             expand, reduce = (torch.stack([previous[-1].factors[mode] for previous in results]) for mode in (0, 1))
             yield {"reduce": reduce.mT[..., None, None], "core": core.unflatten(3, spec.kernel), "expand": expand[..., None, None]}
