@@ -104,9 +104,15 @@ class OptionErrors:
 
     @cached_property
     def _truncation_errors(self) -> dict[str, Tensor]:
-        """Errors of the weights at all ranks, for schemes with a spectrum."""
-        spectra = {name: schemes.spectrum(schemes.get_scheme(name), self._spec, self._weight) for name in self._applicable}
-        return {name: truncation_errors(spectrum.cpu()) for name, spectrum in spectra.items() if spectrum is not None}
+        """Errors of the weights at all ranks, for schemes with a spectrum; with calibration, for pairs of ranks alone."""
+        result: dict[str, Tensor] = {}
+        for name in self._applicable:
+            scheme = schemes.get_scheme(name)
+            if not self._calibrated or isinstance(scheme.full_rank(self._spec.one_group()), tuple):
+                spectrum = schemes.spectrum(scheme, self._spec, self._weight)
+                if spectrum is not None:
+                    result[name] = truncation_errors(spectrum.cpu())
+        return result
 
     @cached_property
     def _applicable(self) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
+sys.path += [str(ROOT / "tests"), str(ROOT / "examples")]
 
 import conftest  # noqa: E402, F401  # makes torchvision importable beside a CPU build of torch
 import numpy as np  # noqa: E402
