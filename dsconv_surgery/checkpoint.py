@@ -23,6 +23,7 @@ from dsconv_surgery.plan import Plan
 from dsconv_surgery.schemes import is_channels_last
 from dsconv_surgery.support.atomic_files import atomic_write, folder_lock, make_folder, read_file
 from dsconv_surgery.support.cache import json_sha256
+from dsconv_surgery.support.formatting import as_sentence
 from dsconv_surgery.support.records import JsonRecord, parse_json, quoted, record
 from dsconv_surgery.surgery import apply_plan, check_cut, listed
 
@@ -168,7 +169,9 @@ def load(fresh_model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
     try:
         result = model.load_state_dict(loaded, strict=False)  # a shared tensor is saved under one of its names
     except RuntimeError as error:
-        raise ValueError(f"{saved.weights_file} does not fit the fresh model. {error} Pass a model of the class that was saved.") from error
+        raise ValueError(
+            f"{saved.weights_file} does not fit the fresh model. {as_sentence(str(error))} Pass a model of the class that was saved."
+        ) from error
     if missing := {name for name in result.missing_keys if name in tensors} | set(result.unexpected_keys):
         raise ValueError(f"{', '.join(sorted(missing))}: saved, but the fresh model's class did not take these names while loading.")
     return model

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from dsconv_surgery.budget import Budget
-from dsconv_surgery.calibration.images import Calibration, Images
+from dsconv_surgery.calibration.images import Calibration, images_for
 from dsconv_surgery.finetuning.history import History
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.planning.planner import Planner
@@ -57,8 +57,9 @@ def compress(
         model, example_inputs, example_kwargs, prepare, output, cache, progress, settings: as for `make_plan`.
         calibration: batches of unlabelled images, or a `Calibration`. Both the plan and the factors are then made for these images, layer
             by layer on the inputs that the network compressed so far gives (see `apply_plan`).
-        max_drop: find the smallest network whose score is at most this much below the dense network's, by bisection over budgets.
-            The report lists the tries. A budget given with it names the measure to make small, and the lowest fraction to try.
+        max_drop: find the smallest network whose score is at most this much below the dense network's, by bisection over budgets; in the
+            units of the score, so 0.01 is one point of an accuracy in [0, 1]. The report lists the tries. A budget given with it names
+            the measure to make small, and the lowest fraction to try.
         evaluate: a function that gives a network's score, higher for better, in the units of `max_drop`. It gets a copy in evaluation mode.
 
     Returns:
@@ -67,7 +68,8 @@ def compress(
 
     Raises:
         ValueError, TypeError: as `make_plan` and `apply_plan`; `max_drop` without `evaluate`, with a rule that takes no budget or with a
-            budget on several measures; a score that is not a number. The model passed in never changes.
+            budget on several measures; a score that is not a number, or that is positive and not above `max_drop`. The model passed in
+            never changes.
 
     Example:
         >>> small = compress(model, torch.rand(1, 3, 224, 224), budget=Budget(macs=0.5))
@@ -80,7 +82,7 @@ def compress(
     if max_drop is not None and (checked.effective_budget is None or len(checked.measures) > 1):
         raise ValueError("max_drop= needs a rule that takes a budget, and a budget on one measure, such as Budget(macs=0.1).")
     inputs = as_inputs(example_inputs, example_kwargs)
-    images = None if calibration is None else Images(calibration, inputs, prepare, output)
+    images = None if calibration is None else images_for(model, calibration, inputs, prepare, output)
     planner = Planner(model, inputs, checked, images, cache, progress)
     tries: tuple[Try, ...] = ()
     if max_drop is None or evaluate is None:
@@ -95,6 +97,17 @@ def check_max_drop(max_drop: float | None) -> None:
     """Raise ValueError unless `max_drop` is None or a finite number, zero or more."""
     if max_drop is not None and not (isinstance(max_drop, Real) and not isinstance(max_drop, bool) and 0 <= max_drop < math.inf):
         raise ValueError(f"max_drop={max_drop!r}: expected a number, zero or more, in the units of the score.")
+
+
+def _check_drop_can_fail(max_drop: float, dense_score: float) -> None:
+    """Raise ValueError if a score that is zero or more, as an accuracy is, can never fall by more than `max_drop`."""
+    if 0 < dense_score <= max_drop:
+        call = "max_drop=0.01 for one point of an accuracy in [0, 1]" if dense_score <= 1 else "a smaller max_drop"
+        percent = ", or let evaluate= give percent" if dense_score <= 1 else ""
+        raise ValueError(
+            f"max_drop={max_drop:g}: the dense network's score is {dense_score:g}, so any cut network with a score of 0 or more would do. "
+            f"max_drop is in the units of the score: pass {call}{percent}."
+        )
 
 
 def cut_to_budget(planner: Planner, budget: Budget | None) -> tuple[nn.Module, Plan]:
@@ -115,7 +128,9 @@ def _smallest_within(
     measure = planner.settings.measures[0]
     floor = min(planner.smallest_fraction(measure) + 1e-6, 1.0)
     low, high = max(floor, lowest.limits()[measure]) if lowest else floor, 1.0
-    target = checked_score(evaluate, planner.model) - max_drop
+    dense_score = checked_score(evaluate, planner.model)
+    _check_drop_can_fail(max_drop, dense_score)
+    target = dense_score - max_drop
     plan = planner.plan_without_cuts(Budget(**{measure: 1.0}))  # its score is within any drop
     cut = build_cut_model(planner.model, plan, "factorize", {}, progress=False, check_on=planner.inputs)
     tries: list[Try] = []
@@ -124,7 +139,7 @@ def _smallest_within(
         budget = Budget(**{measure: fraction})
         candidate, candidate_plan = cut_to_budget(planner, budget)
         score = checked_score(evaluate, candidate)
-        tries.append(Try(budget, candidate_plan.total_after, score, score >= target))
+        tries.append(Try(budget, candidate_plan.total_after, score, score >= target, dense_score, max_drop))
         if score >= target:
             cut, plan, high = candidate, candidate_plan, fraction
             if number == 0:

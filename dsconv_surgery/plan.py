@@ -20,7 +20,7 @@ from dsconv_surgery.support.records import JsonRecord, quoted, record, shortened
 
 FORMAT_VERSION = 1
 COST_COLUMNS = ("params", "-> params", "MACs", "-> MACs")
-COLUMNS = ("layer", "geometry", "scheme", "rank", *COST_COLUMNS, "error")
+COLUMNS = ("layer", "geometry", "scheme", "rank", *COST_COLUMNS)  # then "weight error" or, with calibration images, "output error"
 
 
 def _check_version(version: object) -> object:
@@ -146,7 +146,7 @@ class Plan(JsonRecord):
             rows.append(("outside layers", "", "", "", *cost_cells(self.outside, self.outside), ""))
         rows.append(("whole network", "", "", "", *cost_cells(self.total, self.total_after), ""))
         title = f"rule {self.rule}, {self.budget or 'no budget'}{', calibrated' if self.calibrated else ''}"
-        lines = [text_table(title, COLUMNS, rows)]
+        lines = [text_table(title, (*COLUMNS, "output error" if self.calibrated else "weight error"), rows)]
         if t := self.timing:
             lines.append(f"latency {t.before:.2f} -> {t.after:.2f} ms with random weights ({t.conditions})")
         return "\n".join([*lines, *(f"not cut: {skip.name} - {skip.reason}" for skip in self.skips)])

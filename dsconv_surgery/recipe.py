@@ -25,7 +25,7 @@ from dsconv_surgery.report import compare
 from dsconv_surgery.support.atomic_files import read_file
 from dsconv_surgery.support.copies import channels_last_copy
 from dsconv_surgery.support.formatting import did_you_mean
-from dsconv_surgery.support.inputs import Inputs, InputStructure, as_inputs, checked_prepare
+from dsconv_surgery.support.inputs import Inputs, InputStructure, as_inputs, checked_prepare, prepared
 from dsconv_surgery.support.records import QUOTED, checked_record, json_schema, parse_json, quoted, shortened
 from dsconv_surgery.surgery import fold_back
 
@@ -225,6 +225,7 @@ class _FirstImages:
         for number, batch in enumerate(self._batches):
             if remaining <= 0:
                 return
-            inputs = self._structure.match(batch if self._prepare is None else self._prepare(batch), f"calibration: batch {number}")
+            where = f"calibration: batch {number}"
+            inputs = self._structure.match(prepared(self._prepare, batch, where), where)
             yield self._structure.select(inputs, slice(0, remaining))
             remaining -= self._structure.count(inputs)

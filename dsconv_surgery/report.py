@@ -12,7 +12,7 @@ from dsconv_surgery.budget import Budget
 from dsconv_surgery.calibration.images import Calibration, Images, check_model_runs
 from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.network.geometry import Cost, Rank
-from dsconv_surgery.network.layers import check_not_quantized
+from dsconv_surgery.network.layers import check_network, check_not_quantized
 from dsconv_surgery.plan import COST_COLUMNS, Cut, Plan, cost_cells
 from dsconv_surgery.support.copies import evaluation_copy
 from dsconv_surgery.support.fidelity import Fidelity, measure_fidelity
@@ -23,13 +23,15 @@ from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.records import JsonRecord, record
 from dsconv_surgery.surgery import chain_factors, check_cut
 
-COLUMNS = ("layer", "scheme", "rank", *COST_COLUMNS, "error", "output error", "not cut because")
+COLUMNS = ("layer", "scheme", "rank", *COST_COLUMNS, "weight error", "output error", "not cut because")
+OUTPUT_ERROR = COLUMNS.index("output error")
 
 
 @record
 class Row:
     """One layer: `error` is the squared relative error of its weights, `output_error` that of its outputs, each channel about its mean.
 
+    The error of weights that were fitted to images can exceed 1: such weights are right on the images, not close to the old ones.
     `degeneracy`, for the CP schemes, is `sum_r |term_r|^2 / |V|^2` for the kernel V; where it is far above one, terms cancel each other.
     """
 
@@ -53,12 +55,17 @@ class Row:
 
 @record
 class Try:
-    """One budget that the search for `max_drop` tried: the cost and the score of its network, and whether the drop was small enough."""
+    """One budget that the search for `max_drop` tried: the cost and the score of its network, and whether the drop was small enough.
+
+    The drop is `dense_score - score`, and `max_drop` the largest that is allowed.
+    """
 
     budget: Budget
     cost: Cost
     score: float
     within: bool
+    dense_score: float
+    max_drop: float
 
 
 @record
@@ -85,16 +92,20 @@ class Report(JsonRecord):
 
     def to_markdown(self) -> str:
         """The table and the totals, for a README or an issue."""
-        return markdown_table(COLUMNS, self._cells()) + "\n" + "\n".join(f"- {line}" for line in self._totals()) + "\n"
+        return markdown_table(*self._table()) + "\n" + "\n".join(f"- {line}" for line in self._totals()) + "\n"
 
     def __str__(self) -> str:
-        return "\n".join([text_table("", COLUMNS, self._cells()), *self._totals()])
+        return "\n".join([text_table("", *self._table()), *self._totals()])
 
-    def _cells(self) -> list[tuple[str, ...]]:
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The columns and the cells; without output errors where none was measured."""
         rows = list(self.rows)
         if self.outside_before != Cost(0, 0) or self.outside_after != Cost(0, 0):
             rows.append(Row("outside layers", self.outside_before, self.outside_after, scheme=""))
-        return [row.cells() for row in (*rows, Row("whole network", self.before, self.after, scheme=""))]
+        cells = [row.cells() for row in (*rows, Row("whole network", self.before, self.after, scheme=""))]
+        if any(row[OUTPUT_ERROR] for row in cells):
+            return COLUMNS, cells
+        return _without_output_error(COLUMNS), list(map(_without_output_error, cells))
 
     def _totals(self) -> list[str]:
         lines = [
@@ -114,13 +125,19 @@ class Report(JsonRecord):
             divergence = f", divergence {f.divergence:.4f} nats" if f.divergence is not None else ""
             lines.append(f"outputs on {f.images:,} images: squared relative error {f.error:.4f}{agreement}{divergence}")
         for t in self.tries:
-            drop = "within" if t.within else "beyond"
-            lines.append(f"tried {t.budget}: parameters {t.cost.params:,}, MACs {t.cost.macs:,}, score {t.score:g}, {drop} max_drop")
+            drop = f"drop {t.dense_score - t.score:.4g} {'within' if t.within else 'beyond'} max_drop {t.max_drop:g}"
+            lines.append(
+                f"tried {t.budget}: parameters {t.cost.params:,}, MACs {t.cost.macs:,}, score {t.dense_score:g} -> {t.score:g}, {drop}"
+            )
         if ms := self.latency:
             predicted = "" if ms.predicted is None else f", predicted {ms.predicted:.2f} ms"
             conditions = f"fastest quarter of at least {ms.rounds} rounds, {ms.conditions}"
             lines.append(f"latency {ms.before:.2f} -> {ms.after:.2f} ms{predicted}, speed-up {ms.before / ms.after:.2f}x ({conditions})")
         return lines
+
+
+def _without_output_error(cells: tuple[str, ...]) -> tuple[str, ...]:
+    return cells[:OUTPUT_ERROR] + cells[OUTPUT_ERROR + 1 :]
 
 
 @standard_modes()
@@ -157,7 +174,8 @@ def compare(
         >>> print(compare(model, small, torch.rand(1, 3, 32, 32), plan=plan))
     """
     inputs = as_inputs(example_inputs, example_kwargs)
-    for model in (before, after):
+    for argument, model in (("before", before), ("after", after)):
+        check_network(model, argument)
         check_not_quantized(model)
     dense, small = (survey_model(model, inputs, replaceable=False) for model in (before, after))
     if plan:
@@ -169,7 +187,7 @@ def compare(
         times = measure_latency([before, after], inputs)
         timing = Latency(times[0], times[1], timing_conditions(inputs), ROUNDS, predicted)
     if data is not None:
-        images = Images(data, inputs, prepare, output, same=False)
+        images = Images(data, inputs, prepare, output, same=False, argument="data")
         check_model_runs(evaluation_copy(before), images)
         last_links = {cut.name: f"{cut.name}.{list(cut.chain)[-1]}".removeprefix(".") for cut in cuts.values()}
         fidelity = measure_fidelity(before, after, images, images.select_outputs, last_links)

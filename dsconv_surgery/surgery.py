@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dsconv_surgery.calibration.batchnorm import reestimate_batchnorm
-from dsconv_surgery.calibration.images import Calibration, Images
+from dsconv_surgery.calibration.images import Calibration, Images, images_for
 from dsconv_surgery.calibration.reconstruct import correct_mean, reconstruct
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.network.graph_rewrite import collapse_calls, expand_calls
@@ -86,7 +86,10 @@ def apply_plan(
     if calibration is not None:
         if init == "empty":
             raise ValueError("init='empty' has no weights to calibrate. Leave out calibration= or init=.")
-        images = Images(calibration, inputs if passed else plan.inputs.rebuild("meta"), prepare, output)
+        if passed:
+            images = images_for(model, calibration, inputs, prepare, output)
+        else:
+            images = Images(calibration, plan.inputs.rebuild("meta"), prepare, output)
         _, _, first_images = next(iter(images))
         return cut_calibrated(model, plan, images, {}, progress, (inputs if passed else first_images) if check else None)[0]
     if plan.calibrated and init == "factorize":

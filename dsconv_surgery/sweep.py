@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from dsconv_surgery.budget import Budget
-from dsconv_surgery.calibration.images import Calibration, Images
+from dsconv_surgery.calibration.images import Calibration, images_for
 from dsconv_surgery.compression import cut_to_budget
 from dsconv_surgery.network.geometry import Cost
 from dsconv_surgery.plan import Plan
@@ -130,8 +130,8 @@ def pareto(
     budgets = [Budget(**{measure: fraction}) for fraction in sorted(fractions, reverse=True)]
     checked = PlanSettings(**{**settings, "budget": budgets[-1]})
     inputs = as_inputs(example_inputs, example_kwargs)
-    images = None if calibration is None else Images(calibration, inputs, prepare, output)
-    compared = images if data is None else Images(data, inputs, prepare, output, same=False)
+    images = None if calibration is None else images_for(model, calibration, inputs, prepare, output)
+    compared = images if data is None else images_for(model, data, inputs, prepare, output, same=False, argument="data")
     planner = Planner(model, inputs, checked, images, cache, progress)
     for budget in reversed(budgets):  # the hardest to reach first: nothing is computed for a sweep that cannot be finished
         planner.check(budget)

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from dsconv_surgery import Budget, Plan, apply_plan, compare, compress, find_convs, fold_back, make_plan
+from dsconv_surgery import Budget, Inputs, Plan, apply_plan, compare, compress, find_convs, fine_tune, fold_back, make_plan, pareto, plain
 from dsconv_surgery.network.discovery import ConvSite, Skip
 from dsconv_surgery.schemes import scheme_names
+from dsconv_surgery.support.formatting import as_sentence
 
 
 def net() -> nn.Sequential:
@@ -459,6 +460,91 @@ def test_example_inputs_that_do_not_fit(inputs: tuple[Any, ...], description: st
         for attempt in (find_convs, make_plan, compress):
             with pytest.raises(ValueError, match=f"(?s)does not run on the example inputs.*{description}.*Pass inputs for which"):
                 attempt(model, *inputs)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_swapped_and_wrapped_networks(calibrated: bool, x: Tensor) -> None:
+    """The network is looked at before its inputs and before batches."""
+    model, batches = net(), {"calibration": [torch.rand(4, 3, 9, 7)]} if calibrated else {}
+    plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel")
+    for attempt in (make_plan, compress, pareto):
+        with pytest.raises(TypeError, match=r"example inputs: found the network Sequential.*Pass the network first"):
+            attempt(x, model, **batches)
+    small = compress(model, x, budget=Budget(macs=0.8), schemes="channel")
+    for call in (
+        lambda: compress(small, x, **batches),
+        lambda: pareto(small, x, **batches),
+        lambda: apply_plan(small, plan, x, **batches),
+        lambda: compare(small, model, x),
+        lambda: compare(model, small, x),
+        lambda: find_convs(small, x),
+        lambda: fold_back(small, plan),
+        lambda: plain(small),
+        lambda: fine_tune(small, [x], teacher=model),
+        lambda: fine_tune(model, [x], teacher=small),
+    ):
+        with pytest.raises(TypeError, match=r"(model|before|after|teacher): expected an nn.Module, found Compressed\. Pass its \.model\."):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "keywords", "message"),
+    [
+        (((),), {"input": torch.rand(1, 3, 9, 7)}, r"Leave out the \(\) before example_kwargs="),
+        ((None,), {"input": torch.rand(1, 3, 9, 7)}, "Leave out the None before example_kwargs="),
+        (((torch.rand(1, 3, 9, 7),),), None, r"Pass x, not \(x,\)"),
+        (([torch.rand(1, 3, 9, 7)],), None, r"Pass x, not \[x\]"),
+        ((), {"pixels": torch.rand(1, 3, 9, 7)}, "pixels"),
+        ((torch.rand(1, 4, 9, 7),), None, "channels"),
+    ],
+)
+def test_example_inputs_are_looked_at_before_batches(inputs: tuple[Any, ...], keywords: Any, message: str) -> None:
+    batches = [torch.rand(4, 3, 9, 7)]
+    plan = make_plan(net(), torch.rand(1, 3, 9, 7), rule="fixed", rank=2, schemes="channel")
+    for call in (
+        lambda: find_convs(net(), *inputs, example_kwargs=keywords),
+        lambda: compress(net(), *inputs, example_kwargs=keywords, calibration=batches),
+        lambda: pareto(net(), *inputs, example_kwargs=keywords, data=batches),
+        lambda: apply_plan(net(), plan, *inputs, example_kwargs=keywords, calibration=batches),
+        lambda: compare(net(), net(), *inputs, example_kwargs=keywords, data=batches),
+    ):
+        with pytest.raises(ValueError, match=f"(?s)does not run on the example inputs.*{message}") as caught:
+            call()
+        assert re.search(r"[.!?] (Pass|Leave)", str(caught.value))  # torch's error ends before the remedy begins
+
+
+def test_a_list_for_a_tensor_where_batches_are_tensors() -> None:
+    with pytest.raises(ValueError, match=r"calibration: batch 0: .*Pass x, not \(x,\)"):
+        make_plan(net(), (torch.rand(1, 3, 9, 7),), calibration=[torch.rand(4, 3, 9, 7)])
+
+
+def test_inputs_as_the_example_input(x: Tensor) -> None:
+    """An `Inputs` is the arguments that it holds."""
+    model = net().eval()
+    expected = compress(model, x, budget=Budget(macs=0.5), schemes="channel").plan
+    assert compress(model, Inputs(x), budget=Budget(macs=0.5), schemes="channel").plan == expected
+    assert len(find_convs(model, Inputs(input=x))) == 3
+    assert len(find_convs(model, Inputs(), example_kwargs={"input": x})) == 3
+
+
+def test_reasons_name_a_remedy_once(x: Tensor) -> None:
+    model = net()
+    parametrizations.weight_norm(model[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(model[2])
+    parametrizations.weight_norm(model[3])
+    with pytest.raises(
+        ValueError, match=r"can be cut\. 2 x: its weight is parametrised\. 1 x: .* Call dsconv_surgery.plain\(model\) first\.$"
+    ) as caught:
+        make_plan(model, x)
+    assert str(caught.value).count("plain(model)") == 1
+
+
+@pytest.mark.parametrize("error", ["wrong", "wrong.", "wrong?", "wrong:", " wrong\n"])
+def test_errors_of_others_end_before_the_next_sentence_begins(error: str) -> None:
+    assert as_sentence(error) in ("wrong.", "wrong?")
+    assert as_sentence(KeyError(3)) == "KeyError: 3."
 
 
 def test_more_example_inputs_than_the_model_takes(x: Tensor) -> None:

@@ -50,6 +50,11 @@ class SmallResNet(nn.Module):
         return self.fc(self.layer2(self.layer1(self.conv1(x))).mean((2, 3)))
 
 
+class KeywordNet(SmallResNet):
+    def forward(self, *, pixel_values):
+        return SimpleNamespace(logits=super().forward(pixel_values))
+
+
 torch.utils.benchmark.Timer = ParameterTimer
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -58,6 +63,8 @@ images = torch.rand(24, 3, 8, 8)
 labels = torch.randint(10, (24,))
 loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=8)
 training_batches = loader
+vit = KeywordNet().eval()
+dict_batches = [dict(pixel_values=x, labels=y) for x, y in loader]
 
 
 def accuracy(network):

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsconv_surgery.network.discovery import survey_model
+from dsconv_surgery.network.layers import check_network
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.cache import digest
 from dsconv_surgery.support.copies import run_model
-from dsconv_surgery.support.inputs import Inputs, InputStructure, checked_prepare
+from dsconv_surgery.support.formatting import as_sentence
+from dsconv_surgery.support.inputs import Inputs, InputStructure, checked_prepare, prepared
 from dsconv_surgery.support.outputs import OutputSelector
 
 HELD_OUT_EVERY = 4  # one image of four is held out
@@ -62,6 +65,7 @@ class Images:
         prepare: makes the inputs, perhaps with labels after them, of a batch.
         output: selects the tensors of the network's output to compare.
         same: whether later passes must yield the same images.
+        argument: the public argument that holds the batches, for messages.
     """
 
     def __init__(
@@ -71,26 +75,27 @@ class Images:
         prepare: Callable[[Any], Any] | None = None,
         output: Callable[[Any], Any] | None = None,
         same: bool = True,
+        argument: str = "calibration",
     ) -> None:
         self.settings = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
-        self.structure, self.select_outputs = InputStructure(example), OutputSelector(output)
-        self._prepare, self._same = checked_prepare(prepare), same
+        self.structure, self.select_outputs = InputStructure(example), OutputSelector(output, argument)
+        self._prepare, self._same, self.argument = checked_prepare(prepare), same, argument
         self.example = self.structure.images  # images in the plan's example input
         batches: Any = self.settings.batches
         if isinstance(batches, Tensor):
-            raise ValueError("calibration: found a tensor, expected an iterable of batches. Pass [images], or images.split(64).")
+            raise ValueError(f"{argument}: found a tensor, expected an iterable of batches. Pass [images], or images.split(64).")
         if not isinstance(batches, Iterable):
-            raise TypeError(f"calibration: found {type(batches).__name__}, expected an iterable of batches.")
+            raise TypeError(f"{argument}: found {type(batches).__name__}, expected an iterable of batches.")
         if iter(batches) is batches:
-            raise ValueError("calibration: found an iterator, which yields its batches only once. Pass a list, list(...), or a DataLoader.")
+            raise ValueError(f"{argument}: found an iterator, which yields its batches only once. Pass a list, list(...), or a DataLoader.")
         self._fingerprints: list[str] = []  # of the first pass
         self.count = 0  # until the first pass ends
         self.count = sum(count for count, _ in self._checked_batches())
         if not self.count:
-            raise ValueError("calibration: no images. Pass at least one batch; a few hundred images are a good start.")
+            raise ValueError(f"{argument}: no images. Pass at least one batch; a few hundred images are a good start.")
         _, world_size = distributed.process_and_world_size()
         if world_size > 1 and next(iter(self), None) is None:
-            raise ValueError(f"calibration: every batch has fewer images than there are processes ({world_size}). Pass larger batches.")
+            raise ValueError(f"{argument}: every batch has fewer images than there are processes ({world_size}). Pass larger batches.")
 
     def __iter__(self) -> Iterator[tuple[int, int, Inputs]]:
         """The number of the first image, the number of images, and the inputs; of this process's part of each batch."""
@@ -115,8 +120,8 @@ class Images:
     def _checked_batches(self) -> Iterator[tuple[int, Inputs]]:
         number = -1
         for number, batch in enumerate(self.settings.batches):
-            where = f"calibration: batch {number}"
-            inputs = self.structure.match(batch if self._prepare is None else self._prepare(batch), where)
+            where = f"{self.argument}: batch {number}"
+            inputs = self.structure.match(prepared(self._prepare, batch, where), where)
             self._check_same(number, digest(*(_sample(t) if t.ndim else t for t in inputs.tensors)))
             if count := self.structure.count(inputs):
                 yield count, inputs
@@ -128,9 +133,19 @@ class Images:
             self._fingerprints.append(fingerprint)
         elif self._same and self._fingerprints[number] != fingerprint:
             raise ValueError(
-                f"calibration: batch {number} differs from batch {number} of the first pass; several passes need the same images in the "
-                "same order. Pass a DataLoader without shuffle=True and without random transforms, or a list: list(loader)."
+                f"{self.argument}: batch {number} differs from batch {number} of the first pass; several passes need the same images in "
+                "the same order. Pass a DataLoader without shuffle=True and without random transforms, or a list: list(loader)."
             )
+
+
+def images_for(model: nn.Module, data: Calibration | Iterable[Any], example: Inputs, *settings: Any, **more: Any) -> Images:
+    """`Images(data, example, ...)`; where they do not fit, and the network does not run on the example inputs, an error about these."""
+    check_network(model)
+    try:
+        return Images(data, example, *settings, **more)
+    except (ValueError, TypeError):
+        survey_model(model, example, replaceable=False)
+        raise
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -151,6 +166,6 @@ def check_model_runs(model: nn.Module, images: Images) -> Any:
             output = run_model(model, inputs, first_image)
     except Exception as error:
         problem = f"the model does not run on {inputs}"
-        raise ValueError(f"calibration: {problem}: {type(error).__name__}: {error} Pass them as the model takes them.") from error
+        raise ValueError(f"{images.argument}: {problem}: {as_sentence(error)} Pass them as the model takes them.") from error
     images.select_outputs(output)
     return output

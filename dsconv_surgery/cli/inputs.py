@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dsconv_surgery.support.formatting import did_you_mean
+from dsconv_surgery.support.formatting import as_sentence, did_you_mean
 
 PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 BATCH = 64
@@ -45,7 +46,7 @@ def image_batches(path: Path, example: torch.Tensor, count: int, mean: str, std:
         if path.suffix == ".safetensors":
             (tensor,) = tensor.values()
     except Exception as error:  # readers raise many kinds of errors on damaged files
-        raise ValueError(f"{path}: expected a .pt, .safetensors or .npy file with one tensor: {error}") from error
+        raise ValueError(f"{path}: expected a .pt, .safetensors or .npy file with one tensor: {_why_unread(error)}") from error
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         raise ValueError(f"{path}: found {getattr(tensor, 'dtype', type(tensor).__name__)}, expected a tensor of normalised images.")
     rows = torch.linspace(0, len(tensor) - 1, count).long() if count < len(tensor) else torch.arange(len(tensor))
@@ -93,7 +94,7 @@ def named_model(name: str, weights: str) -> nn.Module:
         try:
             model = _import("timm", "timm").create_model(rest, pretrained=pretrained)
         except RuntimeError as error:  # timm raises this for an unknown name
-            raise ValueError(f"model {name!r}: {error}. See timm.list_models().") from error
+            raise ValueError(f"model {name!r}: {as_sentence(str(error))} See timm.list_models().") from error
     else:
         if pretrained:
             raise ValueError("--weights DEFAULT is for torchvision and timm; let your callable load its weights, or name a file.")
@@ -109,14 +110,37 @@ def named_model(name: str, weights: str) -> nn.Module:
         if not path.exists():
             raise FileNotFoundError(f"--weights {weights}: expected none, DEFAULT or a file, and there is no file of this name.")
         try:
-            model.load_state_dict(_read(path))
+            model.load_state_dict(_state_dict(_read(path)))
         except Exception as error:  # torch.load raises many kinds of errors on damaged files
-            raise ValueError(f"--weights {weights}: not a state_dict of {name}: {error}") from error
+            raise ValueError(f"--weights {weights}: not a state_dict of {name}: {_why_unread(error)}") from error
     return model.eval()
 
 
 def _read(path: Path) -> Any:
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
+def _why_unread(error: Exception) -> str:
+    """Why a file of weights or images was not read, without torch's advice to unpickle it."""
+    if "GLOBAL" in str(error):
+        return "the file holds pickled objects, such as a whole model, which are not loaded. Save model.state_dict() instead."
+    if isinstance(error, ValueError | TypeError | RuntimeError | OSError | SafetensorError):
+        return as_sentence(str(error))
+    return "the file is damaged, or torch.save did not write it."
+
+
+def _state_dict(content: Any) -> Any:
+    """The state_dict in a checkpoint that holds more, or the content itself; ValueError if there are several."""
+    if not isinstance(content, dict) or all(isinstance(value, torch.Tensor) for value in content.values()):
+        return content
+    states = {
+        key: value
+        for key, value in content.items()
+        if isinstance(value, dict) and value and all(isinstance(item, torch.Tensor) for item in value.values())
+    }
+    if len(states) > 1:
+        raise ValueError(f"the file holds several, under {', '.join(map(repr, states))}. Save the right one alone.")
+    return next(iter(states.values()), content)
 
 
 def _import(module: str, package: str) -> Any:

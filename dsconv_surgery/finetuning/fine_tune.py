@@ -14,6 +14,7 @@ from dsconv_surgery.finetuning.loop import TrainingLoop
 from dsconv_surgery.finetuning.loss import DistillationLoss, Loss
 from dsconv_surgery.finetuning.optimizers import OPTIMIZERS, MakeOptimizer
 from dsconv_surgery.finetuning.settings import FineTune
+from dsconv_surgery.network.layers import check_network
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import model_device
 from dsconv_surgery.support.inputs import checked_prepare
@@ -52,14 +53,15 @@ def fine_tune(
             then labels.
         teacher: the dense network. With a teacher, batches need no labels.
         validate: gives a network's score after each epoch, higher for better. It gets a copy in evaluation mode.
-        loss: `(outputs, *labels) -> mean over the batch`. By default it is `F.cross_entropy`, for outputs that are one tensor of class
-            scores and labels that are class indices. Regression, other outputs and float labels need a loss.
+        loss: `(outputs, *labels) -> mean over the batch`, of the network's outputs as they are. By default it is `F.cross_entropy`, for
+            class indices and class scores: the network's output, or the one tensor that `output` selects. Regression, other outputs and
+            float labels need a loss.
         settings: see `FineTune`.
         optimizer: `(parameters, lr) -> an optimizer`, in place of `settings.optimizer`, as in `partial(torch.optim.SGD, momentum=0.9)`.
         inputs: number of items of a batch that the network takes. The items after them are labels.
         prepare: a function from a batch to inputs and then labels, for batches of another structure. It may return `Inputs` for keyword
             arguments: `lambda batch: (Inputs(pixel_values=batch["pixel_values"]), batch["labels"])`.
-        output: a function from a network's output to the tensors that are compared with the teacher's.
+        output: a function from a network's output to the tensors that are compared with the teacher's; class scores for the default loss.
         checkpoint: a file, written every `settings.save_every` steps and after each epoch. To resume an interrupted run, make the same
             call again, with the network as it was cut: it ends with the same weights as an uninterrupted run. With several processes,
             the first process writes and reads the file.
@@ -83,9 +85,7 @@ def fine_tune(
         raise TypeError(f"fine_tune: settings are {type(settings).__name__}, expected FineTune(...).")
     networks = {"model": model} | ({} if teacher is None else {"teacher": teacher})
     for name, network in networks.items():
-        if not isinstance(network, nn.Module):
-            hint = " Pass its .model." if hasattr(network, "model") else ""
-            raise TypeError(f"fine_tune: {name} is {type(network).__name__}, expected an nn.Module.{hint}")
+        check_network(network, f"fine_tune: {name}")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise TypeError(f"fine_tune: model is {type(model).__name__}. Pass model.module: under torchrun, fine_tune wraps it.")
     if inference := [name for name, parameter in model.named_parameters() if parameter.is_inference()]:
@@ -95,7 +95,7 @@ def fine_tune(
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("fine_tune: nothing to train: no parameter of the model requires a gradient. Call model.requires_grad_() first.")
     steps = total_steps(batches, settings, checkpoint is not None)
-    distillation = DistillationLoss(teacher, loss, settings.distill, settings.temperature, OutputSelector(output))
+    distillation = DistillationLoss(teacher, loss, settings.distill, settings.temperature, OutputSelector(output, "fine_tune"))
     checked_prepare(prepare)
     make_optimizer = optimizer or OPTIMIZERS[settings.optimizer]
     path = None if checkpoint is None else Path(checkpoint)

@@ -28,8 +28,14 @@ from dsconv_surgery.finetuning.training_checkpoint import TrainingCheckpoint, re
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import as_channels_last, model_device, to_device
 from dsconv_surgery.support.fidelity import checked_score
-from dsconv_surgery.support.inputs import batch_inputs, batch_items, input_count
+from dsconv_surgery.support.formatting import as_sentence
+from dsconv_surgery.support.inputs import batch_inputs, batch_items, batch_remedy, input_count, prepared
 from dsconv_surgery.support.random_state import from_random_state, preserve_random_state, random_state, seed_torch
+
+BATCH_REMEDY = (
+    "Make batches of the type and shape that it takes, or pass prepare=, a function from a batch to inputs and labels, as in "
+    'prepare=lambda batch: (Inputs(pixel_values=batch["image"]), batch["label"]).'
+)
 
 
 @dataclass
@@ -142,12 +148,13 @@ class TrainingLoop:
 
     def _mix(self, batch: Any) -> tuple[tuple[Any, ...], float]:
         """Check a batch, and mix its images on the model's device. A batch that cannot be mixed is an error only where `mix` was set."""
-        batch = batch if self.prepare is None else self.prepare(batch)
+        batch = prepared(self.prepare, batch, f"fine_tune: a batch of step {self.step + 1}")
         batch_inputs(batch, self.inputs, "fine_tune: a batch")
         items = to_device(batch_items(batch), self.device)
         count = input_count(items, self.inputs)
         if len(items) == count and self.loss.teacher is None:
-            raise ValueError("fine_tune: a batch holds no labels, and there is no teacher. Pass the dense network as teacher=, or labels.")
+            problem = "fine_tune: a batch holds no labels, and there is no teacher. Pass the dense network as teacher=, or labels."
+            raise ValueError(f"{problem} {batch_remedy(batch, '')}".rstrip())
         return mix_images(items, count, self.mix) if self.settings.mix or can_mix(items, count) else (items, 1.0)
 
     def _loss(self, items: tuple[Any, ...], k: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -165,12 +172,11 @@ class TrainingLoop:
             except (TypeError, AttributeError, LookupError, RuntimeError) as error:
                 if repr(call) == self.ran_on or isinstance(error, torch.OutOfMemoryError):
                     raise  # not because of the batch
-                reason = f"{type(error).__name__}: {error}".split("\n")[0].rstrip(".")
+                reason = as_sentence(f"{type(error).__name__}: {error}".split("\n")[0])
                 before = f" It ran on the {self.ran_on} before." if self.ran_on else ""
                 raise ValueError(
-                    f"fine_tune: the network does not run on the {call} of a batch in step {self.step + 1}: {reason}.{before} Make batches "
-                    "of the type and shape that it takes, or pass prepare=, a function from a batch to inputs and labels, as in lambda "
-                    'batch: (Inputs(pixel_values=batch["image"]), batch["label"]).'
+                    f"fine_tune: the network does not run on the {call} of a batch in step {self.step + 1}: {reason}{before} "
+                    + batch_remedy(items, BATCH_REMEDY)
                 ) from error
             self.ran_on = repr(call)
             with from_random_state(state, self.device):  # a network that samples draws the same as its teacher

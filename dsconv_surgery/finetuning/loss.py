@@ -17,20 +17,25 @@ from dsconv_surgery.support.outputs import OutputSelector
 Loss = Callable[..., Tensor]  # (outputs, *targets) -> the mean over the batch
 
 
-def cross_entropy(outputs: Any, *targets: Any) -> Tensor:
-    """`F.cross_entropy` of class scores and class indices; ValueError for other outputs or labels."""
-    problem = None
+def cross_entropy(outputs: Any, targets: tuple[Any, ...], select: OutputSelector) -> Tensor:
+    """`F.cross_entropy` of class scores, which a user's function may select, and class indices; ValueError for other outputs or labels."""
+    problem, source, remedy = None, "the network's output", "Pass "
+    if select.function is not None:
+        tensors = select(outputs)
+        source, outputs = "the result of output=", tensors[0].float() if len(tensors) == 1 else tensors
     if not isinstance(outputs, Tensor):
-        problem = f"the network's output is {describe_type(outputs)}"
+        problem = f"{source} is {describe_type(outputs)}"
+        if select.function is None:
+            remedy = "Pass output=, a function from the output to class scores, as in output=lambda result: result.logits. Or pass "
     elif outputs.ndim < 2 or outputs.shape[1] < 2:
-        problem = f"the network's output has the shape {tuple(outputs.shape)}, without a column for each class"
+        problem = f"{source} has the shape {tuple(outputs.shape)}, without a column for each class"
     elif len(targets) != 1 or not isinstance(targets[0], Tensor):
         problem = f"the labels are {describe_type(targets)}"
     elif targets[0].dtype != torch.long:
         problem = f"the labels are {targets[0].dtype} numbers"
     if problem:
         raise ValueError(
-            f"fine_tune: {problem}, but the default loss is cross-entropy of class scores and class indices. Pass loss=, a function of "
+            f"fine_tune: {problem}, but the default loss is cross-entropy of class scores and class indices. {remedy}loss=, a function of "
             "outputs and labels, as in loss=lambda outputs, labels: F.mse_loss(outputs, labels), or leave out the labels and pass teacher=."
         )
     return F.cross_entropy(outputs, targets[0])
@@ -45,7 +50,7 @@ class DistillationLoss:
     """
 
     def __init__(self, teacher: nn.Module | None, loss: Loss | None, distill: float, temperature: float, select: OutputSelector) -> None:
-        self.teacher, self._loss = teacher, loss or cross_entropy
+        self.teacher, self._loss = teacher, loss
         self._distill, self._temperature, self._select = distill, temperature, select
 
     def teacher_outputs(self, inputs: Inputs) -> Any:
@@ -67,8 +72,7 @@ class DistillationLoss:
                 pairs = self._select.pairs(teacher_outputs, outputs)
             except ValueError as error:
                 raise ValueError(
-                    f"fine_tune: {error} Pass the network that was cut as teacher=, and switch off outputs that exist in training only "
-                    "(aux_logits)."
+                    f"{error} Pass the network that was cut as teacher=, and switch off outputs that exist in training only (aux_logits)."
                 ) from error
             parts["teacher"] = output_distance(pairs, self._temperature)
         weights = {"labels": 1 - share, "teacher": share}
@@ -76,7 +80,8 @@ class DistillationLoss:
         return total, {name: part.detach() for name, part in parts.items()}
 
     def _labels_loss(self, outputs: Any, targets: tuple[Any, ...]) -> Tensor:
-        result = self._loss(pytree.tree_map_only(Tensor, Tensor.float, outputs), *targets)
+        outputs = pytree.tree_map_only(Tensor, Tensor.float, outputs)
+        result = cross_entropy(outputs, targets, self._select) if self._loss is None else self._loss(outputs, *targets)
         if not isinstance(result, Tensor) or result.numel() != 1:
             kind = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise ValueError(f"fine_tune: loss gave {kind}, expected a tensor of one number, the mean over the batch.")

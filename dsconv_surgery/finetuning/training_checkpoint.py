@@ -24,6 +24,10 @@ from dsconv_surgery.support.records import shortened
 F = TypeVar("F", bound=Callable[..., Any])
 HEADER = b"dsconv_surgery fine_tune 1\n"  # then the SHA-256 of the rest, which torch.save wrote
 REMEDY = "Remove the file to start the run again, or name another."
+_TRAINED = (
+    "fine_tune trains in place, so after a run that ended (as in a notebook) the network is no longer as it was cut: to repeat the run, "
+    "cut again, or train a copy.deepcopy of the network; to train on, name another file. "
+)
 
 # Weights of the models whose run was interrupted in this process: their digests before the run and at the interruption.
 _interrupted: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
@@ -64,9 +68,10 @@ class TrainingCheckpoint:
         except Exception as error:  # torch.load raises many types of errors
             raise ValueError(f"{self.path}: not a checkpoint of fine_tune ({type(error).__name__}). {REMEDY}") from error
         if differences := _differences(identity, self.identity):
+            trained = _TRAINED if "initial weights" in differences else ""
             raise ValueError(
                 f"{self.path}: the checkpoint is of another run, which differs in: {differences}. To resume a run, make the same call and "
-                f"pass the network as it was cut. {REMEDY}"
+                f"pass the network as it was cut. {trained}{REMEDY}"
             )
         return state
 

@@ -24,7 +24,8 @@ from dsconv_surgery.network.graph_rewrite import placeholder_values, trace
 from dsconv_surgery.network.layers import is_layer, named_layers, take_place, weight_property_readers
 from dsconv_surgery.network.source_reads import LAYER_ATTRIBUTES
 from dsconv_surgery.support.copies import CopyError, copy_model, fake_copy, model_device, unregistered_tensors
-from dsconv_surgery.support.inputs import Inputs
+from dsconv_surgery.support.formatting import as_sentence
+from dsconv_surgery.support.inputs import Inputs, example_hint
 from dsconv_surgery.support.random_state import seeded
 
 _WATCHED = LAYER_ATTRIBUTES - {"weight"}  # uses of the weight are recorded where they happen, because its dtype and device may be read
@@ -102,8 +103,8 @@ def _first_run(model: nn.Module, inputs: Inputs) -> tuple[Callable[..., Any], _C
     device, others = model_device(model), {str(t.device) for t in inputs.tensors} - {str(model_device(model))}
     remedy = f" The network is on {device}: move the inputs there, as in inputs.to({str(device)!r})." if others else ""
     raise ValueError(
-        f"the model does not run on the example inputs ({', '.join(shapes) or 'no tensors'}): {type(failure).__name__}: {failure} "
-        f"Pass inputs for which `model(*example_inputs, **example_kwargs)` works in evaluation mode.{remedy}"
+        f"the model does not run on the example inputs ({', '.join(shapes) or 'no tensors'}): {as_sentence(failure)} "
+        f"{example_hint(inputs)}Pass inputs for which `model(*example_inputs, **example_kwargs)` works in evaluation mode.{remedy}"
     ) from failure
 
 

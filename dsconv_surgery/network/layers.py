@@ -38,10 +38,16 @@ _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device)
 LINK_NAMES = frozenset(("depthwise", "pointwise", "reduce", "core", "expand", "vertical", "horizontal", "dense"))
 
 
+def check_network(model: object, argument: str = "model") -> None:
+    """Raise TypeError unless an argument is an nn.Module."""
+    if not isinstance(model, nn.Module):
+        hint = "Pass its .model." if isinstance(getattr(model, "model", None), nn.Module) else "Pass the network itself, before its inputs."
+        raise TypeError(f"{argument}: expected an nn.Module, found {type(model).__name__}. {hint}")
+
+
 def check_unwrapped(model: nn.Module) -> None:
     """Raise TypeError for a compiled, scripted, distributed or otherwise wrapped model, ValueError for a lazy one."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an nn.Module, found {type(model).__name__}. Pass the model itself.")
+    check_network(model)
     for name, module in model.named_modules():
         for wrapper in _class_names(module) & _WRAPPERS.keys():
             raise TypeError(f"{name or 'model'}: expected a plain module, found {wrapper.split('.')[1]}. {_WRAPPERS[wrapper]}")

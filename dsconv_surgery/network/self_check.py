@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsconv_surgery.network.layers import named_layers
 from dsconv_surgery.support.copies import evaluation_copy, run_model
+from dsconv_surgery.support.formatting import as_sentence
 from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.outputs import all_tensors, output_tensors
 
@@ -39,14 +40,14 @@ def check_computes_same(dense: nn.Module, cut: nn.Module, last_links: Mapping[st
             expected = run_model(sides[0], inputs)
         except Exception as error:
             raise DenseRunError(
-                f"the dense network does not run on the inputs of the check: {type(error).__name__}: {error} Pass example inputs as "
+                f"the dense network does not run on the inputs of the check: {as_sentence(error)} Pass example inputs as "
                 "apply_plan(model, plan, *example_inputs), or check=False."
             ) from error
         try:
             result = run_model(sides[1], inputs)
         except Exception as error:
             raise ValueError(
-                f"the cut network does not run, but the dense network does: {type(error).__name__}: {error} It uses more of a layer "
+                f"the cut network does not run, but the dense network does: {as_sentence(error)} It uses more of a layer "
                 f"than a call. Exclude that layer; these were cut: {', '.join(list(last_links)[:5])}."
             ) from error
     if not calls[0]:

@@ -1,4 +1,4 @@
-"""Text for people: tables, and hints for misspelt names, counts."""
+"""Text for people: tables, hints for misspelt names, counts of reasons, and errors of others as sentences."""
 
 from __future__ import annotations
 
@@ -40,5 +40,15 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def count_reasons(reasons: Sequence[str]) -> str:
-    """The five most common reasons, each with its count."""
-    return " ".join(f"{count} x: {reason}" for reason, count in Counter(reasons).most_common(5))
+    """The five most common reasons, each with its count; a remedy, the sentences after the first, is named once, after its reasons."""
+    by_remedy: dict[str, list[str]] = {}
+    for reason, count in Counter(reasons).most_common(5):
+        problem, stop, remedy = reason.partition(". ")
+        by_remedy.setdefault(remedy, []).append(f"{count} x: {problem}{stop.strip()}")
+    return " ".join(f"{' '.join(problems)} {remedy}".strip() for remedy, problems in by_remedy.items())
+
+
+def as_sentence(error: object) -> str:
+    """The text of an error, behind its type if it is an exception, that ends with a full stop: another sentence may follow."""
+    text = (f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)).strip().rstrip(":,;")
+    return text if text.endswith((".", "!", "?")) else f"{text}."

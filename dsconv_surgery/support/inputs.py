@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from dsconv_surgery.support.formatting import as_sentence
 
 REMEDY = "Batches are like the example inputs, with labels after them. Or pass prepare=, a function from a batch to the inputs."
 
@@ -48,10 +50,49 @@ pytree.register_pytree_node(
 
 
 def as_inputs(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Inputs:
-    """The example inputs of a public function; TypeError unless `example_kwargs` is a dict with names for keys."""
+    """The example inputs of a public function, which may be an `Inputs`; TypeError for networks, or keyword arguments without names."""
     if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs)):
         raise TypeError(f'example_kwargs: found {type(kwargs).__name__}, expected a dict, as in example_kwargs={{"pixel_values": images}}.')
+    if modules := [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, nn.Module)]:
+        kind = type(modules[0]).__name__
+        raise TypeError(
+            f"example inputs: found the network {kind}, expected tensors. Pass the network first, then what it takes: (model, x)."
+        )
+    if len(args) == 1 and isinstance(args[0], Inputs):
+        return Inputs(*args[0].args, **args[0].kwargs, **(kwargs or {}))
     return Inputs(*args, **(kwargs or {}))
+
+
+def example_hint(inputs: Inputs) -> str:
+    """What is probably wrong with example inputs that a network does not take, as a sentence and a space, or an empty text."""
+    first = inputs.args[0] if len(inputs.args) == 1 else ...
+    if isinstance(first, list | tuple) and len(first) == 1 and isinstance(first[0], Tensor):
+        return f"Pass x, not {'[x]' if isinstance(first, list) else '(x,)'}, if the network takes a tensor. "
+    if (first is None or first == ()) and inputs.kwargs:
+        return f"Leave out the {first!r} before example_kwargs=, if the network takes keyword arguments only. "
+    return ""
+
+
+def prepared(prepare: Callable[[Any], Any] | None, batch: Any, where: str) -> Any:
+    """What the user's function `prepare` makes of a batch, the batch itself without one; ValueError if it raises an error."""
+    try:
+        return batch if prepare is None else prepare(batch)
+    except Exception as error:
+        raise ValueError(f"{where}: prepare= failed on {describe_type(batch)}: {as_sentence(error)} Correct the function.") from error
+
+
+def batch_remedy(batch: Any, remedy: str = REMEDY) -> str:
+    """What to do about a batch that does not fit: for a dict, a `prepare=` with the keys of the dict."""
+    items = batch_items(batch)
+    if len(items) != 1 or not isinstance(items[0], Mapping) or not items[0]:
+        return remedy
+    keys = list(items[0])
+    images = [key for key in keys if isinstance(value := items[0][key], Tensor) and value.is_floating_point() and value.ndim > 1]
+    image = (images or keys)[0]
+    labels = "".join(f", batch[{key!r}]" for key in keys if key != image and "label" in str(key).lower())
+    labels = labels or "".join(f", batch[{key!r}]" for key in keys if key != image)
+    value = f"(batch[{image!r}]{labels})" if labels else f"batch[{image!r}]"
+    return f"Pass prepare=, a function from a batch to inputs and labels, as in prepare=lambda batch: {value}."
 
 
 def checked_prepare(prepare: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
@@ -93,8 +134,8 @@ def batch_inputs(batch: Any, count: int, where: str) -> Inputs:
     if len(items) < input_count(items, count) or not inputs.tensors:
         types = ", ".join(type(item).__name__ for item in items) or "nothing"
         raise ValueError(
-            f"{where} holds {types}, expected {count} input(s) with tensors, as the network takes them, and then labels. Or pass prepare=, "
-            "a function from a batch to the inputs and labels."
+            f"{where} holds {types}, expected {count} input(s) with tensors, as the network takes them, and then labels. "
+            + batch_remedy(batch, "Or pass prepare=, a function from a batch to the inputs and labels.")
         )
     return inputs
 
@@ -173,7 +214,7 @@ class InputStructure:
         needed = len(args) + bool(kwargs)
         if len(items) < needed or (kwargs and not isinstance(items[len(args)], Mapping)):
             expected = [describe_type(value) for value in (*args, *([kwargs] if kwargs else []))]
-            raise ValueError(f"{where} holds {describe_type(batch)}, expected {', '.join(expected)}. {REMEDY}")
+            raise ValueError(f"{where} holds {describe_type(batch)}, expected {', '.join(expected)}. {batch_remedy(batch)}")
         return items[: len(args)], dict(items[len(args)]) if kwargs else {}
 
     def _leaves(self, values: Any) -> list[tuple[Any, Any]]:
@@ -216,7 +257,9 @@ def _check_leaf(example: Any, value: Any, place: str) -> Any:
             raise ValueError(f"{place}: found {describe_type(value)}, expected a list of images like {describe_type(example)}. {REMEDY}")
         pairs = [(example[0], image) for image in value]
     elif not isinstance(value, Tensor):
-        raise ValueError(f"{place}: found {describe_type(value)}, expected a tensor like the example's {describe_type(example)}. {REMEDY}")
+        raise ValueError(
+            f"{place}: found {describe_type(value)}, expected a tensor like the example's {describe_type(example)}. {batch_remedy(value)}"
+        )
     else:
         pairs = [(example, value)]
     for expected, tensor in pairs:
@@ -247,7 +290,8 @@ def _map(function: Callable[[Any, Any, str], Any], example: Any, value: Any, whe
         return {key: _map(function, item, value[key], where, f"{place}[{key!r}]") for key, item in example.items()}
     if isinstance(example, list | tuple):
         if not isinstance(value, list | tuple) or len(value) != len(example):
-            raise ValueError(f"{location}: found {describe_type(value)}, expected {describe_type(example)}. {REMEDY}")
+            hint = example_hint(Inputs(example)) if isinstance(value, Tensor) else ""
+            raise ValueError(f"{location}: found {describe_type(value)}, expected {describe_type(example)}. {hint}{REMEDY}")
         items = [_map(function, a, b, where, f"{place}[{index}]") for index, (a, b) in enumerate(zip(example, value, strict=True))]
         return items if isinstance(example, list) else type(example)(*items) if hasattr(example, "_fields") else tuple(items)
     if isinstance(value, Tensor | list | tuple | Mapping) or (example is None) != (value is None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, dataclass_transform
 
@@ -93,8 +93,10 @@ def parse_json(cls: type[T], text: str | bytes, what: str) -> T:
     place = shortened(".".join(str(part) for part in problem["loc"])) or "the whole file"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         key = str(problem["loc"][-1])
-        hint = did_you_mean(key[:QUOTED], sorted(_json_keys(json_schema(cls))))
-        raise ValueError(f"{what}: unknown key {quoted(key)} at {place}.{hint} Remove or correct it.")
+        schema = json_schema(cls)
+        hint = did_you_mean(key[:QUOTED], sorted(_json_keys(schema)))
+        known = ", ".join(_keys_at(schema, problem["loc"][:-1]))
+        raise ValueError(f"{what}: unknown key {quoted(key)} at {place}.{hint} Known{' there' * (len(problem['loc']) > 1)}: {known}.")
     message = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
     explained = problem["type"] in ("value_error", "json_invalid")
     value = "" if explained else f", found {shortened(json.dumps(problem['input'], default=str))}"
@@ -114,6 +116,23 @@ def quoted(value: object) -> str:
 def shortened(text: str) -> str:
     """A text as a message shows it, cut where it is long."""
     return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
+
+
+def _keys_at(schema: Any, place: Sequence[int | str]) -> list[str]:
+    """The property names of an object at a place in the data that a JSON schema describes."""
+    nodes = _alternatives(schema, schema)
+    for part in place:
+        children = [node.get("properties", {}).get(part, node.get("items", node.get("additionalProperties"))) for node in nodes]
+        nodes = [node for child in children if isinstance(child, dict) for node in _alternatives(child, schema)]
+    return list(dict.fromkeys(name for node in nodes for name in node.get("properties", ())))
+
+
+def _alternatives(node: Any, schema: Any) -> list[Any]:
+    """The schemas that a schema's node refers to, or is a choice of."""
+    if "$ref" in node:
+        return _alternatives(schema["$defs"][node["$ref"].rpartition("/")[2]], schema)
+    choices = node.get("anyOf", node.get("oneOf"))
+    return [node] if choices is None else [inner for choice in choices for inner in _alternatives(choice, schema)]
 
 
 def _json_keys(schema: Any) -> set[str]:

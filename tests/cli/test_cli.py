@@ -419,3 +419,23 @@ commands.main()
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (process.returncode, process.stdout, process.stderr) == (0, "{}\n", "from C\n")
+
+
+def test_weights_inside_a_checkpoint(fails: Fails, home: str, tmp_path: Path) -> None:
+    """A state_dict beside other things is used; of several, none; a whole model is named as such, without torch's advice."""
+    state = named_model(f"{home}:small", "none").state_dict()
+    for name, content in {"model": {"model": state, "epoch": 3}, "state": {"state_dict": state, "optimizer": {"lr": 0.1}}}.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        run("inspect", f"{home}:small", *INPUT, "--weights", tmp_path / f"{name}.pt")
+    torch.save({"model": state, "ema": state}, tmp_path / "two.pt")
+    words = ("inspect", f"{home}:small", *INPUT, "--weights")
+    assert "the file holds several, under 'model', 'ema'. Save the right" in fails(*words, tmp_path / "two.pt")
+    torch.save(nn.Conv2d(3, 8, 3), tmp_path / "whole.pt")
+    (tmp_path / "bad.pt").write_bytes(b"rubbish")
+    for file, problem in {
+        "whole": "such as a whole model, which are not loaded. Save model.state_dict() instead.",
+        "bad": "is damaged",
+    }.items():
+        message = fails(*words, tmp_path / f"{file}.pt")
+        assert problem in message
+        assert "weights_only" not in message

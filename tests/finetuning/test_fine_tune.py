@@ -498,7 +498,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "Leave out persistent_workers",
     ),
-    "a Compressed": ({"teacher": Compressed(nn.ReLU(), None, None)}, TypeError, r"teacher is Compressed.*\.model"),  # type: ignore[arg-type]
+    "a Compressed": (
+        {"teacher": Compressed(nn.ReLU(), None, None)},
+        TypeError,
+        r"teacher: expected an nn.Module, found Compressed\. Pass its \.model\.",
+    ),  # type: ignore[arg-type]
     "settings": ({"settings": {"epochs": 1}}, TypeError, "settings are dict"),
     "another teacher": (
         {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(192, 7))},
@@ -819,7 +823,7 @@ class Keywords(nn.Module):
 def test_batches_that_the_network_does_not_take_are_refused_with_the_remedy(batch: Any) -> None:
     model = Keywords()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"fine_tune: the network does not run on the Inputs\(.*pass prepare=") as caught:
+    with pytest.raises(ValueError, match=r"fine_tune: the network does not run on the Inputs\(.*[Pp]ass prepare=") as caught:
         fine_tune(model, [batch], teacher=copy.deepcopy(model))
     assert isinstance(caught.value.__cause__, TypeError | AttributeError)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -860,3 +864,14 @@ def test_an_error_that_is_not_of_the_batch_stays_as_it_is() -> None:
     model.register_forward_pre_hook(lambda *_: fail(2, torch.OutOfMemoryError("no memory")))
     with pytest.raises(torch.OutOfMemoryError):
         fine_tune(model, [batch])
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_the_remedy_for_a_dict_has_the_keys_of_the_dict(teacher: bool) -> None:
+    batch = {"id": 3, "image": torch.rand(2, 3, 8, 8), "fine_label": LABELS}
+    hint = r"Pass prepare=.*, as in prepare=lambda batch: \(batch\['image'\], batch\['fine_label'\]\)\.$"
+    with pytest.raises(ValueError, match=hint):
+        fine_tune(Net(), [batch], teacher=Net() if teacher else None)
+    with pytest.raises(ValueError, match=r"calibration: batch 0: .*" + hint):
+        compress(Net(), torch.rand(1, 3, 8, 8), calibration=[batch])
+    fine_tune(Net(), [batch], prepare=lambda batch: (batch["image"], batch["fine_label"]), settings=FineTune(epochs=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,3 +85,34 @@ def test_the_budget_is_checked_against_a_copy() -> None:
     model = head(4)
     small = compress(model, X[:1], budget=Budget(macs=0.7), schemes="spatial", cache=False)
     assert small.plan.cuts
+
+
+class Result:
+    """A network's output of a class that torch's pytree does not know."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_the_default_loss_is_of_what_output_selects(teacher: bool) -> None:
+    """The same losses as of the network that gives the class scores themselves."""
+    labels, losses = torch.arange(16) % 4, []
+    for wrap, output in ((lambda y: y, None), (Result, lambda result: result.logits)):
+        torch.manual_seed(0)
+        model = head(4, wrap)
+        dense = copy.deepcopy(model) if teacher else None
+        history = fine_tune(model, [(X, labels)], teacher=dense, output=output, settings=FineTune(epochs=4))
+        losses.append([epoch.labels for epoch in history.epochs])
+    assert losses[0] == losses[1]
+    assert losses[0][-1] != losses[0][0]
+
+
+def test_the_default_loss_does_not_suggest_what_was_passed() -> None:
+    labels = torch.zeros(16, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"output is Result, .*Pass output=.*Or pass loss="):
+        fine_tune(head(4, Result), [(X, labels)])
+    for output, words in ((lambda r: [r.logits, r.logits], "list of 2"), (lambda r: r.logits[:, :1], r"shape \(16, 1\)")):
+        with pytest.raises(ValueError, match=rf"the result of output= (is|has the) {words}.*Pass loss=") as caught:
+            fine_tune(head(4, Result), [(X, labels)], output=output)
+        assert "Pass output=" not in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import warnings
 from dataclasses import replace
 from itertools import pairwise, product
@@ -539,6 +540,33 @@ def test_evbmf_chooses_tucker(x: Tensor) -> None:
 # ---- guard and sweep
 
 
+@pytest.mark.parametrize(
+    ("dense", "max_drop", "message"),
+    [
+        (0.9, 1.0, r"max_drop=1: the dense network's score is 0.9, .*pass max_drop=0.01 for one point.*let evaluate= give percent"),
+        (1.0, 1, "max_drop=0.01"),
+        (0.4, 0.5, "max_drop=0.01"),
+        (91.0, 95.0, "pass a smaller max_drop"),
+        (0.9, 0.5, None),
+        (91.0, 1.0, None),
+        (0.0, 1.0, None),  # no accuracy: a score of zero is that of distances
+        (-3.0, 1.0, None),
+    ],
+)
+def test_a_drop_that_no_score_can_exceed_is_refused(net: Net, x: Tensor, dense: float, max_drop: float, message: str | None) -> None:
+    """An accuracy in [0, 1] with a drop in points would let every network pass. The recipe asks `compress`."""
+    calls = (
+        lambda: compress(net, x, max_drop=max_drop, evaluate=lambda _: dense, schemes="channel"),
+        lambda: Recipe(max_drop=float(max_drop), schemes="channel").run(net, x, evaluate=lambda _: dense),
+    )
+    for call in calls:
+        if message is None:
+            call()
+        else:
+            with pytest.raises(ValueError, match=message):
+                call()
+
+
 def test_the_smallest_network_within_a_drop(net: Net, x: Tensor, batches: list[Tensor]) -> None:
     """A score that falls with what is cut: every try is in the report, the one returned is the smallest that kept the drop."""
     dense = sum(p.numel() for p in net.parameters())
@@ -553,7 +581,8 @@ def test_the_smallest_network_within_a_drop(net: Net, x: Tensor, batches: list[T
     smallest = min((attempt for attempt in tries if attempt.within), key=lambda attempt: attempt.cost.params)
     assert small.report.after == smallest.cost
     assert 0.6 <= score(small.model) < 0.68
-    assert "within max_drop" in str(small.report)
+    assert re.search(r"score 1 -> 0\.\d+, drop 0\.\d+ within max_drop 0\.4$", str(small.report), re.M)
+    assert re.search(r"drop 0\.[4-9]\d* beyond max_drop 0\.4$", str(small.report), re.M)
     alone = nn.Sequential(nn.Conv2d(3, 1, 1)).eval()  # nothing of it costs less
     dense = compress(alone, x, max_drop=0.1, evaluate=lambda _: torch.tensor([0.5]))  # type: ignore[arg-type, return-value]
     assert dense.plan.cuts == ()
@@ -655,8 +684,8 @@ images = 24
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bugdet = 1", r"unknown key 'bugdet'.*Did you mean 'budget'"),
-        ("[budget]\nmac = 0.5", r"unknown key 'mac' at budget.mac.*Did you mean 'macs'"),
+        ("bugdet = 1", r"unknown key 'bugdet'.*Did you mean 'budget'\? Known: budget, schemes, .*, stages, seed\.$"),
+        ("[budget]\nmac = 0.5", r"unknown key 'mac' at budget.mac.*Did you mean 'macs'\? Known there: macs, params, latency\.$"),
         ("[budget]\nmacs = 1.5", "at budget.macs: Input should be less than or equal to 1, found 1.5"),
         ('schemes = ["spatail"]', "Did you mean 'spatial'"),
         ('rule = "fixed"', "rank= goes with"),
@@ -664,7 +693,7 @@ images = 24
         ("= 3", "not TOML"),
         ("[fine_tune]\nepoch = 3", r"unknown key 'epoch'.*Did you mean 'epochs'"),
         ("[fine_tune]\nlr = -1.0", "at fine_tune.lr: Input should be greater than 0, found -1.0"),
-        ('[fine_tune]\nnorms = "trained"', "unknown key 'norms' at fine_tune.norms"),
+        ('[fine_tune]\nnorms = "trained"', "unknown key 'norms' at fine_tune.norms.*Known there: epochs, steps, "),
         ("stages = 2", "stages=2 needs fine_tune and a budget"),
         ("stages = 0", "at stages: Input should be greater than or equal to 1, found 0"),
         ("max_drop = inf", "max_drop=inf: expected a number, zero or more"),

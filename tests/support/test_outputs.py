@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsconv_surgery import Budget, FineTune, compare, compress, fine_tune
+from dsconv_surgery import Budget, FineTune, Recipe, compare, compress, fine_tune, pareto
+from dsconv_surgery.recipe import CalibrationSettings
 from dsconv_surgery.support.outputs import OutputSelector, output_tensors
 
 X, DATA = torch.rand(1, 3, 10, 10), torch.rand(16, 3, 10, 10)
@@ -163,3 +164,64 @@ def test_classifiers_may_have_several_rows_for_each_image() -> None:
     p, q = (network(clips).detach().log_softmax(1) for network in (model, small.model))
     assert fidelity.agreement == pytest.approx(float((p.argmax(1) == q.argmax(1)).double().mean()))
     assert fidelity.divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (
+            lambda result: result.nothing,
+            r"output= failed on the network's output \(.*\): AttributeError: .*nothing'\. Correct the function\.$",
+        ),
+        (
+            lambda result: [1, "a"],
+            r"output= returned list of 2 \(1, str\) for the network's output \(.*\), expected floating-point tensors\.$",
+        ),
+        (lambda result: {result, result + 1}, r"a set of 2 tensors.* as a list"),
+    ],
+)
+def test_a_function_for_the_output_that_fails_is_named(output: Any, message: str) -> None:
+    """By every function that takes it, with the argument that holds the batches; nobody is told to pass what was passed."""
+    model = Net(lambda y: y).eval()
+    calls = {
+        "calibration: ": lambda: compress(model, X, calibration=[DATA], output=output, schemes="spatial", cache=False),
+        "data: ": lambda: compare(model, model, X, data=[DATA], output=output),
+        "fine_tune: ": lambda: fine_tune(Net(lambda y: y), [DATA], teacher=model, output=output),
+    }
+    for place, call in calls.items():
+        with pytest.raises(ValueError, match=message.rstrip("$") if place == "fine_tune: " else message) as caught:
+            call()
+        assert str(caught.value).startswith(place)
+        assert "Pass output=" not in str(caught.value)
+
+
+def test_a_function_for_the_batches_that_fails_is_named() -> None:
+    model, error = Net(lambda y: y).eval(), r"prepare= failed on \(16, 3, 10, 10\) torch\.float32: IndexError: .*\. Correct the function\.$"
+    settings: dict[str, Any] = {"prepare": lambda batch: batch["image"]}
+    recipe = Recipe(calibration=CalibrationSettings(images=4))
+    for place, call in {
+        "calibration: batch 0": lambda: compress(model, X, calibration=[DATA], **settings),
+        "calibration: batch 0 ": lambda: recipe.run(model, X, calibration=[DATA], **settings),
+        "data: batch 0": lambda: compare(model, model, X, data=[DATA], **settings),
+        "data: batch 0 ": lambda: pareto(model, X, data=[DATA], **settings),
+        "fine_tune: a batch of step 1": lambda: fine_tune(Net(lambda y: y), [DATA], teacher=model, **settings),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{place.strip()}: {error}"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DATA, "found a tensor"),
+        (3, "found int"),
+        (iter([DATA]), "found an iterator"),
+        ([], "no images"),
+        ([DATA[:, :1]], "batch 0 has shape"),
+    ],
+)
+def test_faults_of_images_to_compare_on_name_their_argument(data: Any, message: str) -> None:
+    model = Net(lambda y: y).eval()
+    for call in (lambda: compare(model, model, X, data=data), lambda: pareto(model, X, data=data)):
+        with pytest.raises((ValueError, TypeError), match=f"^data: {message}"):
+            call()
