@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_surgery import Budget, FineTune, Recipe, apply_plan, compare, compress, find_convs, fine_tune, make_plan, pareto
+from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.recipe import CalibrationSettings
 from dsconv_surgery.support.input_description import describe_inputs
 from dsconv_surgery.support.inputs import Inputs, InputStructure
@@ -127,7 +128,7 @@ def test_selected_images_are_those_images(case: str) -> None:
 )
 def test_batches_of_another_structure_are_refused_with_the_remedy(args: Any, kwargs: Any, batch: Any, words: list[str]) -> None:
     with pytest.raises(ValueError, match="calibration: batch 0") as caught:
-        compress(Net(of_dict), *args, example_kwargs=kwargs, calibration=[batch])
+        Images([batch], Inputs(*args, **kwargs))
     assert all(word in str(caught.value) for word in words), caught.value
 
 
