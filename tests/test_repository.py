@@ -18,24 +18,16 @@ COMMAND_LINES = re.findall(r"^dsconv-surgery .+$", README, re.M)
 PREPARATION = f"""\
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "examples")!r}]
-import conftest, torch, torchvision, torch.utils.benchmark
+import conftest, torch, torchvision
 from collections import OrderedDict
 from types import SimpleNamespace
+from dsconv_surgery.support.latency import Stopwatch, Timing
 from torch import nn
 
 
-class ParameterTimer:
+def count_parameters(stopwatch, calls, device, rounds):
     '''Takes the number of a network's parameters for its time, so that a budget on time is met on a busy machine, too.'''
-
-    def __init__(self, stmt, globals, num_threads):
-        networks = [value for value in globals.values() if isinstance(value, nn.Module)]
-        self.result = SimpleNamespace(median=1e-6 * sum(p.numel() for network in networks for p in network.parameters()))
-
-    def timeit(self, number):
-        return self.result
-
-    def blocked_autorange(self, min_run_time):
-        return self.result
+    return [Timing(1e-3 * sum(p.numel() for p in call.func.parameters()), 1.0) for call in calls]
 
 
 class SmallResNet(nn.Module):
@@ -55,7 +47,7 @@ class KeywordNet(SmallResNet):
         return SimpleNamespace(logits=super().forward(pixel_values))
 
 
-torch.utils.benchmark.Timer = ParameterTimer
+Stopwatch.time = count_parameters
 torch.manual_seed(0)
 torch.set_num_threads(1)
 torchvision.models.resnet18 = lambda weights: SmallResNet()

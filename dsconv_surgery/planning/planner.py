@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dsconv_surgery.budget import Budget, BudgetError
-from dsconv_surgery.calibration.images import Calibration, Images
+from dsconv_surgery.calibration.images import Calibration, Images, images_for
 from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.network.layers import check_finite_state
 from dsconv_surgery.plan import Cut, Plan
@@ -85,7 +85,7 @@ def make_plan(
         >>> print(plan)
     """
     checked, inputs = PlanSettings(**settings), as_inputs(example_inputs, example_kwargs)
-    images = None if calibration is None else Images(calibration, inputs, prepare, output)
+    images = None if calibration is None else images_for(model, calibration, inputs, prepare, output)
     return Planner(model, inputs, checked, images, cache, progress).plan(checked.effective_budget)[0]
 
 

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure  # noqa: F401 - imported before a fixture copies sys.modules
+import matplotlib.figure  # noqa: F401 - this and the others are imported before a fixture copies sys.modules
 import numpy as np
 import pytest
-import scipy.optimize  # noqa: F401 - the same
+import scipy.interpolate
+import scipy.optimize  # noqa: F401
+import tensorly  # noqa: F401
 import torch
 import torch._dynamo
 from PIL import Image
