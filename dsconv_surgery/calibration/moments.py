@@ -23,6 +23,7 @@ from dsconv_surgery.support.copies import evaluation_copy, to_device
 from dsconv_surgery.support.fidelity import ROUNDING
 
 CHUNK_VALUES = 2**24  # patch values processed at a time (64 MiB in float32)
+BLOCK = 512  # side of the blocks in which symmetric products are summed
 PLAN_VALUES = 2**23  # values of patches that a layer's errors are measured on before a plan
 MANY = 8  # patches for each of a patch's values: with fewer, errors are measured on other patches than those that are fitted to
 DOUBLE_LENGTH = 640  # fits run in float64 for patches up to this length, in float32 for longer ones
@@ -185,7 +186,13 @@ class _Centred:
 
     def add_products(self, other: _Centred, total: Tensor) -> None:
         """Add `sum a b^T` over rows a and the other's rows b to a float64 total, (g, n, m)."""
-        total.add_(self.deviations.mT @ other.deviations)
+        step = BLOCK if other is self else total.shape[1]
+        for start in range(0, total.shape[1], step):  # a product with itself is symmetric: half of its blocks are enough
+            rest = slice(start if other is self else 0, None)
+            block = self.deviations[..., start : start + step].mT @ other.deviations[..., rest]
+            total[:, start : start + step, rest].add_(block)
+            if other is self:
+                total[:, start + step :, start : start + step].add_(block[..., step:].mT)
         left, right = torch.stack([self.mean, self.sum], 2), torch.stack([other.total, other.mean], 1)
         total.baddbmm_(left, right)
 
