@@ -5,7 +5,6 @@ python tests/benchmarks/budget.py rivals --data ../shared/data       the same bu
 python tests/benchmarks/budget.py weightings --data ../shared/data   estimates of damage, on held-out training images
 python tests/benchmarks/budget.py resnet18 --data ../shared/data     torchvision's resnet18 trained on CIFAR-10 at 64 px: MACs and latency
 python tests/benchmarks/budget.py latency                            half the time at 224 px: a latency budget against a MACs budget
-python tests/benchmarks/budget.py planning                           time to make the first plan and the next ones
 python tests/benchmarks/budget.py torchvision                        the recipes for torchvision's networks: cost and time
     ... --channels-last                                              `resnet18` and `torchvision` in this memory format, see `timed`
 python tests/benchmarks/budget.py recipes                            copy rows of `accuracy` and `torchvision` beside each recipe
@@ -21,7 +20,6 @@ import argparse
 import copy
 import json
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,10 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - makes torchvision importable beside a CPU build of torch
 from calibrated import Add, divergence, draw, network, outputs, recorder
-from cifar import accuracy, cifar10, load_resnet, to_input
+from cifar import accuracy, cifar10, to_input
 
 from dsconv_surgery import Budget, Calibration, Recipe, compress
-from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.compression import cut_to_budget
 from dsconv_surgery.planning.layer_latency import LayerTimer
 from dsconv_surgery.planning.planner import Planner
@@ -355,35 +352,6 @@ def run_latency(options: argparse.Namespace, add: Add) -> None:
         add({"network": name, "batch": batch, "threads": torch.get_num_threads()}, run)
 
 
-def run_planning(options: argparse.Namespace, add: Add) -> None:
-    import torchvision
-
-    torch.manual_seed(0)
-    cases: dict[str, tuple[Any, list[Tensor]]] = {
-        "resnet20": (
-            load_resnet(RESULTS.parents[2] / "examples" / "assets" / "resnet20_cifar10.safetensors"),
-            [torch.randn(128, 3, 32, 32) for _ in range(8)],
-        ),
-        "resnet18": (torchvision.models.resnet18(weights=None).eval(), [torch.randn(32, 3, 224, 224) for _ in range(4)]),
-    }
-    for name, (model, batches) in cases.items():
-
-        def run(model: Any = model, batches: Any = batches) -> dict[str, Any]:
-            seconds = []
-            with tempfile.TemporaryDirectory() as folder:
-                for budget in (Budget(macs=0.5), Budget(macs=0.4), Budget(params=0.3)):
-                    start = time.perf_counter()
-                    example = batches[0][:1]
-                    images = Images(batches, Inputs(example))
-                    planner = Planner(model, Inputs(example), PlanSettings(budget=budget), images, folder, progress=True)
-                    planner.plan(budget, errors_later=True)
-                    seconds.append(round(time.perf_counter() - start, 1))
-            return {"first": seconds[0], "next": seconds[1], "next_other_measure": seconds[2]}
-
-        if not options.network or options.network == name:
-            add({"network": name, "images": len(batches) * len(batches[0]), "threads": torch.get_num_threads()}, run)
-
-
 def run_recipes(_options: argparse.Namespace, _: Add) -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     settings: dict[str, Any] = {}
@@ -408,7 +376,6 @@ def main() -> None:
         "weightings": run_weightings,
         "resnet18": run_resnet18,
         "latency": run_latency,
-        "planning": run_planning,
         "torchvision": run_torchvision,
         "recipes": run_recipes,
     }
