@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from dsconv_surgery import schemes
 from dsconv_surgery.network.discovery import ConvSite
-from dsconv_surgery.network.geometry import ConvSpec, Rank, chain_cost
+from dsconv_surgery.network.geometry import Rank, chain_cost
 from dsconv_surgery.planning.damage import TINY, DamageEstimator, damage_curve
 from dsconv_surgery.schemes import Factors
 from dsconv_surgery.support.cache import Cache, digest
 
 SAMPLE_FRACTIONS = (0.1, 0.3, 0.7)  # of a layer's MACs: errors are measured at ranks near them, and at the cheapest rank
 ITERATIONS, WIDE_ITERATIONS, WIDE = 10, 5, 1024  # of a fit, and of one in layers with more weights per output channel than WIDE
-FIT_GAIN = 0.82  # what a fit of all links makes of the error of a fitted last link: 0.80 to 0.84 in the schemes' mean on ResNet-20
+FIT_GAIN = 0.82  # what a fit of all links makes of the error of a fitted last link: 0.78 to 0.84 in the schemes' means on ResNet-20
 SKIP_RATIO = 1.5  # options whose weights' error is this many times that of others that cost no more are not fitted
 DAMAGE_SKIP_RATIO = 1.3  # the same for measurements of damage, with errors of outputs
 DAMAGE_ERRORS = (0.35, 0.1, 0.03)  # damage is measured for options with errors near these
@@ -40,7 +40,7 @@ class OptionErrors:
     """Measures a layer's options, each once.
 
     Attributes:
-        factors: of the options whose exact errors were measured.
+        factors: of the options that `measure` was asked for.
         on_measure: called when the layer's options are measured.
         latencies: for each timed scheme, pairs of MACs and milliseconds, by rising MACs.
     """
@@ -158,9 +158,10 @@ class OptionErrors:
         """Errors and damages of sampled options, from the cache where it has them.
 
         Without calibration images, the errors of factors of the weights. With them, errors of outputs after a fit of the last link, with
-        the gain of a whole fit. They are measured for promising options only: others have, in each measure of cost, a rival with a much
-        smaller error of the weights. Damage is measured for options with errors near DAMAGE_ERRORS, of those only that a plan may
-        choose: options with the same error differ in damage by a third.
+        the gain of a whole fit; in wide layers where that fit is slow, those of factors of the weights. They are measured for promising
+        options only: others have, in each measure of cost, a rival with a much smaller error of the weights. Damage is measured for
+        options with errors near DAMAGE_ERRORS, of those only that a plan may choose: options with the same error differ in damage by a
+        third.
         """
         self._require_weights()
         self.on_measure()
@@ -222,11 +223,20 @@ class _Fits:
     def fit(self, name: str, rank: Rank, start: Factors | None = None, iterations: int | None = None) -> tuple[float, Factors]:
         """The error of factors fitted to the images, and the factors."""
         if iterations is None:
-            iterations = WIDE_ITERATIONS if self._weight[0].numel() > WIDE else ITERATIONS
+            iterations = WIDE_ITERATIONS if self._is_wide else ITERATIONS
         scheme, (fit, judge) = schemes.get_scheme(name), self._objectives
         with schemes.naming_layer(self._site.name):
             factors = schemes.fit(scheme, self._spec, self._weight, rank, fit, start=start, iterations=iterations)
         return judge.value(scheme.kernel(self._spec.one_group(), factors)), factors
+
+    @property
+    def _is_wide(self) -> bool:
+        return self._weight[0].numel() > WIDE
+
+    def _last_solve_is_slow(self, factors: Factors) -> bool:
+        """Whether the last link combines many features, more than twice the input channels, or other ones for each output."""
+        *_, last = factors.values()
+        return not schemes.last_is_shared(factors) or last.shape[2] > 2 * self._spec.in_channels // self._spec.groups
 
     def weight_errors(self, name: str, ranks: Sequence[Rank]) -> list[float]:
         """The errors of rough factors of the weights at a scheme's sampled ranks."""
@@ -241,7 +251,7 @@ class _Fits:
         if (name, rank) not in self._starts:  # the factors depend on the smaller ranks, so all are computed
             self.weight_errors(name, ranks)
         scheme, start = schemes.get_scheme(name), self._starts[name, rank]
-        if self._spec.in_channels // self._spec.groups * self._spec.taps > WIDE and _last_solve_is_slow(scheme, self._spec, start):
+        if self._is_wide and self._last_solve_is_slow(start):
             self._factors[name, rank] = start
             return self._objectives[1].value(scheme.kernel(self._spec.one_group(), start))
         closed = schemes.has_optimum(scheme)
@@ -255,12 +265,6 @@ class _Fits:
         chain = schemes.chain_of(schemes.get_scheme(name), self._spec, rank)
         links = schemes.build(chain, self._layer, self._factors[name, rank])
         return self._estimator.divergence(self._site.name, links, self._objectives[1].centred)
-
-
-def _last_solve_is_slow(scheme: schemes.Scheme, spec: ConvSpec, factors: Factors) -> bool:
-    """Whether the last link combines more features than there are input channels, or other ones for each output."""
-    *_, previous, last = factors.values()
-    return last.shape[2] != previous.shape[1] or last.shape[2] > 2 * spec.in_channels // spec.groups
 
 
 def truncation_errors(spectrum: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Table:
     errors: OptionErrors = field(repr=False)
 
     def measure(self, option: Option) -> Option:
-        """The option with its exact error."""
+        """The option with its error, of factors made for it: not interpolated."""
         return replace(option, error=self.errors.measure(option.scheme, option.rank))
 
     def error_bounds(self, options: Sequence[Option]) -> Sequence[float] | None:

@@ -53,7 +53,7 @@ def fit(
     start = start or next(factorize(scheme, spec, weight, [rank], rough=True))
     if rank == scheme.full_rank(block):
         iterations = 0  # exact for every kernel
-    weighted = objective.weighted(metric.to(objective.cross)) if metric is not None and _last_is_shared(start) else objective
+    weighted = objective.weighted(metric.to(objective.cross)) if metric is not None and last_is_shared(start) else objective
     optimum = scheme.optimum(block, weighted, rank) if iterations != 0 else None
     best = optimum or refine(scheme, block, start, weighted, iterations)
     if weighted is not objective:
@@ -75,7 +75,7 @@ def refine(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objectiv
     free = {link: (factors[link] / factors[link].square().mean().sqrt().clamp(min=1e-30)).contiguous().requires_grad_() for link in others}
     if iterations is None:
         iterations = WIDE_ITERATIONS if objective.cross.numel() * objective.gram.shape[1] > WIDE else ITERATIONS
-    eliminate = _solve_shared if _last_is_shared(factors) else _solve_each
+    eliminate = _solve_shared if last_is_shared(factors) else _solve_each
     search = torch.optim.LBFGS(list(free.values()), history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-12)
 
     def closure() -> float:
@@ -105,14 +105,14 @@ def penalized_error(scheme: Scheme, spec: ConvSpec, factors: Factors, objective:
     factors = {link: factor.to(objective.cross) for link, factor in factors.items()}
     error = objective.value(scheme.kernel(spec, factors))
     *_, last = factors
-    if not _last_is_shared(factors):
+    if not last_is_shared(factors):
         return error
     features = scheme.kernel(spec, {**factors, last: _identity_like(factors[last])}).flatten(2)
     norms = (factors[last].flatten(2).square().sum(1) * features.square().sum(2)).sum(dtype=torch.float64)
     return error + PENALTY * objective.size * float(norms) / objective.unit
 
 
-def _last_is_shared(factors: Factors) -> bool:
+def last_is_shared(factors: Factors) -> bool:
     """Whether all outputs combine the same features, as the last link is not depthwise."""
     *_, previous, last = factors.values()
     return last.shape[2] == previous.shape[1]
