@@ -83,8 +83,7 @@ class SideBySide:
         """The network's output for every chunk of images, run from the values before a layer, with the layer replaced or as it is."""
         first = self._position[self._nodes[name][0]]
         if first < self._next:
-            self._store.close()
-            self._next = 0
+            self.close()
         if first > self._next:
             self._advance(first)
         if replacement is not None:
@@ -102,8 +101,9 @@ class SideBySide:
             self._cut.replacements[str(self.following[name].batchnorm)] = batchnorm
 
     def close(self) -> None:
-        """Delete temporary files."""
+        """Release the stored values, and delete temporary files."""
         self._store.close()
+        self._next = 0
 
     def _advance(self, stop: int) -> None:
         """Run both networks up to a position, for all images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -81,11 +81,11 @@ class DamageEstimator:
         if self._pair is not None:
             if name not in self._pair.following:
                 return 0.0  # no image reaches it
-            outputs = self._pair.outputs(name, replacement)
+            outputs: Iterable[Any] = self._pair.outputs(name, replacement)
         else:
             handle = self._dense.get_submodule(name).register_forward_hook(replacement.replace, with_kwargs=True)
             try:
-                outputs = iter(list(self._run_whole()))
+                outputs = list(self._run_whole())
             finally:
                 handle.remove()
         comparison = OutputComparison(self._select)
@@ -107,6 +107,11 @@ class DamageEstimator:
         images: Any = self.images
         graph = checked_trace(self._dense, images)
         return None if graph is None else SideBySide(self._dense, graph, images, self._names, probe=True)
+
+    def close(self) -> None:
+        """Release stored activations, and delete temporary files; the next measurement makes them anew."""
+        if pair := self.__dict__.get("_pair"):
+            pair.close()
 
     @cached_property
     def _targets(self) -> list[tuple[int, Any]]:

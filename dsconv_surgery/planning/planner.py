@@ -114,7 +114,7 @@ class Planner:
         if "latency" in settings.measures:
             timer = LayerTimer(model, inputs, store, self._stopwatch)
             self.total = replace(self.total, latency=self._measure_latency([model])[0])
-        damages = DamageEstimator(model, self._sites, images, store)
+        damages = self._damages = DamageEstimator(model, self._sites, images, store)
         self._tables: dict[str, Table] = {}
         self._errors: dict[str, OptionErrors] = {}
         for site in tqdm(self._sites, desc="time layers", unit="layer", disable=not progress or timer is None):
@@ -153,6 +153,7 @@ class Planner:
             errors_later: leave out errors that no decision needed; the cut measures them.
         """
         with tqdm(total=len(self._tables), desc="judge options", unit="layer", disable=not self.progress) as bar, ExitStack() as stack:
+            stack.callback(self._damages.close)
             stack.callback(self._stopwatch.warn)  # if there is no plan, too: busy times may be the reason
             for errors in self._errors.values():
                 errors.on_measure = bar.update  # rules measure options when they need them, layer by layer

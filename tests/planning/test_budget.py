@@ -836,3 +836,21 @@ def test_running_the_rest_of_the_network_gives_the_divergence_of_the_whole(
     assert results[0] > 1e-7
     if name != "head":
         assert results[0] != pytest.approx(results[1], rel=1e-2)  # the mean of the error is corrected, or not
+
+
+def test_planning_leaves_no_temporary_files(net: Net, x: Tensor, batches: list[Tensor], tmp_path: Path, monkeypatch: Any) -> None:
+    """With little memory, values behind layers go to files. They are gone after a plan, and the planner can go on."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    written = []
+    monkeypatch.setattr("torch.save", lambda value, path, save=torch.save: (written.append(path), save(value, path)))
+    decision = Planner(net, Inputs(x), PlanSettings(), Images(Calibration(batches, memory=1), SHAPES), cache=False)
+    decision.plan(Budget(macs=0.5), errors_later=True)
+    assert written
+    assert list(tmp_path.glob("dsconv-surgery-*")) == []
+    chain = nn.Sequential(copy.deepcopy(net.wide))
+    with torch.no_grad():
+        chain[0].weight.mul_(0.7)
+    again = decision._damages.divergence("wide", chain, True)
+    assert again > 0
+    decision._damages.close()
+    assert list(tmp_path.glob("dsconv-surgery-*")) == []
