@@ -19,6 +19,7 @@ from dsconv_surgery.schemes import Factors
 from dsconv_surgery.support.cache import Cache, digest
 
 SAMPLE_FRACTIONS = (0.1, 0.3, 0.7)  # of a layer's MACs: errors are measured at ranks near them, and at the cheapest rank
+CLOSED_FRACTIONS = tuple(k / 16 for k in range(1, 16))  # the same for closed forms in layers that are not wide: they cost little
 ITERATIONS, WIDE_ITERATIONS, WIDE = 10, 5, 1024  # of a fit, and of one in layers with more weights per output channel than WIDE
 FIT_GAIN = 0.82  # what a fit of all links makes of the error of a fitted last link: 0.78 to 0.84 in the schemes' means on ResNet-20
 SKIP_RATIO = 1.5  # options whose weights' error is this many times that of others that cost no more are not fitted
@@ -120,7 +121,7 @@ class OptionErrors:
 
     @cached_property
     def _sample_ranks(self) -> dict[str, list[Rank]]:
-        """The ranks at which errors are measured: the cheapest, and the best below each of SAMPLE_FRACTIONS of the layer's MACs."""
+        """The ranks at which errors are measured: the cheapest, and the best below some fractions of the layer's MACs."""
         result: dict[str, list[Rank]] = {}
         for name in self._applicable:
             scheme = schemes.get_scheme(name)
@@ -133,7 +134,7 @@ class OptionErrors:
                     break
             bounds = None if isinstance(ranks[0][0], int) else self.bounds(name, [rank for rank, _ in ranks])
             samples = {ranks[0][0]}
-            for limit in SAMPLE_FRACTIONS:
+            for limit in CLOSED_FRACTIONS if schemes.has_optimum(scheme) and self._weight[0].numel() <= WIDE else SAMPLE_FRACTIONS:
                 within = [k for k, (_, fraction) in enumerate(ranks) if fraction <= limit]
                 if within:
                     samples.add(ranks[within[-1] if bounds is None else min(within, key=bounds.__getitem__)][0])
