@@ -49,6 +49,7 @@ class Survey:
     outside: Cost
     # Parameters that `model.parameters()` does not have, as of layers in plain lists. They are part of `outside`, but not of `total`.
     unregistered_params: int = 0
+    ends: tuple[str, ...] = ()  # the first convolution and the last layer that the network calls
 
 
 @standard_modes()
@@ -105,4 +106,7 @@ def survey_model(model: nn.Module, inputs: Inputs, replaceable: bool = True) -> 
     registered = {id(p): p.numel() for layer in names for p in layer.parameters()}
     total = Cost(sum(p.numel() for p in model.parameters()), in_layers.macs)
     outside = Cost(total.params - sum(registered.values()) + record.unregistered_params, record.macs - in_layers.macs)
-    return Survey(tuple(layers), costs, total, outside, record.unregistered_params)
+    called = list(record.calls)  # by their first call
+    convolutions = [name for name in called if not isinstance(model.get_submodule(name), nn.Linear)]
+    ends = tuple(dict.fromkeys(convolutions[:1] + called[-1:]))
+    return Survey(tuple(layers), costs, total, outside, record.unregistered_params, ends)

@@ -18,6 +18,7 @@ from dsconv_surgery.planning.option_errors import OptionErrors
 from dsconv_surgery.planning.tables import Option, Table
 
 TIMED_FRACTIONS = (0.05, 0.1, 0.18, 0.3, 0.5, 0.8)  # of a layer's MACs: options near them are timed
+SPECIAL_SAVING = 0.03  # a special case of another scheme must cost this much less at the same rank: its errors are at least a tenth larger
 FASTER = 0.95  # an option must take less than this fraction of the layer's time: timings vary as much
 
 
@@ -42,9 +43,10 @@ def layer_options(
     weight = module.get_parameter("weight")
     if not weight.is_meta:
         check_finite(site.name, weight)
-    errors = OptionErrors(site, module, names, estimator)
     refusals = {name: schemes.refusal(schemes.get_scheme(name), site.spec) for name in names}
-    tried = {name: _options_up_to_dense(name, site, site.cost, measures) for name, refusal in refusals.items() if not refusal}
+    names = [name for name in names if not _is_superseded(name, [other for other in names if not refusals[other]], site)]
+    errors = OptionErrors(site, module, names, estimator)
+    tried = {name: _options_up_to_dense(name, site, site.cost, measures) for name in names if not refusals[name]}
     dense, options = site.cost, dict[str, list[Option]]()
     for name, candidates in tried.items():
         if group := [option for option in candidates if _saves(option, dense, measures) and _has_multiple(option, site, multiple)]:
@@ -69,6 +71,15 @@ def layer_options(
         if timer is not None and _saves(least, dense, measures):
             reason = f"no option is faster than the layer ({dense.latency:.3f} ms) on this machine."
     return Skip(site.name, reason)
+
+
+def _is_superseded(name: str, others: Sequence[str], site: ConvSite) -> bool:
+    """Whether a scheme is a special case of another on offer, and costs hardly less at the same rank."""
+    general = schemes.get_scheme(name).general
+    if general is None or not {name, general} <= set(others):
+        return False
+    special, whole = (chain_cost(schemes.chain_of(schemes.get_scheme(s), site.spec, 1), site.sizes) for s in (name, general))
+    return all(getattr(whole, m) < (1 + SPECIAL_SAVING) * getattr(special, m) for m in ("macs", "params"))
 
 
 def _options_up_to_dense(name: str, site: ConvSite, dense: Cost, measures: Sequence[str]) -> list[Option]:

@@ -104,7 +104,7 @@ class Planner:
         self.model, self.inputs, self.settings, self.images, self.progress = model, inputs, settings, images, progress
         self._survey = survey_model(model, inputs)
         check_finite_state(model)
-        self._sites, self._skips = select_sites(self._survey, settings)
+        self._sites, self._skips = select_sites(self._survey, settings, images is not None)
         self.total = self._survey.total
         if settings.effective_budget is not None:
             warn_of_cost_outside(self._survey, settings.measures)

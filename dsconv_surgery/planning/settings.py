@@ -50,7 +50,8 @@ class PlanSettings:
         energy: with rule "energy", the share of each layer's squared weight norm to keep, in (0, 1).
         rank: with rule "fixed", the rank of every layer; a pair for tucker.
         include: patterns of layer names, as for a shell; only matching layers are cut.
-        exclude: patterns of layer names; matching layers stay dense.
+        exclude: patterns of layer names; matching layers stay dense. By default none; without calibration images the first convolution and
+            the last layer, as errors of their weights do not tell how much a cut would cost. `exclude=()` cuts them, too.
         multiple: offer only ranks at which links have a multiple of so many channels; 8 under a latency budget, otherwise 1.
 
     Raises:
@@ -74,7 +75,9 @@ class PlanSettings:
         Field(description="a rank of 1 or more for rule fixed, or a pair of ranks for tucker"),
     ] = None
     include: Annotated[Names, Field(description="pattern of layer names; only matching layers are cut")] = ("*",)
-    exclude: Annotated[Names, Field(description="pattern of layer names; matching layers stay dense")] = ()
+    exclude: Annotated[
+        Names | None, Field(description="pattern of layer names; matching layers stay dense (without images by default the first and last)")
+    ] = None
     multiple: Annotated[int | None, Field(ge=1, description="a number of channels, 1 or more, that links must have a multiple of")] = None
 
     def __post_init__(self) -> None:

@@ -41,15 +41,16 @@ def warn_of_cost_outside(survey: Survey, measures: Sequence[str]) -> None:
             )
 
 
-def select_sites(survey: Survey, settings: PlanSettings) -> tuple[list[ConvSite], list[Skip]]:
+def select_sites(survey: Survey, settings: PlanSettings, calibrated: bool) -> tuple[list[ConvSite], list[Skip]]:
     """The sites that the patterns select, and a skip for every other layer."""
     all_names = {name for layer in survey.layers for name in (layer.name, *(layer.aliases if isinstance(layer, ConvSite) else ()))}
     if not any(isinstance(layer, ConvSite) for layer in survey.layers):
         raise ValueError(_explain_no_site(survey))
     for key in ("include", "exclude"):
-        for pattern in getattr(settings, key):
+        for pattern in getattr(settings, key) or ():
             if not any(fnmatchcase(name, pattern) for name in all_names):
                 raise ValueError(f"{key}: no layer matches {pattern!r}.{did_you_mean(pattern, sorted(all_names))}")
+    ends = () if calibrated or settings.exclude is not None else _dense_ends(survey, settings)
     sites: list[ConvSite] = []
     skips: list[Skip] = []
     for layer in survey.layers:
@@ -57,11 +58,20 @@ def select_sites(survey: Survey, settings: PlanSettings) -> tuple[list[ConvSite]
             skips.append(layer)
             continue
         names = (layer.name, *layer.aliases)
-        excluding = next((pattern for pattern in settings.exclude if any(fnmatchcase(name, pattern) for name in names)), None)
+        excluding = next((pattern for pattern in settings.exclude or () if any(fnmatchcase(name, pattern) for name in names)), None)
         if excluding is not None:
             skips.append(Skip(layer.name, f"excluded by {excluding!r}."))
         elif not any(fnmatchcase(name, pattern) for pattern in settings.include for name in names):
             skips.append(Skip(layer.name, "not among the included layers."))
+        elif layer.name in ends:
+            skips.append(Skip(layer.name, "first or last: without images nothing tells what its cut costs; exclude=() cuts it."))
         else:
             sites.append(layer)
     return sites, skips
+
+
+def _dense_ends(survey: Survey, settings: PlanSettings) -> tuple[str, ...]:
+    """The layers that stay dense without images: the first convolution and the last layer, unless patterns select no others."""
+    ends = tuple(name for name in survey.ends if name not in settings.include)  # those named in full are meant
+    inner = [layer.name for layer in survey.layers if isinstance(layer, ConvSite) and layer.name not in ends]
+    return ends if any(fnmatchcase(name, pattern) for name in inner for pattern in settings.include) else ()

@@ -15,7 +15,7 @@ from torch.nn.functional import one_hot
 
 SWEEPS = 200  # limit of sweeps
 ROUGH_SWEEPS, WIDE_ROUGH_SWEEPS = 10, 4  # limits for the start of a search on data, which ends lower from here than after more sweeps
-WIDE_SWEEPS = 40  # limit in wide layers, which run in float32
+WIDE_SWEEPS = 20  # limit in wide layers, which run in float32
 WIDE = 2 * 10**7  # a layer is wide if one of the two large products of a sweep needs more multiply-accumulates
 STALL = 3e-4  # stop when the last ten sweeps lowered the squared error by less than this share of it per sweep
 COMMON = 0.1  # share of the inputs' second moment that all channels have in common
@@ -34,7 +34,7 @@ def sum_of_terms(inputs: Tensor, taps: Tensor, outputs: Tensor) -> Tensor:
 
 
 def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full_rank: int, rough: bool = False) -> Iterator[Terms]:
-    """Yield the CP terms of a kernel for each of the ascending ranks; the error never grows with the rank.
+    """Yield the CP terms of a kernel for each of the ascending ranks; the error never grows with the rank, unless `rough`.
 
     The squared error is weighted with the second moment `E[x_i x_j] = (1 - c) [i = j] + c` of the input channels, c = COMMON: after
     a ReLU all channels are positive, so they share a mean. This raises the plain error of the weights by three percent and saves up
@@ -48,6 +48,7 @@ def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full
         rough: stop after a few sweeps.
     """
     result: Terms | None = None
+    error = math.inf
     strength = (1 + tensor.shape[2] * COMMON / (1 - COMMON)) ** 0.5
     weighted = _scale_mean(tensor, 2, strength)
     for rank in ranks:
@@ -57,14 +58,25 @@ def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full
         if result is None:
             start = _slice_terms(tensor, tap_shape, rank)
         else:  # add the strongest terms of the residual
-            further = _slice_terms(tensor - _kernel(result), tap_shape, rank - result[1].shape[-1])
+            rest = tensor - _kernel(_in_precision(tensor, result)).double()
+            further = _slice_terms(rest, tap_shape, rank - result[1].shape[-1])
             start = tuple(torch.cat(pair, -1) for pair in zip(result, further, strict=True))
         swept = _sweep_until_stalled(weighted, _balanced(_scale_input_mean(start, strength)), rough)
         candidate = _balanced(_scale_input_mean(swept, 1 / strength))
-        if result is not None and _error(tensor, candidate) > _error(tensor, result):
-            candidate = _sweep_until_stalled(tensor, _balanced(start), rough)  # the plain error, which reports show, must not grow
+        if not rough and len(ranks) > 1:  # the plain error, which reports show, must not grow
+            previous, error = error, _error(tensor, candidate)
+            if error > previous:
+                candidate = _sweep_until_stalled(tensor, _balanced(start), rough)
+                error = _error(tensor, candidate)
         result = candidate
         yield result
+
+
+def _in_precision(tensor: Tensor, terms: Terms) -> Terms:
+    """The terms in float32 if the layer is wide and the numbers are in its range; else in float64."""
+    wide = tensor.numel() * terms[1].shape[-1] > WIDE
+    dtype = torch.float32 if wide and 1e-12 < float(tensor.square().sum()) < 1e12 else torch.float64
+    return tuple(factor.to(dtype) for factor in terms)
 
 
 def _scale_mean(tensor: Tensor, dim: int, scale: float) -> Tensor:
@@ -140,10 +152,10 @@ def _sweep_until_stalled(tensor: Tensor, start: Terms, rough: bool) -> Terms:
     norm = float(tensor.square().sum())
     if norm == 0:
         return start
+    best = _in_precision(tensor, start)
     wide = tensor.numel() * start[1].shape[-1] > WIDE
-    tensor = tensor.float() if wide and 1e-12 < norm < 1e12 else tensor
+    tensor = tensor.to(best[0].dtype)
     by_output, by_input = tensor.permute(0, 3, 1, 2).contiguous(), tensor.permute(0, 3, 2, 1).contiguous()  # g k o i, g k i o
-    best: Terms = tuple(factor.to(tensor.dtype) for factor in start)
     best_error = _error(tensor, best) / norm
     point, momentum, history = best, MOMENTUM_START, [best_error]
     limit = (WIDE_ROUGH_SWEEPS if rough else WIDE_SWEEPS) if wide else (ROUGH_SWEEPS if rough else SWEEPS)
@@ -171,22 +183,29 @@ def _sweep(by_output: Tensor, by_input: Tensor, terms: Terms, repeats: int) -> t
     `repeats`: how often taps and channels are updated for each large product; twice costs little in narrow layers.
     """
     outputs, inputs, *taps = terms
-    taps, outputs, _ = _half_sweep(by_input, inputs, outputs, taps, repeats)
-    taps, inputs, matched = _half_sweep(by_output, outputs, inputs, taps, repeats)
+    inputs_gram = _gram(inputs)
+    taps, outputs, outputs_gram, _ = _half_sweep(by_input, inputs, inputs_gram, outputs, _gram(outputs), taps, repeats)
+    taps, inputs, inputs_gram, matched = _half_sweep(by_output, outputs, outputs_gram, inputs, inputs_gram, taps, repeats)
     product = (matched * inputs).sum(dtype=torch.float64)
-    square = (_gram(outputs) * _gram(inputs) * _gram(_all_taps(taps))).sum(dtype=torch.float64)
+    square = (outputs_gram * inputs_gram * _gram(_all_taps(taps))).sum(dtype=torch.float64)
     return (outputs, inputs, *taps), float(2 * product - square)
 
 
-def _half_sweep(tensor: Tensor, fixed: Tensor, channels: Tensor, taps: list[Tensor], repeats: int) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Update the taps and one side's channels c (g, c, r) for the tensor (g, k, f, c), given the other side's, fixed (g, f, r)."""
+def _half_sweep(
+    tensor: Tensor, fixed: Tensor, fixed_gram: Tensor, channels: Tensor, gram: Tensor, taps: list[Tensor], repeats: int
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Update the taps and one side's channels c (g, c, r) for the tensor (g, k, f, c), given the other side's, fixed (g, f, r).
+
+    Returns the taps, the channels, their gram and the right side of the channels' equations.
+    """
     products = fixed.mT.unsqueeze(1) @ tensor  # g k r c
     for _ in range(repeats):
-        taps = _update_taps(taps, (products * channels.mT.unsqueeze(1)).sum(-1), _gram(channels) * _gram(fixed))
+        taps = _update_taps(taps, (products * channels.mT.unsqueeze(1)).sum(-1), gram * fixed_gram)
         all_taps = _all_taps(taps)
         matched = (products * all_taps.unsqueeze(-1)).sum(1).mT
-        channels = _solve(matched, _gram(all_taps) * _gram(fixed), channels)
-    return taps, channels, matched
+        channels = _solve(matched, _gram(all_taps) * fixed_gram, channels)
+        gram = _gram(channels)
+    return taps, channels, gram, matched
 
 
 def _update_taps(taps: Sequence[Tensor], matched: Tensor, gram: Tensor) -> list[Tensor]:

@@ -27,6 +27,7 @@ class Scheme(ABC):
     """
 
     name: str
+    general: str | None = None  # a scheme that can write every kernel of this one at the same rank
 
     def refuses(self, spec: ConvSpec) -> str | None:
         """Why the scheme does not apply to this geometry, as a sentence; None if it applies."""

@@ -55,7 +55,7 @@ class CP(Scheme):
 class SplitCP(CP):
     """`V[o,i,y,x] = sum_r E[o,r] R[r,i] Y[r,y] X[r,x]` by alternating least squares (Lebedev et al. 2015)."""
 
-    name = "cp_split"
+    name, general = "cp_split", "cp"
 
     def refuses(self, spec: ConvSpec) -> str | None:
         if spec.taps > 1 and 1 in spec.kernel:
