@@ -12,16 +12,17 @@ from typing import Any
 from torch import nn
 
 from dsconv_surgery.budget import Budget
-from dsconv_surgery.calibration.images import Calibration, images_for
+from dsconv_surgery.calibration.images import Calibration, Images, images_for
 from dsconv_surgery.finetuning.history import History
 from dsconv_surgery.plan import Plan
-from dsconv_surgery.planning.planner import Planner
+from dsconv_surgery.planning.planner import Planner, planning_phases
 from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
 from dsconv_surgery.report import Report, Try, compare
 from dsconv_surgery.support.fidelity import checked_score
 from dsconv_surgery.support.inputs import as_inputs
 from dsconv_surgery.support.modes import standard_modes
-from dsconv_surgery.surgery import build_cut_model, cut_calibrated
+from dsconv_surgery.support.progress import Progress
+from dsconv_surgery.surgery import CALIBRATION_PHASES, build_cut_model, cut_calibrated
 
 MAX_DROP_TRIES = 7  # budgets tried in the search for the smallest network within max_drop
 
@@ -48,7 +49,7 @@ def compress(
     max_drop: float | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     cache: bool | str | Path = True,
-    progress: bool = False,
+    progress: bool | None = None,
     **settings: Any,
 ) -> Compressed:
     """Make a plan, cut the network by it and compare the two; factors that planning computed are used again for the cut.
@@ -83,7 +84,7 @@ def compress(
         raise ValueError("max_drop= needs a rule that takes a budget, and a budget on one measure, such as Budget(macs=0.1).")
     inputs = as_inputs(example_inputs, example_kwargs)
     images = None if calibration is None else images_for(model, calibration, inputs, prepare, output)
-    planner = Planner(model, inputs, checked, images, cache, progress)
+    planner = Planner(model, inputs, checked, images, cache, Progress(progress, compression_phases(checked, images)))
     tries: tuple[Try, ...] = ()
     if max_drop is None or evaluate is None:
         cut, plan = cut_to_budget(planner, checked.effective_budget)
@@ -110,6 +111,11 @@ def _check_drop_can_fail(max_drop: float, dense_score: float) -> None:
         )
 
 
+def compression_phases(settings: PlanSettings, images: Images | None) -> tuple[str, ...]:
+    """The phases of `cut_to_budget`."""
+    return planning_phases(settings) if images is None else planning_phases(settings, errors_later=True) + CALIBRATION_PHASES
+
+
 def cut_to_budget(planner: Planner, budget: Budget | None) -> tuple[nn.Module, Plan]:
     """The network cut to a budget, and the plan with the errors that were measured."""
     model, images = planner.model, planner.images
@@ -132,11 +138,12 @@ def _smallest_within(
     _check_drop_can_fail(max_drop, dense_score)
     target = dense_score - max_drop
     plan = planner.plan_without_cuts(Budget(**{measure: 1.0}))  # its score is within any drop
-    cut = build_cut_model(planner.model, plan, "factorize", {}, progress=False, check_on=planner.inputs)
+    cut = build_cut_model(planner.model, plan, "factorize", {}, planner.progress, planner.inputs)
     tries: list[Try] = []
     for number in range(MAX_DROP_TRIES):
         fraction = low if number == 0 else (low + high) / 2
         budget = Budget(**{measure: fraction})
+        planner.progress.part = f"try {number + 1} of at most {MAX_DROP_TRIES}"
         candidate, candidate_plan = cut_to_budget(planner, budget)
         score = checked_score(evaluate, candidate)
         tries.append(Try(budget, candidate_plan.total_after, score, score >= target, dense_score, max_drop))

@@ -96,7 +96,7 @@ class Recipe(PlanSettings):
         train: Iterable[Any] | None = None,
         validate: Callable[[nn.Module], float] | None = None,
         cache: bool | str | Path = True,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> Compressed:
         """`compress` with these settings and then, if the recipe asks for it, `fine_tune` with the dense network as the teacher.
 

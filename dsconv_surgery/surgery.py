@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dsconv_surgery.calibration.batchnorm import reestimate_batchnorm
 from dsconv_surgery.calibration.images import Calibration, Images, images_for
-from dsconv_surgery.calibration.reconstruct import correct_mean, reconstruct
+from dsconv_surgery.calibration.reconstruct import CALIBRATE, correct_mean, reconstruct
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.network.graph_rewrite import collapse_calls, expand_calls
 from dsconv_surgery.network.layers import (
@@ -33,7 +32,11 @@ from dsconv_surgery.support.formatting import did_you_mean
 from dsconv_surgery.support.input_description import InputsNotKeptError
 from dsconv_surgery.support.inputs import Inputs, as_inputs
 from dsconv_surgery.support.modes import standard_modes
+from dsconv_surgery.support.progress import Progress
 from dsconv_surgery.support.random_state import seeded
+
+COMPUTE_FACTORS, CHECK = "compute factors", "check"  # phases
+CALIBRATION_PHASES = (CALIBRATE, CHECK)
 
 
 @standard_modes()
@@ -47,7 +50,7 @@ def apply_plan(
     output: Callable[[Any], Any] | None = None,
     init: Literal["factorize", "empty"] = "factorize",
     check: bool = True,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> nn.Module:
     """Make a new model in which the layer of each cut is an nn.Sequential of smaller, plain layers.
 
@@ -69,7 +72,7 @@ def apply_plan(
         init: "factorize" the model's weights, or leave the new weights "empty", to load a state_dict afterwards.
         check: run the cut network, and the dense one with the output of each cut layer replaced by the output of its chain. They must
             compute the same. A model on the meta device, and init="empty", are not checked.
-        progress: show a progress bar.
+        progress: show a bar for each phase: True, False, or None for in a terminal only.
 
     Raises:
         ValueError: the plan does not fit the model (mismatches are listed), weights are not finite or on the meta device, the plan
@@ -91,20 +94,21 @@ def apply_plan(
         else:
             images = Images(calibration, plan.inputs.rebuild("meta"), prepare, output)
         _, _, first_images = next(iter(images))
-        return cut_calibrated(model, plan, images, {}, progress, (inputs if passed else first_images) if check else None)[0]
+        check_on = (inputs if passed else first_images) if check else None
+        return cut_calibrated(model, plan, images, {}, Progress(progress, CALIBRATION_PHASES), check_on)[0]
     if plan.calibrated and init == "factorize":
         raise ValueError(
             "the plan was made with calibration. Pass calibration= (a few hundred unlabelled images), pass init='empty' to load weights "
             "afterwards, or make a plan without calibration."
         )
-    result = build_cut_model(model, plan, init, {}, progress, inputs if check and passed else None)
+    result = build_cut_model(model, plan, init, {}, Progress(progress, (COMPUTE_FACTORS,)), inputs if check and passed else None)
     if check and init != "empty" and plan.cuts and not passed:
         _check_on_random_inputs(model, result, plan)
     return result
 
 
 def cut_calibrated(
-    model: nn.Module, plan: Plan, images: Images, starts: Mapping[str, Factors], progress: bool, check_on: Inputs | None
+    model: nn.Module, plan: Plan, images: Images, starts: Mapping[str, Factors], progress: Progress, check_on: Inputs | None
 ) -> tuple[nn.Module, dict[str, float]]:
     """A cut model, and the output error of each cut on the calibration images.
 
@@ -119,16 +123,17 @@ def cut_calibrated(
     dense = evaluation_copy(model)
     fitted = reconstruct(dense, plan.cuts, images, starts, progress)
     factors = {name: fit.factors for name, fit in fitted.items()}
-    result = build_cut_model(model, plan, "factorize", factors, progress=False, check_on=check_on)
-    for name, fit in fitted.items():
-        batchnorm = None if fit.batchnorm is None else result.get_submodule(fit.batchnorm)
-        correct_mean(result.get_submodule(name), batchnorm, fit.bias)
-    reestimate_batchnorm(dense, result, images)
+    with progress.bar(CHECK, images.count, "image") as bar:
+        result = build_cut_model(model, plan, "factorize", factors, progress, check_on)
+        for name, fit in fitted.items():
+            batchnorm = None if fit.batchnorm is None else result.get_submodule(fit.batchnorm)
+            correct_mean(result.get_submodule(name), batchnorm, fit.bias)
+        reestimate_batchnorm(dense, result, images, bar.update)
     return result, {name: fit.error for name, fit in fitted.items()}
 
 
 def build_cut_model(
-    model: nn.Module, plan: Plan, init: str, fitted: Mapping[str, Factors], progress: bool, check_on: Inputs | None
+    model: nn.Module, plan: Plan, init: str, fitted: Mapping[str, Factors], progress: Progress, check_on: Inputs | None
 ) -> nn.Module:
     """`apply_plan` without calibration; layers in `fitted` have their factors already. `check_on`: as for `cut_calibrated`."""
     _check_fit(model, plan)
@@ -136,12 +141,15 @@ def build_cut_model(
         check_finite_state(model)
     replacements: dict[str, nn.Module] = {}
     readers = weight_property_readers(model)
-    for cut in tqdm(plan.cuts, desc="cut", unit="layer", disable=not progress):
-        factors = fitted.get(cut.name)
-        if factors is None and init != "empty":
-            factors = next(factorize(get_scheme(cut.scheme), cut.spec, _finite_weight(model, cut), [cut.rank]))
-        layer = model.get_submodule(cut.name)
-        replacements[cut.name] = build(cut.chain, layer, factors, layer in readers)
+    missing = {cut.name: cut.spec.params for cut in plan.cuts if cut.name not in fitted and init != "empty"}
+    with progress.layers(COMPUTE_FACTORS, missing) as begin:
+        for cut in plan.cuts:
+            factors = fitted.get(cut.name)
+            if cut.name in missing:
+                begin(cut.name)
+                factors = next(factorize(get_scheme(cut.scheme), cut.spec, _finite_weight(model, cut), [cut.rank]))
+            layer = model.get_submodule(cut.name)
+            replacements[cut.name] = build(cut.chain, layer, factors, layer in readers)
     result = _copy_with(model, replacements)
     expand_calls(result, {cut.name: list(cut.chain) for cut in plan.cuts})
     if check_on is not None and init != "empty" and plan.cuts:

@@ -11,7 +11,7 @@ from torch import nn
 
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.calibration.images import Calibration, images_for
-from dsconv_surgery.compression import cut_to_budget
+from dsconv_surgery.compression import compression_phases, cut_to_budget
 from dsconv_surgery.network.geometry import Cost
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.planning.planner import Planner
@@ -23,8 +23,10 @@ from dsconv_surgery.support.inputs import as_inputs
 from dsconv_surgery.support.latency import Stopwatch, measure_latency
 from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.plotting import Panel, save_panels
+from dsconv_surgery.support.progress import Progress
 from dsconv_surgery.support.records import JsonRecord, record
 
+MEASURE = "measure the result"  # a phase
 FRACTIONS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 COLUMNS = ("keep", "params", "MACs", "ms", "score", "same top class", "divergence", "output error")
 QUALITIES = {"score": "score", "agreement": "same top class", "error": "output error"}  # a plot shows the first that was measured
@@ -94,7 +96,7 @@ def pareto(
     prepare: Callable[[Any], Any] | None = None,
     output: Callable[[Any], Any] | None = None,
     cache: bool | str | Path = True,
-    progress: bool = False,
+    progress: bool | None = None,
     **settings: Any,
 ) -> Sweep:
     """Cut a network to several budgets, from the same option tables, and measure each result.
@@ -132,7 +134,7 @@ def pareto(
     inputs = as_inputs(example_inputs, example_kwargs)
     images = None if calibration is None else images_for(model, calibration, inputs, prepare, output)
     compared = images if data is None else images_for(model, data, inputs, prepare, output, same=False, argument="data")
-    planner = Planner(model, inputs, checked, images, cache, progress)
+    planner = Planner(model, inputs, checked, images, cache, Progress(progress, (*compression_phases(checked, images), MEASURE)))
     for budget in reversed(budgets):  # the hardest to reach first: nothing is computed for a sweep that cannot be finished
         planner.check(budget)
 
@@ -140,16 +142,19 @@ def pareto(
     reference = measure_latency([model], inputs, stopwatch=watch)[0] if latency else 0.0
 
     def point(fraction: float, network: nn.Module, cost: Cost, plan: Plan | None) -> Point:
-        before, after = measure_latency([model, network], inputs, stopwatch=watch) if latency else (1.0, 0.0)
-        cost = replace(cost, latency=reference * after / before)  # the machine may be busier than at the first point
-        score = None if evaluate is None else checked_score(evaluate, network)
-        if compared is None:
-            return Point(fraction, cost, score, plan=plan)
-        fidelity = measure_fidelity(model, network, compared, compared.select_outputs)
-        return Point(fraction, cost, score, fidelity.agreement, fidelity.divergence, fidelity.error, plan)
+        with planner.progress.bar(MEASURE, 1, "network"):
+            before, after = measure_latency([model, network], inputs, stopwatch=watch) if latency else (1.0, 0.0)
+            cost = replace(cost, latency=reference * after / before)  # the machine may be busier than at the first point
+            score = None if evaluate is None else checked_score(evaluate, network)
+            if compared is None:
+                return Point(fraction, cost, score, plan=plan)
+            fidelity = measure_fidelity(model, network, compared, compared.select_outputs)
+            return Point(fraction, cost, score, fidelity.agreement, fidelity.divergence, fidelity.error, plan)
 
+    planner.progress.part = "dense network"
     points = [point(1.0, model, planner.total, None)]
-    for fraction, budget in zip(sorted(fractions, reverse=True), budgets, strict=True):
+    for number, (fraction, budget) in enumerate(zip(sorted(fractions, reverse=True), budgets, strict=True), 1):
+        planner.progress.part = f"budget {number} of {len(budgets)}"
         cut, plan = cut_to_budget(planner, budget)
         points.append(point(fraction, cut, plan.total_after, plan))
     watch.warn()

@@ -22,17 +22,17 @@ def main() -> None:
     settings = {"schemes": "cp", "exclude": ("conv1", "linear")}
 
     from_weights = compress(model, x, budget=Budget(params=0.27), **settings, rule="uniform")
-    calibrated = compress(model, x, budget=Budget(params=0.27), **settings, calibration=calibration, progress=True)
+    calibrated = compress(model, x, budget=Budget(params=0.27), **settings, calibration=calibration)
     print(compare(model, calibrated.model, x, plan=calibrated.plan, data=test_images.split(250)))
     dense, data_free, with_images = (accuracy(m, test_images, test_labels) for m in (model, from_weights.model, calibrated.model))
     print(f"accuracy on 1,000 test images: {dense:.1f} % -> {data_free:.1f} % from the weights alone")
     print(f"accuracy on 1,000 test images: {dense:.1f} % -> {with_images:.1f} % calibrated on 512 unlabelled images")
 
-    small = compress(model, x, budget=Budget(params=0.12), **settings, calibration=calibration, progress=True)
+    small = compress(model, x, budget=Budget(params=0.12), **settings, calibration=calibration)
     print("\n".join(str(small.report).splitlines()[-2:]))
     cut = accuracy(small.model, test_images, test_labels)
     fine_tuning = FineTune(epochs=4, lr=5e-4, channels_last=True)
-    history = fine_tune(small.model, Batches(train_images, train_labels), teacher=model, settings=fine_tuning, progress=True)
+    history = fine_tune(small.model, Batches(train_images, train_labels), teacher=model, settings=fine_tuning)
     tuned = accuracy(small.model, test_images, test_labels)
     print(history)
     print(f"accuracy on 1,000 test images: {dense:.1f} % -> {cut:.1f} % cut deeper")

@@ -58,7 +58,7 @@ def main() -> None:
     models = import_torchvision()
     model = build(models, options.name, options.weights)
     x = torch.rand(1, 3, options.size, options.size)
-    small = compress(model, x, budget=Budget(macs=options.macs), schemes=options.schemes, exclude=("conv1", "fc"), progress=True)
+    small = compress(model, x, budget=Budget(macs=options.macs), schemes=options.schemes, exclude=("conv1", "fc"))
     print(compare(model, small.model, x, plan=small.plan, latency=True))
     save(small, options.out)
 

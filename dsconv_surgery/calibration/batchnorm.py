@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,18 +16,19 @@ from dsconv_surgery.support.fidelity import OutputComparison
 from dsconv_surgery.support.inputs import Inputs
 
 
-def reestimate_batchnorm(dense: nn.Module, cut: nn.Module, images: Images) -> bool:
+def reestimate_batchnorm(dense: nn.Module, cut: nn.Module, images: Images, progress: Callable[[int], object] = lambda _: None) -> bool:
     """Replace the running statistics of a cut network's BatchNorms by those of calibration images, if that lowers its output error.
 
     Three of four images give the statistics; every fourth image is held out to compare the squared errors. Returns whether the
-    statistics were replaced. Factors that were fitted to data seldom need this.
+    statistics were replaced. Factors that were fitted to data seldom need this. `progress` is called with the number of images after
+    each batch.
     """
     trial = evaluation_copy(cut)
     norms = {name: norm for name, norm in trial.named_modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None}
     if not norms or images.count < MIN_TO_HOLD_OUT:
         return False
-    _estimate_statistics(trial, norms.values(), images)
-    if not _lowers_error(dense, evaluation_copy(cut), trial, images):
+    _estimate_statistics(trial, norms.values(), images, progress)
+    if not _lowers_error(dense, evaluation_copy(cut), trial, images, progress):
         return False
     for name, norm in norms.items():
         target: Any = cut.get_submodule(name)
@@ -36,7 +37,7 @@ def reestimate_batchnorm(dense: nn.Module, cut: nn.Module, images: Images) -> bo
     return True
 
 
-def _estimate_statistics(model: nn.Module, norms: Iterable[Any], images: Images) -> None:
+def _estimate_statistics(model: nn.Module, norms: Iterable[Any], images: Images, progress: Callable[[int], object]) -> None:
     """Set the statistics to their mean over batches, and over processes weighted by the number of batches."""
     for norm in norms:
         norm.reset_running_stats()
@@ -46,6 +47,7 @@ def _estimate_statistics(model: nn.Module, norms: Iterable[Any], images: Images)
         for first_image, count, inputs in _select(images, held=False):
             if count > 1:
                 run_model(model, inputs, first_image)
+            progress(count)
     for norm in norms:
         norm.eval()
         batches = distributed.all_reduce_sum(norm.num_batches_tracked.double())
@@ -67,7 +69,7 @@ class _Averaging:
         norm.momentum = 1 / self._calls  # type: ignore[assignment]
 
 
-def _lowers_error(dense: nn.Module, before: nn.Module, after: nn.Module, images: Images) -> bool:
+def _lowers_error(dense: nn.Module, before: nn.Module, after: nn.Module, images: Images, progress: Callable[[int], object]) -> bool:
     """Whether the squared error of the outputs on held-out images is lower after than before."""
     comparisons = {before: OutputComparison(images.select_outputs), after: OutputComparison(images.select_outputs)}
     with torch.no_grad():
@@ -75,6 +77,7 @@ def _lowers_error(dense: nn.Module, before: nn.Module, after: nn.Module, images:
             target = run_model(dense, inputs, first_image)
             for cut, comparison in comparisons.items():
                 comparison.add(target, run_model(cut, inputs, first_image), count)
+            progress(count)
     for comparison in comparisons.values():
         comparison.all_reduce()
     return comparisons[after].squared_error < comparisons[before].squared_error

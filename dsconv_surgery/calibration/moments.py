@@ -21,6 +21,7 @@ from dsconv_surgery.schemes import LinAlgError, Objective, kernel_tensor, naming
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import evaluation_copy, to_device
 from dsconv_surgery.support.fidelity import ROUNDING
+from dsconv_surgery.support.progress import Progress
 
 CHUNK_VALUES = 2**24  # patch values processed at a time (64 MiB in float32)
 BLOCK = 512  # side of the blocks in which symmetric products are summed
@@ -248,7 +249,9 @@ def _merged(rows: Tensor) -> Tensor:
     return rows.transpose(0, 1).flatten(1, 2)
 
 
-def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -> Callable[[str], tuple[Objective, Objective]]:
+def layer_moments(
+    model: nn.Module, images: Images, sites: Sequence[ConvSite], progress: Progress
+) -> Callable[[str], tuple[Objective, Objective]]:
     """A function from a layer's name to its objectives `E |(W - V) p|^2` on calibration images: to fit to, and to measure errors by.
 
     The first call gathers the moments of all layers in one pass of the dense network. Moments are centred where the layer has a bias
@@ -270,8 +273,10 @@ def layer_moments(model: nn.Module, images: Images, sites: Sequence[ConvSite]) -
         def add(first_image: int, name: str, x: Tensor, _output: Tensor) -> None:
             result[name][0].add(x, None, first_image)
 
-        for first_image, _, inputs in images:
-            observe_layers(dense, names, partial(add, first_image), inputs, first_image)
+        with progress.bar("gather moments", images.count, "image") as bar:
+            for first_image, count, inputs in images:
+                observe_layers(dense, names, partial(add, first_image), inputs, first_image)
+                bar.update(count)
         for moments, _ in result.values():
             moments.all_reduce()
         return result

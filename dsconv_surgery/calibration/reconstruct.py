@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dsconv_surgery import schemes
 from dsconv_surgery.calibration.hooks import Following, LayerCall
@@ -23,7 +22,9 @@ from dsconv_surgery.plan import Cut
 from dsconv_surgery.schemes import Factors, Objective
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.copies import to_device
+from dsconv_surgery.support.progress import Progress
 
+CALIBRATE = "calibrate"  # a phase
 # Strengths of the pull towards the weights, in units of the inputs' mean square. They are tried in this order for as long as the
 # error on held-out images falls; without held-out images the first is used.
 RIDGES = (1.0, 0.1, 0.01)
@@ -41,7 +42,9 @@ class Fitted:
     error: float  # squared relative error of the output on all calibration images, for inputs from the cut network
 
 
-def reconstruct(model: nn.Module, cuts: Iterable[Cut], images: Images, starts: Mapping[str, Factors], progress: bool) -> dict[str, Fitted]:
+def reconstruct(
+    model: nn.Module, cuts: Iterable[Cut], images: Images, starts: Mapping[str, Factors], progress: Progress
+) -> dict[str, Fitted]:
     """Factors and biases of all cuts, fitted to calibration images; the model is not changed.
 
     For each layer, over the kernels V that its scheme can write, minimise `E |t - V p|^2 + ridge |V - W|^2`. The patches p are of
@@ -53,20 +56,20 @@ def reconstruct(model: nn.Module, cuts: Iterable[Cut], images: Images, starts: M
     """
     by_name = {cut.name: cut for cut in cuts}
     results: dict[str, Fitted] = {}
-    with closing(network_pair(model, images, list(by_name))) as pair:
+    params = {name: cut.spec.params for name, cut in by_name.items()}
+    with progress.layers(CALIBRATE, params) as begin, closing(network_pair(model, images, list(by_name))) as pair:
         metrics = output_metrics(model, images, list(by_name))
-        with tqdm(total=len(by_name), desc="calibrate", unit="layer", disable=not progress) as bar:
-            for names in pair.groups():
-                fits: dict[str, _LayerFit] = {}
-                for name in names:
-                    with schemes.naming_layer(name):
-                        fits[name] = _LayerFit(by_name[name], model, pair.following[name], images, metrics.get(name))
-                for call in pair.calls(names):
-                    fits[call.name].add(call)
-                for name, fit in fits.items():
-                    with schemes.naming_layer(name):
-                        results[name] = fit.solve(pair, starts.get(name))
-                    bar.update()
+        for names in pair.groups():
+            fits: dict[str, _LayerFit] = {}
+            for name in names:
+                begin(name)
+                with schemes.naming_layer(name):
+                    fits[name] = _LayerFit(by_name[name], model, pair.following[name], images, metrics.get(name))
+            for call in pair.calls(names):
+                fits[call.name].add(call)
+            for name, fit in fits.items():
+                with schemes.naming_layer(name):
+                    results[name] = fit.solve(pair, starts.get(name))
     if missing := [name for name in by_name if name not in results]:
         raise ValueError(
             f"{missing[0]}: not called on the calibration images, so there is nothing to fit it to ({len(missing)} such layers). "

@@ -108,6 +108,16 @@ class SideBySide:
     def _advance(self, stop: int) -> None:
         """Run both networks up to a position, for all images."""
         store = ActivationStore(self._images.settings.memory, self._graph)
+        try:
+            self._fill(store, stop)
+        except BaseException:  # Ctrl-C, too
+            store.close()
+            raise
+        self._store.close()
+        self._next, self._store = stop, store
+
+    def _fill(self, store: ActivationStore, stop: int) -> None:
+        """Store the values of both networks at a position, for all images."""
         if self._next == 0:  # both networks are the same up to the first cut
             for first_image, _, inputs in self._images.probe_batches() if self._probe else self._images:
                 dense: Values = {}
@@ -118,8 +128,6 @@ class SideBySide:
         for first_image, dense, cut in self._store.drain():
             self._run(first_image, dense, None if self._probe else cut, self._next, stop)
             store.add(first_image, dense, cut)
-        self._store.close()
-        self._next, self._store = stop, store
 
     @torch.no_grad()
     def _run(self, first_image: int, dense: Values, cut: Values | None, start: int, stop: int) -> Any:

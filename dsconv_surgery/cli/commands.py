@@ -63,13 +63,14 @@ def compress(
     measure_latency: options.MeasureLatency = False,
     channels_last: options.ChannelsLast = False,
     cache: options.UseCache = True,
+    progress: options.Progress = None,
     json: options.Json = False,
 ) -> None:
     """Cut a network, save it with its plan, and print what that saves."""
     _check_writable(out)
     dense, example = _load_model(model, weights, input, channels_last)
     batches = _load_images(calibration, example, images, mean, std)
-    small = dsconv_surgery.compress(dense, example, calibration=batches, cache=cache, progress=True, **settings)
+    small = dsconv_surgery.compress(dense, example, calibration=batches, cache=cache, progress=progress, **settings)
     _save_and_print(small, out, dense, example, measure_latency, json, batches)
 
 
@@ -116,6 +117,7 @@ def sweep(
     measure_latency: options.MeasureLatency = False,
     channels_last: options.ChannelsLast = False,
     cache: options.UseCache = True,
+    progress: options.Progress = None,
 ) -> None:
     """Cut a network to several budgets and print what each costs and how close its outputs are."""
     from dsconv_surgery.sweep import FRACTIONS
@@ -123,7 +125,7 @@ def sweep(
     _check_writable(out)
     dense, example = _load_model(model, weights, input, channels_last)
     compared, batches = (_load_images(path, example, images, mean, std) for path in (data, calibration))
-    settings |= {"fractions": keep or FRACTIONS, "measure": measure, "latency": measure_latency, "cache": cache, "progress": True}
+    settings |= {"fractions": keep or FRACTIONS, "measure": measure, "latency": measure_latency, "cache": cache, "progress": progress}
     result = dsconv_surgery.pareto(dense, example, data=compared, calibration=batches, **settings)
     out.mkdir(parents=True, exist_ok=True)
     (out / "sweep.json").write_text(result.to_json())
@@ -148,6 +150,7 @@ def run(
     std: options.Std = IMAGENET_STD,
     measure_latency: options.MeasureLatency = False,
     cache: options.UseCache = True,
+    progress: options.Progress = None,
     json: options.Json = False,
 ) -> None:
     """Compress a network as a recipe says, fine-tune it towards the dense network if it says so, and save it."""
@@ -163,7 +166,7 @@ def run(
     batches = _load_images(calibration, example, loaded.calibration.images if loaded.calibration else 1, mean, std)
     tuning = _load_images(train, example, sys.maxsize, mean, std)
     loader = None if tuning is None else shuffled(tuning)
-    small = loaded.run(dense, example, calibration=batches, train=loader, cache=cache, progress=True)
+    small = loaded.run(dense, example, calibration=batches, train=loader, cache=cache, progress=progress)
     for history in small.tuned:
         typer.echo(str(history), err=True)
     _save_and_print(small, out, dense, example, measure_latency, json)

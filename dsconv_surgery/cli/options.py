@@ -27,6 +27,10 @@ Mean = Annotated[str, typer.Option(help="channel means to normalise images of a 
 Std = Annotated[str, typer.Option(help="channel standard deviations to normalise images of a folder with")]
 ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="convert model and input to torch.channels_last")]
 UseCache = Annotated[bool, typer.Option("--cache/--no-cache", help="keep measurements of options on disk for the next plan")]
+Progress = Annotated[
+    bool | None,
+    typer.Option("--progress/--no-progress", show_default=False, help="show bars of progress (in a terminal only, if not given)"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 OPTION_NAMES = {"schemes": "--scheme"}  # an option that is repeated has a singular name

@@ -38,7 +38,7 @@ def fine_tune(
     output: Callable[[Any], Any] | None = None,
     checkpoint: str | Path | None = None,
     callback: Callable[[int, Mapping[str, float]], object] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> History:
     """Train a cut network in place to recover the accuracy that the cut cost.
 
@@ -66,7 +66,7 @@ def fine_tune(
             call again, with the network as it was cut: it ends with the same weights as an uninterrupted run. With several processes,
             the first process writes and reads the file.
         callback: called after each step with its number and {"loss", "lr"}, and after each validation with {"loss", "score"}.
-        progress: show a progress bar.
+        progress: show a bar over steps: True, False, or None for in a terminal only.
 
     Returns:
         A `History`, to print, `to_json()` or `plot(path)`. Its `weights["last"]` and, with `validate`, `weights["best"]` are state_dicts.

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from dsconv_surgery.finetuning.batches import can_mix, derived_seed, mix_images, seed_epoch, step_batches
 from dsconv_surgery.finetuning.history import Epoch, History
@@ -30,6 +29,7 @@ from dsconv_surgery.support.copies import as_channels_last, model_device, to_dev
 from dsconv_surgery.support.fidelity import checked_score
 from dsconv_surgery.support.formatting import as_sentence
 from dsconv_surgery.support.inputs import batch_inputs, batch_items, batch_remedy, input_count, prepared
+from dsconv_surgery.support.progress import Progress
 from dsconv_surgery.support.random_state import from_random_state, preserve_random_state, random_state, seed_torch
 
 BATCH_REMEDY = (
@@ -75,11 +75,11 @@ class TrainingLoop:
         self.file = TrainingCheckpoint(self.checkpoint, identity)
 
     @resumable
-    def run(self, progress: bool) -> History:
+    def run(self, progress: bool | None) -> History:
         """Train to the end, from the checkpoint if it exists."""
         self._load()
         self.optimizer.zero_grad(set_to_none=True)
-        with tqdm(total=self.steps, initial=self.step, desc="fine-tune", unit="step", disable=not progress) as bar:
+        with Progress(progress, ("fine-tune",)).bar("fine-tune", self.steps, "step", self.step) as bar:
             while self.step < self.steps and (self.settings.steps or len(self.epochs) < self.settings.epochs):
                 self._run_epoch(bar)
                 if self.epochs[-1].score is not None:

@@ -211,7 +211,11 @@ class _CallRecorder(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         self._counter.__enter__()
-        return super().__enter__()  # type: ignore[no-untyped-call]
+        try:
+            return super().__enter__()  # type: ignore[no-untyped-call]
+        except BaseException:  # Ctrl-C, too
+            self._counter.__exit__(None, None, None)
+            raise
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]

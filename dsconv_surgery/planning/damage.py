@@ -22,6 +22,7 @@ from dsconv_surgery.support.cache import Cache, digest
 from dsconv_surgery.support.copies import evaluation_copy, run_model, unregistered_tensors
 from dsconv_surgery.support.fidelity import OutputComparison
 from dsconv_surgery.support.outputs import OutputSelector
+from dsconv_surgery.support.progress import Progress
 
 RIDGE = 0.1  # pulls factors towards the weights, in units of the inputs' mean square
 # Of log damage over log error, in CIFAR ResNets: the mean slope of layers, and the variance of single measurements over that of slopes.
@@ -37,12 +38,15 @@ class DamageEstimator:
         sites: the layers with options.
         images: calibration images; None to use the weights alone.
         cache: stores results.
+        progress: shows the pass over the images.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[ConvSite], images: Images | None, cache: Cache) -> None:
+    def __init__(
+        self, model: nn.Module, sites: Sequence[ConvSite], images: Images | None, cache: Cache, progress: Progress | None = None
+    ) -> None:
         self._model, self._names, self.images, self.cache = model, [site.name for site in sites], images, cache
         self._select = OutputSelector() if images is None else images.select_outputs
-        self._objectives = None if images is None else layer_moments(model, images, sites)
+        self._objectives = None if images is None else layer_moments(model, images, sites, progress or Progress(False))
 
     def objectives(self, name: str) -> tuple[Objective, Objective]:
         """The error of a layer's outputs on the dense network's inputs, with a ridge towards the weights, to fit to; and to judge by."""

@@ -42,7 +42,7 @@ class OptionErrors:
 
     Attributes:
         factors: of the options that `measure` was asked for.
-        on_measure: called when the layer's options are measured.
+        on_measure: called before the layer's options are measured.
         latencies: for each timed scheme, pairs of MACs and milliseconds, by rising MACs.
     """
 
@@ -58,6 +58,7 @@ class OptionErrors:
         """The error of an option: of the weights, or of outputs on calibration images."""
         if (name, rank) not in self._errors:
             self._require_weights()
+            self.on_measure()
             fits = _Fits(self._site, self._layer, self._estimator)
             self._errors[name, rank], factors = fits.fit(name, rank) if self._calibrated else fits.factorize(name, rank)
             self.factors[name, rank] = {link: factor.to(self._weight.dtype) for link, factor in factors.items()}

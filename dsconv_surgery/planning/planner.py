@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dsconv_surgery.budget import Budget, BudgetError
 from dsconv_surgery.calibration.images import Calibration, Images, images_for
@@ -24,7 +24,7 @@ from dsconv_surgery.planning.options import layer_options
 from dsconv_surgery.planning.rules import RULES
 from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
 from dsconv_surgery.planning.site_selection import select_sites, warn_of_cost_outside
-from dsconv_surgery.planning.tables import Choice, Table, allowed_costs, smallest_total
+from dsconv_surgery.planning.tables import Choice, Option, Table, allowed_costs, smallest_total
 from dsconv_surgery.schemes import Factors
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.cache import Cache
@@ -33,10 +33,12 @@ from dsconv_surgery.support.input_description import describe_inputs
 from dsconv_surgery.support.inputs import Inputs, as_inputs
 from dsconv_surgery.support.latency import ROUNDS, Latency, Stopwatch, measure_latency, timing_conditions
 from dsconv_surgery.support.modes import standard_modes
+from dsconv_surgery.support.progress import Progress
 from dsconv_surgery.support.random_state import preserve_random_state
-from dsconv_surgery.surgery import build_cut_model
+from dsconv_surgery.surgery import COMPUTE_FACTORS, build_cut_model
 
 LATENCY_TRIES, LATENCY_TOLERANCE = 4, 0.02  # plans tried to meet a latency budget, and by how much it may be missed
+TIME_LAYERS, JUDGE_OPTIONS, TIME_CUT = "time layers", "judge options", "time the cut network"  # phases
 FactorsByLayer = dict[str, Factors]  # factors that planning computed, so that the cut need not compute them again
 
 
@@ -50,7 +52,7 @@ def make_plan(
     prepare: Callable[[Any], Any] | None = None,
     output: Callable[[Any], Any] | None = None,
     cache: bool | str | Path = True,
-    progress: bool = False,
+    progress: bool | None = None,
     **settings: Any,
 ) -> Plan:
     """Choose for every layer whether to cut it, with which scheme and at which rank.
@@ -69,7 +71,8 @@ def make_plan(
             floating-point tensors of the output are compared.
         cache: where to keep measurements for the next plan: True for the user's cache folder (or the one named by the environment
             variable DSCONV_SURGERY_CACHE), a folder, or False for nowhere.
-        progress: show a progress bar over layers.
+        progress: show a bar for each phase: True, False, or None for in a terminal only. With `logging`, the logger "dsconv_surgery" gets
+            a line for each phase at level INFO.
         settings: any fields of `PlanSettings`, such as budget, schemes and exclude.
 
     Returns:
@@ -86,7 +89,15 @@ def make_plan(
     """
     checked, inputs = PlanSettings(**settings), as_inputs(example_inputs, example_kwargs)
     images = None if calibration is None else images_for(model, calibration, inputs, prepare, output)
-    return Planner(model, inputs, checked, images, cache, progress).plan(checked.effective_budget)[0]
+    planner = Planner(model, inputs, checked, images, cache, Progress(progress, planning_phases(checked)))
+    return planner.plan(checked.effective_budget)[0]
+
+
+def planning_phases(settings: PlanSettings, errors_later: bool = False) -> tuple[str, ...]:
+    """The phases of a plan; `errors_later` as for `Planner.plan`."""
+    timed = "latency" in settings.measures
+    phases = {TIME_LAYERS: timed, JUDGE_OPTIONS: True, COMPUTE_FACTORS: not errors_later, TIME_CUT: timed}
+    return tuple(title for title, needed in phases.items() if needed)
 
 
 class Planner:
@@ -99,9 +110,10 @@ class Planner:
         settings: PlanSettings,
         images: Images | None,
         cache: bool | str | Path = True,
-        progress: bool = False,
+        progress: Progress | None = None,
     ) -> None:
-        self.model, self.inputs, self.settings, self.images, self.progress = model, inputs, settings, images, progress
+        self.model, self.inputs, self.settings, self.images = model, inputs, settings, images
+        self.progress = progress or Progress(False)
         self._survey = survey_model(model, inputs)
         check_finite_state(model)
         self._sites, self._skips = select_sites(self._survey, settings, images is not None)
@@ -114,16 +126,19 @@ class Planner:
         if "latency" in settings.measures:
             timer = LayerTimer(model, inputs, store, self._stopwatch)
             self.total = replace(self.total, latency=self._measure_latency([model])[0])
-        damages = self._damages = DamageEstimator(model, self._sites, images, store)
+        damages = self._damages = DamageEstimator(model, self._sites, images, store, self.progress)
         self._tables: dict[str, Table] = {}
         self._errors: dict[str, OptionErrors] = {}
-        for site in tqdm(self._sites, desc="time layers", unit="layer", disable=not progress or timer is None):
-            layer = model.get_submodule(site.name)
-            options = layer_options(site, layer, settings.scheme_names, settings.measures, damages, timer, settings.channel_multiple)
-            if isinstance(options, Skip):
-                self._skips.append(options)
-            else:
-                self._tables[site.name], self._errors[site.name] = options
+        with self.progress.layers(TIME_LAYERS, {site.name: 1 for site in self._sites if timer is not None}) as begin:
+            for site in self._sites:
+                if timer is not None:
+                    begin(site.name)
+                layer = model.get_submodule(site.name)
+                options = layer_options(site, layer, settings.scheme_names, settings.measures, damages, timer, settings.channel_multiple)
+                if isinstance(options, Skip):
+                    self._skips.append(options)
+                else:
+                    self._tables[site.name], self._errors[site.name] = options
 
     def check(self, budget: Budget) -> None:
         """Raise BudgetError if not even the cheapest option of every layer meets a budget."""
@@ -152,11 +167,9 @@ class Planner:
             budget: None for a rule that takes no budget.
             errors_later: leave out errors that no decision needed; the cut measures them.
         """
-        with tqdm(total=len(self._tables), desc="judge options", unit="layer", disable=not self.progress) as bar, ExitStack() as stack:
+        with ExitStack() as stack:
             stack.callback(self._damages.close)
             stack.callback(self._stopwatch.warn)  # if there is no plan, too: busy times may be the reason
-            for errors in self._errors.values():
-                errors.on_measure = bar.update  # rules measure options when they need them, layer by layer
             if budget is None:
                 return self._as_plan(budget, self._choose({}), errors_later)
             allowed = allowed_costs(self._tables, self.total, budget, [skip.reason for skip in self._skips])
@@ -165,6 +178,13 @@ class Planner:
             return self._plan_for_latency(budget, allowed, errors_later)
 
     def _choose(self, allowed: Mapping[str, float]) -> Choice:
+        """The rule's choice; rules measure options when they need them, layer by layer."""
+        with self.progress.layers(JUDGE_OPTIONS, {name: table.dense.params for name, table in self._tables.items()}) as begin:
+            for name, errors in self._errors.items():
+                errors.on_measure = partial(begin, name)
+            return self._checked_choice(allowed)
+
+    def _checked_choice(self, allowed: Mapping[str, float]) -> Choice:
         """The rule's choice, checked."""
         rule, tables = self.settings.rule, self._tables
         if callable(rule):
@@ -209,9 +229,10 @@ class Planner:
 
     def _time_cut(self, plan: Plan) -> float:
         """Milliseconds of the network cut by a plan, relative to the dense time that the budget was set by."""
-        with preserve_random_state():
-            cut = _random_cut(self.model, plan)
-        dense, after = self._measure_latency([self.model, cut])
+        with self.progress.bar(TIME_CUT, 1, "network"):
+            with preserve_random_state():
+                cut = _random_cut(self.model, plan)
+            dense, after = self._measure_latency([self.model, cut])
         return after * self.total.latency / dense  # the machine may be busier than when the budget was set
 
     def _measure_latency(self, models: list[nn.Module]) -> list[float]:
@@ -222,13 +243,12 @@ class Planner:
         skips = list(self._skips)
         factors: FactorsByLayer = {}
         sites = {site.name: site for site in self._sites}
+        choice = choice if errors_later else self._measured(choice)
         for name, option in choice.items():
             if option is None:
                 skips.append(Skip(name, f"rule {self.settings.rule_text} chose no option for it."))
                 continue
             site, errors = sites[name], self._errors[name]
-            if option.error is None and not errors_later and not self.model.get_submodule(name).get_parameter("weight").is_meta:
-                option = replace(option, error=errors.measure(option.scheme, option.rank))
             cuts.append(Cut(name, option.scheme, option.rank, site.spec, site.sizes, option.error, option.damage))
             if (option.scheme, option.rank) in errors.factors:
                 factors[name] = errors.factors[option.scheme, option.rank]
@@ -238,10 +258,21 @@ class Planner:
         calibrated = self.images is not None
         return Plan(tuple(cuts), tuple(skips), inputs, rule, budget, self.total, self._survey.outside, calibrated), factors
 
+    def _measured(self, choice: Choice) -> Choice:
+        """The chosen options, with the errors that the rule did not measure."""
+        missing = {name: option for name, option in choice.items() if option is not None and option.error is None}
+        missing = {name: option for name, option in missing.items() if not self.model.get_submodule(name).get_parameter("weight").is_meta}
+        measured: dict[str, Option] = {}
+        with self.progress.layers(COMPUTE_FACTORS, {name: self._tables[name].dense.params for name in missing}) as begin:
+            for name, option in missing.items():
+                begin(name)
+                measured[name] = self._tables[name].measure(option)
+        return {**choice, **measured}
+
 
 def _random_cut(model: nn.Module, plan: Plan) -> nn.Module:
     """A network cut by a plan, with random weights in the new links."""
-    cut = build_cut_model(model, plan, "empty", {}, progress=False, check_on=None)
+    cut = build_cut_model(model, plan, "empty", {}, Progress(False), check_on=None)
     for name in (c.name for c in plan.cuts):
         for link in cut.get_submodule(name).children():
             weight = link.get_parameter("weight")

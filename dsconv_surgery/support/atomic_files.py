@@ -69,9 +69,9 @@ def temporary_file(folder: Path) -> Iterator[Path]:
             if handle is not None:
                 abandoned.unlink()
                 os.close(handle)
-    path = folder / f"{PREFIX}{secrets.token_hex(8)}"
-    handle = _lock(path, os.O_RDWR | os.O_CREAT, wait=True)
+    path, handle = folder / f"{PREFIX}{secrets.token_hex(8)}", None
     try:
+        handle = _lock(path, os.O_RDWR | os.O_CREAT, wait=True)
         yield path
     finally:
         path.unlink(missing_ok=True)

@@ -106,8 +106,8 @@ class Stopwatch:
         """Time calls in turn, round after round, so that drift and bursts of load affect all; repeat those that were disturbed."""
         run = partial(self._run_cuda if torch.device(device).type == "cuda" else self._run, torch.device(device))
         collects = gc.isenabled()
-        gc.disable()
         try:
+            gc.disable()
             numbers = [self._calls_per_run(partial(run, call)) for call in calls]
             runs: list[list[tuple[float, float]]] = [[] for _ in calls]
             timings = [Timing(0.0, math.inf) for _ in calls]

@@ -32,9 +32,9 @@ def standard_modes() -> Iterator[None]:
         for device in ("cpu", "cuda", "xpu", "mps"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        before = [getattr(operation, name) for operation, name, _ in _SWITCHES]
         if _callers.get() is None:
-            stack.callback(_callers.reset, _callers.set(before))
+            stack.callback(_callers.set, None)
+            _callers.set([getattr(operation, name) for operation, name, _ in _SWITCHES])
         stack.enter_context(_switched([value for _, _, value in _SWITCHES]))
         yield
 

@@ -42,6 +42,7 @@ from dsconv_surgery.calibration.side_by_side import SideBySide
 from dsconv_surgery.network.geometry import ConvSpec, chain_cost
 from dsconv_surgery.schemes import chain_of, factorize, fit, get_scheme, kernel_of, kernel_tensor, refusal, scheme_names
 from dsconv_surgery.support.inputs import Inputs
+from dsconv_surgery.support.progress import Progress
 
 HERE = Path(__file__).parent
 Add = Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None]
@@ -76,9 +77,9 @@ def ablated_cut(model: nn.Module, plan: Plan, images: Images, step: str) -> nn.M
         with ExitStack() as patches:
             for part in left_out:
                 patches.enter_context(WITHOUT[part])
-            cut = surgery.cut_calibrated(model, plan, images, {}, False, None)[0]
+            cut = surgery.cut_calibrated(model, plan, images, {}, Progress(False), None)[0]
     if always:
-        _estimate_statistics(cut, [module for module in cut.modules() if isinstance(module, nn.BatchNorm2d)], images)
+        _estimate_statistics(cut, [module for module in cut.modules() if isinstance(module, nn.BatchNorm2d)], images, lambda _: None)
     return cut
 
 

@@ -24,6 +24,7 @@ from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.schemes import Objective, factorize, fit, fitting, get_scheme, kernel_of, kernel_tensor, refusal, scheme_names
 from dsconv_surgery.schemes.fitting import PENALTY, penalized_error
 from dsconv_surgery.support.inputs import Inputs
+from dsconv_surgery.support.progress import Progress
 
 LAYERS = [
     nn.Conv2d(4, 6, 3, padding=1),
@@ -430,7 +431,7 @@ def test_the_batchnorm_after_a_layer_takes_up_the_mean_error(monkeypatch: pytest
     plan = make_plan(model, batches[0][:1], rule="fixed", rank=3, schemes="cp", include=["first"])
     monkeypatch.setattr(_LayerFit, "_fit_behind_relu", lambda _fit, _pair, _ridge, factors: factors)
     monkeypatch.setattr(surgery, "reestimate_batchnorm", lambda *_: False)
-    cut, _ = surgery.cut_calibrated(model, plan, Images(batches, plan.inputs.rebuild("meta")), {}, False, None)
+    cut, _ = surgery.cut_calibrated(model, plan, Images(batches, plan.inputs.rebuild("meta")), {}, Progress(False), None)
     assert not torch.equal(cut.norm.running_mean, model.norm.running_mean)
     x = torch.cat(batches)
     with torch.no_grad():

@@ -704,13 +704,14 @@ from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.surgery import cut_calibrated
 from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.outputs import OutputSelector
+from dsconv_surgery.support.progress import Progress
 from torch.utils.checkpoint import checkpoint
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")
 dense, model, plan = t.cut_net(schemes="channel")  # a closed form: an iterative fit would magnify differences in the last bits
 images = Images(Calibration(list(t.Labelled(95, 20)), patches=2**22), Inputs(torch.empty(1, 3, 8, 8)))
 reconstruct.output_metrics = lambda *_: {}  # its random draws depend on how the images are split
-calibrated, errors = cut_calibrated(dense, plan, images, {}, False, None)
+calibrated, errors = cut_calibrated(dense, plan, images, {}, Progress(False), None)
 losses = [e.loss for e in fine_tune(model, t.Labelled(95, 20), teacher=dense, settings=FineTune(epochs=3, accumulate=2, mix=0.7)).epochs]
 def network():
     model = t.cut_net(schemes="channel")[1]
