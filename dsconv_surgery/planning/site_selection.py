@@ -10,6 +10,7 @@ from dsconv_surgery.network.discovery import ConvSite, Skip, Survey
 from dsconv_surgery.planning.settings import PlanSettings
 from dsconv_surgery.support.formatting import count_reasons, did_you_mean
 
+SMALL_SHARE = 0.25  # of a network's cost: the first and the last layer stay dense without images if they cost no more
 NOTABLE_SHARE = 0.1  # of a network's cost outside of layers: a budget on layers is then announced
 
 
@@ -71,7 +72,10 @@ def select_sites(survey: Survey, settings: PlanSettings, calibrated: bool) -> tu
 
 
 def _dense_ends(survey: Survey, settings: PlanSettings) -> tuple[str, ...]:
-    """The layers that stay dense without images: the first convolution and the last layer, unless patterns select no others."""
-    ends = tuple(name for name in survey.ends if name not in settings.include)  # those named in full are meant
-    inner = [layer.name for layer in survey.layers if isinstance(layer, ConvSite) and layer.name not in ends]
-    return ends if any(fnmatchcase(name, pattern) for name in inner for pattern in settings.include) else ()
+    """The layers that stay dense without images: the first convolution and the last layer, if the rest of the network can be cut."""
+    inner = [layer.name for layer in survey.layers if isinstance(layer, ConvSite) and layer.name not in survey.ends]
+    if not any(fnmatchcase(name, pattern) for name in inner for pattern in settings.include):
+        return ()
+    measures = [m for m in ("macs", "params") if m in settings.measures] or ["macs"]
+    shares = {name: max(getattr(survey.costs[name], m) / max(getattr(survey.total, m), 1) for m in measures) for name in survey.ends}
+    return tuple(name for name, share in shares.items() if share <= SMALL_SHARE and name not in settings.include)
