@@ -43,7 +43,7 @@ def compress(
     model: nn.Module,
     *example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None = None,
-    calibration: Calibration | Iterable[Any] | None = None,
+    calibration: Calibration | Iterable[Any] | str | None = None,
     prepare: Callable[[Any], Any] | None = None,
     output: Callable[[Any], Any] | None = None,
     max_drop: float | None = None,
@@ -56,8 +56,9 @@ def compress(
 
     Args:
         model, example_inputs, example_kwargs, prepare, output, cache, progress, settings: as for `make_plan`.
-        calibration: batches of unlabelled images, or a `Calibration`. Both the plan and the factors are then made for these images, layer
-            by layer on the inputs that the network compressed so far gives (see `apply_plan`).
+        calibration: batches of unlabelled images, a `Calibration`, or "synthetic" for procedural images (see `Calibration.synthetic`).
+            Both the plan and the factors are then made for these images, layer by layer on the inputs that the network compressed so
+            far gives (see `apply_plan`).
         max_drop: find the smallest network whose score is at most this much below the dense network's, by bisection over budgets; in the
             units of the score, so 0.01 is one point of an accuracy in [0, 1]. The report lists the tries. A budget given with it names
             the measure to make small, and the lowest fraction to try.

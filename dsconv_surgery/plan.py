@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
@@ -73,7 +73,8 @@ class Plan(JsonRecord):
     budget: Budget | None
     total: Cost  # of the dense network
     outside: Cost  # parameters and MACs outside of layers; the MACs are not part of `total`
-    calibrated: bool = False  # errors are of outputs, and apply_plan needs calibration images
+    # Whether errors are of outputs and apply_plan needs calibration images; "synthetic" if those were synthetic.
+    calibrated: bool | Literal["synthetic"] = False
     timing: Latency | None = None  # if the budget limits latency
     format_version: Annotated[int, BeforeValidator(_check_version)] = FORMAT_VERSION  # checked on reading
 
@@ -145,7 +146,8 @@ class Plan(JsonRecord):
         if self.outside.params or self.outside.macs:
             rows.append(("outside layers", "", "", "", *cost_cells(self.outside, self.outside), ""))
         rows.append(("whole network", "", "", "", *cost_cells(self.total, self.total_after), ""))
-        title = f"rule {self.rule}, {self.budget or 'no budget'}{', calibrated' if self.calibrated else ''}"
+        calibrated = {False: "", True: ", calibrated", "synthetic": ", calibrated on synthetic images"}[self.calibrated]
+        title = f"rule {self.rule}, {self.budget or 'no budget'}{calibrated}"
         lines = [text_table(title, (*COLUMNS, "output error" if self.calibrated else "weight error"), rows)]
         if t := self.timing:
             lines.append(f"latency {t.before:.2f} -> {t.after:.2f} ms with random weights ({t.conditions})")

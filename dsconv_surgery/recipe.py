@@ -15,7 +15,8 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 from torch import nn
 
 from dsconv_surgery.budget import Budget
-from dsconv_surgery.calibration.images import Calibration
+from dsconv_surgery.calibration.images import Calibration, named_calibration
+from dsconv_surgery.calibration.synthetic import Synthetic
 from dsconv_surgery.compression import Compressed, check_max_drop, compress
 from dsconv_surgery.finetuning.fine_tune import fine_tune
 from dsconv_surgery.finetuning.history import History
@@ -36,9 +37,10 @@ LONGEST_KEY = 1000  # parts of a dotted key
 
 @checked_record("CalibrationSettings(images=512)")
 class CalibrationSettings:
-    """How many calibration images a recipe uses, and the settings of `Calibration` for them."""
+    """How many calibration images a recipe uses, whether they are synthetic, and the settings of `Calibration` for them."""
 
     images: Count = 512
+    synthetic: bool = False
     patches: Count = 2**15
     memory: Count = 2**31
 
@@ -89,7 +91,7 @@ class Recipe(PlanSettings):
         model: nn.Module,
         *example_inputs: Any,
         example_kwargs: Mapping[str, Any] | None = None,
-        calibration: Calibration | Iterable[Any] | None = None,
+        calibration: Calibration | Iterable[Any] | str | None = None,
         prepare: Callable[[Any], Any] | None = None,
         output: Callable[[Any], Any] | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
@@ -102,8 +104,8 @@ class Recipe(PlanSettings):
 
         Args:
             model, example_inputs, example_kwargs, output, cache, progress: as for `compress`.
-            calibration: batches of unlabelled images, if the recipe asks for some; only as many as it says are used. Of a `Calibration`
-                only the batches count: the settings are the recipe's.
+            calibration: batches of unlabelled images or "synthetic", if the recipe asks for images; only as many as it says are used. Of a
+                `Calibration` only the batches, or the `mean` and `std` of synthetic images, count: other settings are the recipe's.
             evaluate: a function that gives a network's score, if the recipe has a `max_drop`.
             prepare: a function from a batch to the network's inputs, for calibration; and to inputs and labels, for `fine_tune`.
             train, validate: training batches and a score, if the recipe has `fine_tune`; as for `fine_tune`.
@@ -115,6 +117,8 @@ class Recipe(PlanSettings):
             >>> small = Recipe(budget=Budget(macs=0.5)).run(model, torch.rand(1, 3, 224, 224))
         """
         inputs = as_inputs(example_inputs, example_kwargs)
+        if calibration is None and self.calibration is not None and self.calibration.synthetic:
+            calibration = "synthetic"
         images = self._calibration(calibration, inputs, checked_prepare(prepare))
         if train is not None and inputs.kwargs and prepare is None:
             raise ValueError(
@@ -150,7 +154,7 @@ class Recipe(PlanSettings):
         return Compressed(small.model, small.plan, replace(report, tries=small.report.tries), tuple(histories))
 
     def _calibration(
-        self, calibration: Calibration | Iterable[Any] | None, example: Inputs, prepare: Callable[[Any], Any] | None
+        self, calibration: Calibration | Iterable[Any] | str | None, example: Inputs, prepare: Callable[[Any], Any] | None
     ) -> Calibration | None:
         """The first images of the user's batches, as many as the recipe asks for, as the network takes them."""
         if (self.calibration is None) != (calibration is None):
@@ -158,9 +162,15 @@ class Recipe(PlanSettings):
             raise ValueError(f"recipe: it asks for {expected}; found calibration={'none' if calibration is None else 'some'}.")
         if self.calibration is None or calibration is None:
             return None
-        batches = calibration.batches if isinstance(calibration, Calibration) else calibration
+        calibration = named_calibration(calibration)
+        batches: Any = calibration.batches if isinstance(calibration, Calibration) else calibration
+        if self.calibration.synthetic and not isinstance(batches, Synthetic):
+            raise ValueError("recipe: it asks for synthetic images; found some others. Leave out calibration=, or synthetic in the recipe.")
+        patches, memory = self.calibration.patches, self.calibration.memory
+        if isinstance(batches, Synthetic):
+            return Calibration(replace(batches, count=self.calibration.images, seed=self.seed), patches, memory, self.seed)
         first = batches if iter(batches) is batches else _FirstImages(batches, self.calibration.images, example, prepare)
-        return Calibration(first, self.calibration.patches, self.calibration.memory, self.seed)
+        return Calibration(first, patches, memory, self.seed)
 
     def to_toml(self) -> str:
         """TOML text that `load` reads; settings with their default value are left out."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from dsconv_surgery import schemes
 from dsconv_surgery.budget import Budget
-from dsconv_surgery.calibration.images import Calibration, Images, check_model_runs
+from dsconv_surgery.calibration.images import Calibration, Images, check_model_runs, drawn
 from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.network.geometry import Cost, Rank
 from dsconv_surgery.network.layers import check_network, check_not_quantized
@@ -81,6 +82,7 @@ class Report(JsonRecord):
     latency: Latency | None = None
     fidelity: Fidelity | None = None
     tries: tuple[Try, ...] = ()
+    synthetic: bool = False  # the cut network was calibrated on synthetic images
 
     @property
     def params_saved(self) -> float:
@@ -120,10 +122,14 @@ class Report(JsonRecord):
         if degeneracies:
             name = max(degeneracies, key=degeneracies.__getitem__)
             lines.append(f"largest CP degeneracy {degeneracies[name]:.2f}, in {name}: squared norms of terms / squared norm of the kernel")
+        if self.synthetic:
+            lines.append("calibrated on synthetic images: measure the accuracy on real ones")
         if f := self.fidelity:
             agreement = f", same top class {100 * f.agreement:.2f} %" if f.agreement is not None else ""
             divergence = f", divergence {f.divergence:.4f} nats" if f.divergence is not None else ""
-            lines.append(f"outputs on {f.images:,} images: squared relative error {f.error:.4f}{agreement}{divergence}")
+            lines.append(
+                f"outputs on {f.images:,} {'synthetic ' * f.synthetic}images: squared relative error {f.error:.4f}{agreement}{divergence}"
+            )
         for t in self.tries:
             drop = f"drop {t.dense_score - t.score:.4g} {'within' if t.within else 'beyond'} max_drop {t.max_drop:g}"
             lines.append(
@@ -148,7 +154,7 @@ def compare(
     example_kwargs: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
     latency: bool = False,
-    data: Calibration | Iterable[Any] | None = None,
+    data: Calibration | Iterable[Any] | str | None = None,
     prepare: Callable[[Any], Any] | None = None,
     output: Callable[[Any], Any] | None = None,
 ) -> Report:
@@ -187,10 +193,11 @@ def compare(
         times = measure_latency([before, after], inputs)
         timing = Latency(times[0], times[1], timing_conditions(inputs), ROUNDS, predicted)
     if data is not None:
-        images = Images(data, inputs, prepare, output, same=False, argument="data")
+        images = Images(drawn(before, data, inputs), inputs, prepare, output, same=False, argument="data")
         check_model_runs(evaluation_copy(before), images)
         last_links = {cut.name: f"{cut.name}.{list(cut.chain)[-1]}".removeprefix(".") for cut in cuts.values()}
         fidelity = measure_fidelity(before, after, images, images.select_outputs, last_links)
+        fidelity = replace(fidelity, synthetic=images.synthetic)
     skips = (*(plan.skips if plan else ()), *(layer for layer in dense.layers if isinstance(layer, Skip)))
     reasons = {skip.name: skip.reason for skip in skips}
     rows: list[Row] = []
@@ -202,7 +209,8 @@ def compare(
             rows.append(Row(name, *costs, cuts[name].scheme, cuts[name].rank, error, None, output_error, degeneracy))
         else:
             rows.append(Row(name, *costs, skipped=reasons.get(name)))
-    return Report(tuple(rows), dense.total, small.total, dense.outside, small.outside, timing, fidelity)
+    synthetic = plan is not None and plan.calibrated == "synthetic"
+    return Report(tuple(rows), dense.total, small.total, dense.outside, small.outside, timing, fidelity, synthetic=synthetic)
 
 
 def _weight_errors(layer: nn.Module, chain: nn.Module, cut: Cut) -> tuple[float | None, float | None]:

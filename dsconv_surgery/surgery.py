@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_surgery.calibration.batchnorm import reestimate_batchnorm
-from dsconv_surgery.calibration.images import Calibration, Images, images_for
+from dsconv_surgery.calibration.images import Calibration, Images, drawn, images_for
 from dsconv_surgery.calibration.reconstruct import CALIBRATE, correct_mean, reconstruct
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.network.graph_rewrite import collapse_calls, expand_calls
@@ -45,7 +45,7 @@ def apply_plan(
     plan: Plan,
     *example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None = None,
-    calibration: Calibration | Iterable[Any] | None = None,
+    calibration: Calibration | Iterable[Any] | str | None = None,
     prepare: Callable[[Any], Any] | None = None,
     output: Callable[[Any], Any] | None = None,
     init: Literal["factorize", "empty"] = "factorize",
@@ -67,7 +67,7 @@ def apply_plan(
         plan: from `make_plan`, or read from JSON.
         example_inputs, example_kwargs: the arguments of the network for the check. Without them, it runs on calibration images, or on
             random inputs of the shapes that the plan was made for.
-        calibration: batches of unlabelled images, or a `Calibration`; required if the plan was made with calibration.
+        calibration: batches of unlabelled images, a `Calibration` or "synthetic"; required if the plan was made with calibration.
         prepare, output: as for `make_plan`.
         init: "factorize" the model's weights, or leave the new weights "empty", to load a state_dict afterwards.
         check: run the cut network, and the dense one with the output of each cut layer replaced by the output of its chain. They must
@@ -92,14 +92,15 @@ def apply_plan(
         if passed:
             images = images_for(model, calibration, inputs, prepare, output)
         else:
-            images = Images(calibration, plan.inputs.rebuild("meta"), prepare, output)
+            example = plan.inputs.rebuild("meta")
+            images = Images(drawn(model, calibration, example), example, prepare, output)
         _, _, first_images = next(iter(images))
         check_on = (inputs if passed else first_images) if check else None
         return cut_calibrated(model, plan, images, {}, Progress(progress, CALIBRATION_PHASES), check_on)[0]
     if plan.calibrated and init == "factorize":
         raise ValueError(
-            "the plan was made with calibration. Pass calibration= (a few hundred unlabelled images), pass init='empty' to load weights "
-            "afterwards, or make a plan without calibration."
+            f"the plan was made with {'synthetic images' if plan.calibrated == 'synthetic' else 'calibration'}. Pass calibration= (a few "
+            "hundred unlabelled images, or 'synthetic'), pass init='empty' to load weights afterwards, or make a plan without calibration."
         )
     result = build_cut_model(model, plan, init, {}, Progress(progress, (COMPUTE_FACTORS,)), inputs if check and passed else None)
     if check and init != "empty" and plan.cuts and not passed:

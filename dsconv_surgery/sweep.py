@@ -51,13 +51,14 @@ class Sweep(JsonRecord):
 
     measure: str
     points: tuple[Point, ...]
+    synthetic: bool = False  # outputs were compared on synthetic images
 
     def to_markdown(self) -> str:
         """The table in Markdown."""
         return markdown_table(COLUMNS, self._rows())
 
     def __str__(self) -> str:
-        return text_table(f"budgets on {self.measure}", COLUMNS, self._rows())
+        return text_table(f"budgets on {self.measure}{', outputs compared on synthetic images' * self.synthetic}", COLUMNS, self._rows())
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows = []
@@ -90,9 +91,9 @@ def pareto(
     fractions: Sequence[float] = FRACTIONS,
     measure: str = "macs",
     evaluate: Callable[[nn.Module], float] | None = None,
-    data: Calibration | Iterable[Any] | None = None,
+    data: Calibration | Iterable[Any] | str | None = None,
     latency: bool = False,
-    calibration: Calibration | Iterable[Any] | None = None,
+    calibration: Calibration | Iterable[Any] | str | None = None,
     prepare: Callable[[Any], Any] | None = None,
     output: Callable[[Any], Any] | None = None,
     cache: bool | str | Path = True,
@@ -158,4 +159,4 @@ def pareto(
         cut, plan = cut_to_budget(planner, budget)
         points.append(point(fraction, cut, plan.total_after, plan))
     watch.warn()
-    return Sweep(measure, tuple(points))
+    return Sweep(measure, tuple(points), compared is not None and compared.synthetic)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dsconv_surgery.calibration.synthetic import Synthetic, SyntheticBatches, synthetic_batches
 from dsconv_surgery.network.discovery import survey_model
 from dsconv_surgery.network.layers import check_network
 from dsconv_surgery.support import distributed
@@ -43,7 +44,7 @@ class Calibration:
         >>> Calibration([torch.rand(64, 3, 32, 32) for _ in range(4)], memory=2**30)
     """
 
-    batches: Iterable[Any]
+    batches: Iterable[Any] | Synthetic
     patches: int = 2**15
     memory: int = 2**31
     seed: int = 0
@@ -52,6 +53,37 @@ class Calibration:
         for name in ("patches", "memory"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"calibration: {name}={getattr(self, name)!r}, expected a positive whole number.")
+
+    @classmethod
+    def synthetic(
+        cls,
+        count: int | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        seed: int = 0,
+        patches: int = 2**15,
+        memory: int = 2**31,
+    ) -> Calibration:
+        """Procedural images instead of real ones, for networks that see photographs; `calibration="synthetic"` has these defaults.
+
+        They are overlapping shapes of many sizes ("dead leaves", Lee, Mumford & Huang 2001; Baradad et al. 2021), of the size of the
+        example input. The value range is the one at which the inputs of the network's first BatchNorm have its running mean and
+        variance. Of many images, those are used that are together closest to the statistics of all BatchNorms, and a few steps on
+        their pixels bring them closer. A warning says if they are far. A network without BatchNorm needs `mean` and `std`, or an image
+        as the example input.
+
+        Args:
+            count: the number of images; by default 512, and fewer, at least 256, above 64 x 64 pixels.
+            mean, std: the normalisation of images with values in [0, 1], one number or one for each channel.
+            seed, patches, memory: as for `Calibration`.
+
+        Raises:
+            ValueError: a number is out of range, or only one of `mean` and `std` is given.
+
+        Example:
+            >>> Calibration.synthetic(256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        """
+        return cls(Synthetic(count, mean, std, seed), patches, memory, seed)
 
 
 class Images:
@@ -82,12 +114,15 @@ class Images:
         self._prepare, self._same, self.argument = checked_prepare(prepare), same, argument
         self.example = self.structure.images  # images in the plan's example input
         batches: Any = self.settings.batches
+        if isinstance(batches, SyntheticBatches):
+            self._prepare = None  # they are inputs already
         if isinstance(batches, Tensor):
             raise ValueError(f"{argument}: found a tensor, expected an iterable of batches. Pass [images], or images.split(64).")
         if not isinstance(batches, Iterable):
             raise TypeError(f"{argument}: found {type(batches).__name__}, expected an iterable of batches.")
         if iter(batches) is batches:
             raise ValueError(f"{argument}: found an iterator, which yields its batches only once. Pass a list, list(...), or a DataLoader.")
+        self.synthetic = isinstance(batches, SyntheticBatches)
         self._fingerprints: list[str] = []  # of the first pass
         self.count = 0  # until the first pass ends
         self.count = sum(count for count, _ in self._checked_batches())
@@ -119,7 +154,8 @@ class Images:
 
     def _checked_batches(self) -> Iterator[tuple[int, Inputs]]:
         number = -1
-        for number, batch in enumerate(self.settings.batches):
+        batches: Any = self.settings.batches
+        for number, batch in enumerate(batches):
             where = f"{self.argument}: batch {number}"
             inputs = self.structure.match(prepared(self._prepare, batch, where), where)
             self._check_same(number, digest(*(_sample(t) if t.ndim else t for t in inputs.tensors)))
@@ -138,14 +174,32 @@ class Images:
             )
 
 
-def images_for(model: nn.Module, data: Calibration | Iterable[Any], example: Inputs, *settings: Any, **more: Any) -> Images:
+def images_for(model: nn.Module, data: Calibration | Iterable[Any] | str, example: Inputs, *settings: Any, **more: Any) -> Images:
     """`Images(data, example, ...)`; where they do not fit, and the network does not run on the example inputs, an error about these."""
     check_network(model)
     try:
-        return Images(data, example, *settings, **more)
+        return Images(drawn(model, data, example), example, *settings, **more)
     except (ValueError, TypeError):
         survey_model(model, example, replaceable=False)
         raise
+
+
+def named_calibration(data: Calibration | Iterable[Any] | str) -> Calibration | Iterable[Any]:
+    """`Calibration.synthetic()` for "synthetic", other data as they are; ValueError for other texts."""
+    if isinstance(data, str):
+        if data != "synthetic":
+            raise ValueError(f"calibration={data!r}: expected an iterable of batches of images, or 'synthetic'.")
+        return Calibration.synthetic()
+    return data
+
+
+def drawn(model: nn.Module, data: Calibration | Iterable[Any] | str, example: Inputs) -> Calibration | Iterable[Any]:
+    """Calibration data with synthetic images drawn, if it asks for them; other data as they are."""
+    data = named_calibration(data)
+    if not isinstance(data, Calibration) or not isinstance(data.batches, Synthetic):
+        return data
+    check_network(model)
+    return replace(data, batches=synthetic_batches(model, example, data.batches))
 
 
 def _sample(tensor: Tensor) -> Tensor:

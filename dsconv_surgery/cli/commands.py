@@ -69,9 +69,9 @@ def compress(
     """Cut a network, save it with its plan, and print what that saves."""
     _check_writable(out)
     dense, example = _load_model(model, weights, input, channels_last)
-    batches = _load_images(calibration, example, images, mean, std)
+    batches = _load_calibration(calibration, example, images, mean, std)
     small = dsconv_surgery.compress(dense, example, calibration=batches, cache=cache, progress=progress, **settings)
-    _save_and_print(small, out, dense, example, measure_latency, json, batches)
+    _save_and_print(small, out, dense, example, measure_latency, json, None if calibration == "synthetic" else batches)
 
 
 @app.command()
@@ -124,7 +124,7 @@ def sweep(
 
     _check_writable(out)
     dense, example = _load_model(model, weights, input, channels_last)
-    compared, batches = (_load_images(path, example, images, mean, std) for path in (data, calibration))
+    compared, batches = _load_images(data, example, images, mean, std), _load_calibration(calibration, example, images, mean, std)
     settings |= {"fractions": keep or FRACTIONS, "measure": measure, "latency": measure_latency, "cache": cache, "progress": progress}
     result = dsconv_surgery.pareto(dense, example, data=compared, calibration=batches, **settings)
     out.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def run(
     if not (model or loaded.model):
         raise ValueError(f"recipe {recipe!r} names no model. Name one with --model.")
     dense, example = _load_model(model or loaded.model, weights, ",".join(map(str, loaded.input)), loaded.channels_last)
-    batches = _load_images(calibration, example, loaded.calibration.images if loaded.calibration else 1, mean, std)
+    batches = _load_calibration(calibration, example, loaded.calibration.images if loaded.calibration else 1, mean, std)
     tuning = _load_images(train, example, sys.maxsize, mean, std)
     loader = None if tuning is None else shuffled(tuning)
     small = loaded.run(dense, example, calibration=batches, train=loader, cache=cache, progress=progress)
@@ -223,6 +223,16 @@ def _load_images(path: Path | None, example: Tensor, count: int, mean: str, std:
     from dsconv_surgery.cli.inputs import image_batches
 
     return None if path is None else image_batches(path, example, count, mean, std)
+
+
+def _load_calibration(name: str | None, example: Tensor, count: int, mean: str, std: str) -> Any:
+    """Batches of images from a folder or a file; or the settings of synthetic images, normalised like pictures of a folder."""
+    from dsconv_surgery.cli.inputs import numbers
+
+    if name != "synthetic":
+        return _load_images(None if name is None else Path(name), example, count, mean, std)
+    scale = [numbers(text, example.shape[1]) if example.ndim == 4 else None for text in (mean, std)]
+    return dsconv_surgery.Calibration.synthetic(count, mean=scale[0], std=scale[1])
 
 
 def _load_model(model: str, weights: str, shape: str, channels_last: bool) -> tuple[nn.Module, Tensor]:

@@ -36,7 +36,7 @@ def image_batches(path: Path, example: torch.Tensor, count: int, mean: str, std:
         if not files:
             raise ValueError(f"{path}: no pictures in this folder ({', '.join(PICTURES)}).")
         chosen = [files[index * len(files) // count] for index in range(count)] if count < len(files) else files
-        scale = [torch.tensor(_numbers(text, example.shape[1])).view(-1, 1, 1) for text in (mean, std)]
+        scale = [torch.tensor(numbers(text, example.shape[1])).view(-1, 1, 1) for text in (mean, std)]
         pictures = torch.stack([(_picture(file, example) - scale[0]) / scale[1] for file in chosen])
         return list(pictures.split(BATCH))
     if not path.exists():
@@ -58,7 +58,8 @@ def shuffled(batches: list[torch.Tensor]) -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.cat(batches)), BATCH, shuffle=True)
 
 
-def _numbers(text: str, channels: int) -> list[float]:
+def numbers(text: str, channels: int) -> list[float]:
+    """The numbers in a text: one, or one for each channel."""
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:

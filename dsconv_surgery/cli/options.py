@@ -19,7 +19,11 @@ Input = Annotated[str, typer.Option("--input", help="shape of the example input,
 Weights = Annotated[str, typer.Option(help="none, DEFAULT (pretrained, downloaded) or a .safetensors or .pt state_dict")]
 MeasureLatency = Annotated[bool, typer.Option("--measure-latency", help="time both networks")]
 CalibrationImages = Annotated[
-    Path | None, typer.Option("--calibration", help="unlabelled images to factorise for: a folder, or a .pt, .safetensors or .npy tensor")
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="unlabelled images to factorise for: a folder, a .pt, .safetensors or .npy tensor, or synthetic (./synthetic is a folder)",
+    ),
 ]
 Data = Annotated[Path | None, typer.Option("--data", help="images to compare outputs on: a folder, or a .pt, .safetensors or .npy tensor")]
 Count = Annotated[int, typer.Option("--images", min=1, help="use at most this many images, spread over all of them")]

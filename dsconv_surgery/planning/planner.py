@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -48,7 +48,7 @@ def make_plan(
     model: nn.Module,
     *example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None = None,
-    calibration: Calibration | Iterable[Any] | None = None,
+    calibration: Calibration | Iterable[Any] | str | None = None,
     prepare: Callable[[Any], Any] | None = None,
     output: Callable[[Any], Any] | None = None,
     cache: bool | str | Path = True,
@@ -64,8 +64,9 @@ def make_plan(
         model: any nn.Module.
         example_inputs, example_kwargs: what `model(*example_inputs, **example_kwargs)` takes: tensors, and nests of tensors, numbers, flags
             and None. MACs are counted for the whole example batch.
-        calibration: batches of unlabelled images, or a `Calibration`. Options are then judged by the layer's outputs on these images,
-            and layers by how much their errors change the network's outputs. Batches have the structure of the example inputs.
+        calibration: batches of unlabelled images, a `Calibration`, or "synthetic" for procedural images (see `Calibration.synthetic`).
+            Options are then judged by the layer's outputs on these images, and layers by how much their errors change the network's
+            outputs. Batches have the structure of the example inputs.
         prepare: converts batches of another structure: a function from a batch to the example inputs' structure, or to an `Inputs`.
         output: a function from the network's output to the tensors to compare, such as `lambda result: result.logits`. By default, all
             floating-point tensors of the output are compared.
@@ -255,7 +256,7 @@ class Planner:
         order = {layer.name: index for index, layer in enumerate(self._survey.layers)}
         skips.sort(key=lambda skip: order[skip.name])
         inputs, rule = describe_inputs(self.inputs), self.settings.rule_text
-        calibrated = self.images is not None
+        calibrated: bool | Literal["synthetic"] = self.images is not None and ("synthetic" if self.images.synthetic else True)
         return Plan(tuple(cuts), tuple(skips), inputs, rule, budget, self.total, self._survey.outside, calibrated), factors
 
     def _measured(self, choice: Choice) -> Choice:

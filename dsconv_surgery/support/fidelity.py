@@ -127,6 +127,7 @@ class Fidelity:
     agreement: float | None
     divergence: float | None
     layer_errors: dict[str, float]  # squared relative error of layers' outputs, each channel about its mean
+    synthetic: bool = False  # the images were synthetic
 
 
 def measure_fidelity(

@@ -312,6 +312,20 @@ def test_compress_calibrates(home: str, pictures: Path) -> None:
     assert "outputs on 7 images" in again
 
 
+@pytest.mark.filterwarnings("ignore:.*the network has no BatchNorm statistics")
+def test_synthetic_images(home: str, tmp_path: Path) -> None:
+    """By this name, with --mean, --std and --images; a folder of this name is ./synthetic."""
+    words = (f"{home}:small", *INPUT, "--scheme", "cp", "--macs", 0.6, "--calibration")
+    printed = run("compress", *words, "synthetic", "--images", 16, "--out", "out")
+    assert "calibrated on synthetic images" in printed
+    assert read_plan("out").calibrated == "synthetic"
+    assert "outputs compared on synthetic images" in run("sweep", *words[:-3], *words[-1:], "synthetic", "--keep", 0.8, "--out", "swept")
+    (tmp_path / "synthetic").mkdir()
+    Image.fromarray(np.zeros((12, 12, 3), dtype=np.uint8)).save(tmp_path / "synthetic" / "black.png")
+    assert "outputs on 1 images" in run("compress", *words, "./synthetic", "--out", "real")
+    assert read_plan("real").calibrated is True
+
+
 def test_pictures_are_scaled_cropped_and_normalised(tmp_path: Path) -> None:
     """A grey picture of another shape becomes one number per channel, everywhere."""
     Image.fromarray(np.full((40, 70, 3), 128, dtype=np.uint8)).save(tmp_path / "grey.png")
