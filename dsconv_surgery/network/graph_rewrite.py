@@ -27,7 +27,12 @@ def trace(model: nn.Module) -> fx.GraphModule:
     """
     if "forward" in vars(model):
         raise TypeError("forward was replaced on the instance, and fx would trace the method of the class.")
-    return fx.GraphModule(model, _Tracer().trace(model))
+    patched = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
+    try:
+        return fx.GraphModule(model, _Tracer().trace(model))
+    finally:  # fx patches these methods, and leaves them so if Ctrl-C comes while it restores them
+        for name, method in patched.items():
+            setattr(nn.Module, name, method)
 
 
 def placeholder_values(model: nn.Module, graph: fx.GraphModule, inputs: Inputs) -> list[Any]:

@@ -24,7 +24,7 @@ ITERATIONS, WIDE_ITERATIONS, WIDE = 10, 5, 1024  # of a fit, and of one in layer
 FIT_GAIN = 0.82  # what a fit of all links makes of the error of a fitted last link: 0.78 to 0.84 in the schemes' means on ResNet-20
 SKIP_RATIO = 1.5  # options whose weights' error is this many times that of others that cost no more are not fitted
 DAMAGE_SKIP_RATIO = 1.3  # the same for measurements of damage, with errors of outputs
-DAMAGE_ERRORS = (0.35, 0.1, 0.03)  # damage is measured for options with errors near these
+DAMAGE_ERRORS = (0.35, 0.1, 0.03, 0.01, 0.004)  # damage is measured for options with errors near these
 Sample = tuple[str, Rank]  # a scheme at a sampled rank
 Unfolding = tuple[list[float], tuple[int, int]]  # a matrix's singular values, and its shape
 
