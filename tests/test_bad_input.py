@@ -61,12 +61,12 @@ def cuts_elsewhere(model: nn.Module, x: Tensor, left: str) -> None:
     model.eval()
     dense = model(x)
     with unchanged(model):
-        small = compress(model, x, rule="fixed", rank=2)
+        small = compress(model, x, rule="fixed", rank=2, exclude=())
         assert left in {skip.name for skip in small.plan.skips}
         assert small.plan.cuts
         assert small.model(x).shape == dense.shape
         assert type(small.model.get_submodule(left)) is type(model.get_submodule(left))
-        exact = compress(model, x, rule="energy", energy=1 - 1e-9)  # almost exact, so the outputs must agree
+        exact = compress(model, x, rule="energy", energy=1 - 1e-9, exclude=())  # almost exact, so the outputs must agree
     assert torch.allclose(exact.model(x), dense, atol=1e-3)
 
 
@@ -95,13 +95,13 @@ def test_weights_that_are_all_zero(scheme: str, x: Tensor) -> None:
         for layer in (model[0], model[2], model[3]):
             layer.weight.zero_()
     with unchanged(model):
-        small = compress(model, x, schemes=scheme, rule="fixed", rank=(2, 2) if scheme == "tucker" else 2)
+        small = compress(model, x, schemes=scheme, rule="fixed", rank=(2, 2) if scheme == "tucker" else 2, exclude=())
         assert small.plan.cuts
         assert all(cut.error == 0 for cut in small.plan.cuts)
         assert all(bool(p.isfinite().all()) for p in small.model.parameters())
         assert torch.equal(small.model(x), model(x))
         assert {row.error for row in small.report.rows if row.scheme} == {0.0}
-        assert compress(model, x, schemes=scheme, rule="energy", energy=0.9).plan.cuts
+        assert compress(model, x, schemes=scheme, rule="energy", energy=0.9, exclude=()).plan.cuts
 
 
 def test_a_convolution_without_channels(x: Tensor) -> None:
@@ -140,10 +140,10 @@ def test_a_rank_above_the_full_one(x: Tensor) -> None:
     """For a rule, a layer without this rank is a skip. In an edited plan or in JSON it is an error with the range."""
     model = net()
     with unchanged(model):
-        plan = make_plan(model, x, rule="fixed", rank=1000)
+        plan = make_plan(model, x, rule="fixed", rank=1000, exclude=())
         assert not plan.cuts
         assert all("fixed rank=1000" in skip.reason for skip in plan.skips)
-    plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel")
+    plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel", exclude=())
     for rank, message in [(13, r"2: rank 13 is above the full rank 12 .*Choose 1\.\.12"), (0, "2: rank 0 is below 1")]:
         with pytest.raises(ValueError, match=message):
             plan.replace("2", rank=rank)
@@ -287,7 +287,7 @@ def test_settings_that_do_not_fit_each_other(settings: dict[str, Any], message: 
 
 def test_a_plan_for_another_network(x: Tensor) -> None:
     """The error lists every mismatch, of changed and missing layers."""
-    plan = make_plan(net(), x, rule="fixed", rank=2, schemes="channel")
+    plan = make_plan(net(), x, rule="fixed", rank=2, schemes="channel", exclude=())
     other = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU())
     with unchanged(other):
         with pytest.raises(ValueError, match="made for another network") as caught:

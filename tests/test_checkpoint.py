@@ -53,7 +53,7 @@ def folder(small: Compressed, tmp_path: Path) -> Path:
 
 
 def cut(model: nn.Module, x: Tensor, rank: int = 2) -> Compressed:
-    return compress(model, x, rule="fixed", rank=rank, schemes=["channel", "bottleneck"])
+    return compress(model, x, rule="fixed", rank=rank, schemes=["channel", "bottleneck"], exclude=())
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def test_a_whole_network_with_every_scheme(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", schemes.scheme_names())
 def test_every_scheme_comes_back(scheme: str, tmp_path: Path, x: Tensor) -> None:
-    small = compress(Net().eval(), x, rule="fixed", rank=(2, 2) if scheme == "tucker" else 2, schemes=scheme)
+    small = compress(Net().eval(), x, rule="fixed", rank=(2, 2) if scheme == "tucker" else 2, schemes=scheme, exclude=())
     assert small.plan.cuts
     save(small, tmp_path)
     assert torch.equal(load(Net().eval(), tmp_path)(x), small.model(x))

@@ -46,7 +46,7 @@ class Doubled(nn.Module):
 
 
 def plan_of(model: nn.Module, *inputs: Any) -> Plan:
-    return make_plan(model, *(inputs or (X,)), schemes="spatial", rule="fixed", rank=2, cache=False)
+    return make_plan(model, *(inputs or (X,)), schemes="spatial", rule="fixed", rank=2, exclude=(), cache=False)
 
 
 TYPE_TESTS: dict[str, Any] = {

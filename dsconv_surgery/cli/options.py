@@ -58,6 +58,8 @@ def takes_plan_options(budget: bool = True) -> Callable[[Callable[..., None]], C
         @functools.wraps(command)
         def run(**values: Any) -> None:
             settings = {name: value for name in options if (value := values.pop(name)) not in (None, [])}
+            if settings.get("exclude") == [""]:  # the shell has no empty list
+                settings["exclude"] = ()
             limits = {measure: settings.pop(measure) for measure in MEASURES if measure in settings}
             if limits:
                 settings["budget"] = Budget(**limits)
@@ -87,7 +89,7 @@ def _plan_options() -> dict[str, Any]:
         kinds = {choice["type"] for choice in alternatives if "type" in choice}
         repeated = "array" in kinds and "string" in kinds
         value_type: Any = list[str] if repeated else str if "array" in kinds else TYPES[(kinds & TYPES.keys()).pop()]
-        text = schema["description"] + ("; may be repeated" if repeated else "")
+        text = schema["description"] + ("; may be repeated" if repeated else "") + (", or '' for none" if name == "exclude" else "")
         options[name] = Annotated[value_type | None, typer.Option(OPTION_NAMES.get(name, f"--{name.replace('_', '-')}"), help=text)]
     return options
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from dsconv_surgery.planning.option_errors import OptionErrors
 from dsconv_surgery.planning.options import layer_options
 from dsconv_surgery.planning.rules import RULES
 from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
-from dsconv_surgery.planning.site_selection import select_sites, warn_of_cost_outside
+from dsconv_surgery.planning.site_selection import DENSE_END, select_sites, warn_of_cost_outside
 from dsconv_surgery.planning.tables import Choice, Option, Table, allowed_costs, smallest_total
 from dsconv_surgery.schemes import Factors
 from dsconv_surgery.support import distributed
@@ -144,10 +144,21 @@ class Planner:
     def check(self, budget: Budget) -> None:
         """Raise BudgetError if not even the cheapest option of every layer meets a budget."""
         try:
-            allowed_costs(self._tables, self.total, budget, [skip.reason for skip in self._skips])
+            with self._naming_dense_ends():
+                allowed_costs(self._tables, self.total, budget, [skip.reason for skip in self._skips])
         except BudgetError:
             self._stopwatch.warn()  # busy times may be the reason
             raise
+
+    @contextmanager
+    def _naming_dense_ends(self) -> Iterator[None]:
+        """Add to a BudgetError that `exclude=()` cuts the layers that stayed dense for want of images."""
+        try:
+            yield
+        except BudgetError as error:
+            if "exclude=()" in str(error) or all(skip.reason != DENSE_END for skip in self._skips):
+                raise
+            raise BudgetError(f"{error} Or pass exclude=() to cut the first convolution and the last layer, too.") from None
 
     def smallest_fraction(self, measure: str) -> float:
         """The fraction of the network's cost that is left with the cheapest option of every layer."""
@@ -170,6 +181,7 @@ class Planner:
         """
         with ExitStack() as stack:
             stack.callback(self._damages.close)
+            stack.enter_context(self._naming_dense_ends())
             stack.callback(self._stopwatch.warn)  # if there is no plan, too: busy times may be the reason
             if budget is None:
                 return self._as_plan(budget, self._choose({}), errors_later)

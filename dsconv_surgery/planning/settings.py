@@ -51,8 +51,8 @@ class PlanSettings:
         rank: with rule "fixed", the rank of every layer; a pair for tucker.
         include: patterns of layer names, as for a shell; only matching layers are cut.
         exclude: patterns of layer names; matching layers stay dense. By default none; without calibration images the first convolution and
-            the last layer, if they are at most a quarter of the cost: errors of their weights do not tell how much a cut would harm.
-            `exclude=()` cuts them, too.
+            the last layer, because errors of their weights do not tell how much a cut would harm. They are cut with `exclude=()`,
+            if `include` has their full names, if they are more than a quarter of the cost, and if no other layer can be cut.
         multiple: offer only ranks at which links have a multiple of so many channels; 8 under a latency budget, otherwise 1.
 
     Raises:

@@ -11,6 +11,7 @@ from dsconv_surgery.planning.settings import PlanSettings
 from dsconv_surgery.support.formatting import count_reasons, did_you_mean
 
 SMALL_SHARE = 0.25  # of a network's cost: the first and the last layer stay dense without images if they cost no more
+DENSE_END = "without images, the first convolution and the last layer stay dense (exclude=() cuts them)."  # the reason of a skip
 NOTABLE_SHARE = 0.1  # of a network's cost outside of layers: a budget on layers is then announced
 
 
@@ -65,7 +66,7 @@ def select_sites(survey: Survey, settings: PlanSettings, calibrated: bool) -> tu
         elif not any(fnmatchcase(name, pattern) for pattern in settings.include for name in names):
             skips.append(Skip(layer.name, "not among the included layers."))
         elif layer.name in ends:
-            skips.append(Skip(layer.name, "first or last: without images nothing tells what its cut costs; exclude=() cuts it."))
+            skips.append(Skip(layer.name, DENSE_END))
         else:
             sites.append(layer)
     return sites, skips
@@ -73,9 +74,11 @@ def select_sites(survey: Survey, settings: PlanSettings, calibrated: bool) -> tu
 
 def _dense_ends(survey: Survey, settings: PlanSettings) -> tuple[str, ...]:
     """The layers that stay dense without images: the first convolution and the last layer, if the rest of the network can be cut."""
-    inner = [layer.name for layer in survey.layers if isinstance(layer, ConvSite) and layer.name not in survey.ends]
+    names = {site.name: (site.name, *site.aliases) for site in survey.layers if isinstance(site, ConvSite)}
+    inner = [alias for name, aliases in names.items() if name not in survey.ends for alias in aliases]
     if not any(fnmatchcase(name, pattern) for name in inner for pattern in settings.include):
         return ()
+    named = {name for name, aliases in names.items() if not set(aliases).isdisjoint(settings.include)}
     measures = [m for m in ("macs", "params") if m in settings.measures] or ["macs"]
     shares = {name: max(getattr(survey.costs[name], m) / max(getattr(survey.total, m), 1) for m in measures) for name in survey.ends}
-    return tuple(name for name, share in shares.items() if share <= SMALL_SHARE and name not in settings.include)
+    return tuple(name for name, share in shares.items() if share <= SMALL_SHARE and name not in named)

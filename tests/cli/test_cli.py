@@ -39,6 +39,9 @@ from torch import nn
 def small():
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1))
 
+def five():
+    return nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(5)))
+
 class Wide(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Conv2d(3, 32, 3))
@@ -145,6 +148,24 @@ def test_a_callable_of_ones_own(home: str, tmp_path: Path) -> None:
     text = run("compress", f"{home}:small", *INPUT, "--out", tmp_path / "out", "--rule", "fixed", "--rank", 2, "--include", "2")
     assert [(cut.name, cut.rank) for cut in read_plan(tmp_path / "out").cuts] == [("2", 2)]
     assert "MACs" in text
+
+
+def test_the_first_and_the_last_layer_stay_dense_without_images(home: str, tmp_path: Path) -> None:
+    """Not if --exclude is empty or has another name, if --include names them, or with images."""
+    torch.save(torch.rand(8, 3, 12, 12), images := tmp_path / "images.pt")
+    words = ["compress", f"{home}:five", *INPUT, "--rule", "fixed", "--rank", 1, "--scheme", "channel", "--no-cache", "--out"]
+    for index, (more, expected) in enumerate(
+        [
+            ([], "123"),
+            (["--exclude", ""], "01234"),
+            (["--exclude", "2"], "0134"),
+            (["--include", "0", "--include", "1"], "01"),
+            (["--calibration", images], "01234"),
+        ]
+    ):
+        text = run(*words, out := tmp_path / f"out{index}", *more)
+        assert "".join(cut.name for cut in read_plan(out).cuts) == expected, more
+        assert ("the first convolution and the last layer stay dense" in text) == (expected == "123")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

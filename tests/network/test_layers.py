@@ -150,7 +150,7 @@ class Parsed(nn.Module):
 
 def test_plain_data_on_a_layer_is_carried_over() -> None:
     model, x = Parsed().eval(), torch.rand(1, 3, 8, 8)
-    plan = make_plan(model, x, rule="fixed", rank=3, schemes="channel", cache=False)
+    plan = make_plan(model, x, rule="fixed", rank=3, schemes="channel", exclude=(), cache=False)
     small = apply_plan(model, plan)
     assert [cut.name for cut in plan.cuts] == ["layers.0", "layers.1", "layers.2"]
     assert [(chain.i, chain.f, chain.type) for chain in small.layers] == [

@@ -229,6 +229,26 @@ def test_cp_preserves_the_mean_of_the_input_channels(monkeypatch: pytest.MonkeyP
     assert weighted < 0.5 * error()
 
 
+@pytest.mark.parametrize("tap_shape", [(9,), (3, 3)], ids=["cp", "cp_split"])
+def test_wide_layers_are_decomposed_as_in_float64(tap_shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rough terms of a wide layer differ from those of float64 arithmetic by rounding only."""
+    left, right = (torch.randn(size, 96, dtype=torch.float64) for size in (128, 128 * 9))
+    tensor = ((left * 0.97 ** torch.arange(96)) @ right.T).unflatten(1, (128, 9))[None]
+    rank = 140
+    assert tensor.numel() * rank > als.WIDE
+
+    def terms() -> als.Terms:
+        return next(als.decompose(tensor, tap_shape, [rank], 1152, rough=True))
+
+    result = terms()
+    assert {factor.dtype for factor in result} == {torch.float64}
+    assert {factor.dtype for factor in als._in_precision(tensor, result)} == {torch.float32}
+    monkeypatch.setattr(als, "_in_precision", lambda _tensor, terms: terms)
+    monkeypatch.setattr(als, "RIDGE", als.SINGLE_RIDGE)
+    for factor, exact in zip(result, terms(), strict=True):
+        assert relative(factor, exact) < 3e-5
+
+
 def test_depthwise_weights_fit_the_building_block() -> None:
     """The state_dict of a chain loads into DepthwiseSeparableConv2d, and both have the same outputs."""
     from dsconv_surgery import DepthwiseSeparableConv2d
