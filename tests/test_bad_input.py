@@ -79,9 +79,9 @@ def test_weights_that_are_not_finite(value: float, x: Tensor) -> None:
     model = net()
     with torch.no_grad():
         model[2].weight[3, 2, 1, 1] = value
-    plan = make_plan(net(), x, rule="fixed", rank=2, schemes="channel")
+    plan = make_plan(net(), x, rule="fixed", rank=2, schemes="channel", exclude=())
     with unchanged(model):
-        for attempt in (lambda: make_plan(model, x), lambda: compress(model, x), lambda: apply_plan(model, plan)):
+        for attempt in (lambda: make_plan(model, x, exclude=()), lambda: compress(model, x, exclude=()), lambda: apply_plan(model, plan)):
             with pytest.raises(ValueError, match=r"2: 1 of 864 weights are NaN or infinite. Repair them, or exclude the layer"):
                 attempt()
         assert {cut.name for cut in make_plan(model, x, rule="fixed", rank=1, schemes="channel", exclude="2").cuts} == {"0"}
@@ -332,7 +332,7 @@ def _cut_already(model: nn.Sequential) -> None:
 @pytest.mark.parametrize("change", [_swap, _subclass, _parametrize, _more_groups, _cut_already])
 def test_a_layer_changed_after_planning(change: Any, x: Tensor) -> None:
     model = net()
-    plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel")
+    plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel", exclude=())
     change(model)
     with unchanged(model), pytest.raises(ValueError, match=r"made for another network. 2: expected 3x3 8 -> 12, padding 1x1, found"):
         apply_plan(model, plan)
@@ -343,7 +343,7 @@ def test_a_layer_changed_after_planning(change: Any, x: Tensor) -> None:
 def test_a_layer_made_special_after_planning(what: str, x: Tensor) -> None:
     """Cutting would lose the weight norm, the hook or the tie, so it is an error."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
-    plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel")
+    plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel", exclude=())
     if what == "weight_norm":
         nn.utils.weight_norm(model[1])
     elif what == "hook":
@@ -466,14 +466,14 @@ def test_example_inputs_that_do_not_fit(inputs: tuple[Any, ...], description: st
 def test_swapped_and_wrapped_networks(calibrated: bool, x: Tensor) -> None:
     """The network is looked at before its inputs and before batches."""
     model, batches = net(), {"calibration": [torch.rand(4, 3, 9, 7)]} if calibrated else {}
-    plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel")
+    plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel", exclude=())
     for attempt in (make_plan, compress, pareto):
         with pytest.raises(TypeError, match=r"example inputs: found the network Sequential.*Pass the network first"):
             attempt(x, model, **batches)
-    small = compress(model, x, budget=Budget(macs=0.8), schemes="channel")
+    small = compress(model, x, budget=Budget(macs=0.8), schemes="channel", exclude=())
     for call in (
-        lambda: compress(small, x, **batches),
-        lambda: pareto(small, x, **batches),
+        lambda: compress(small, x, **batches, exclude=()),
+        lambda: pareto(small, x, **batches, exclude=()),
         lambda: apply_plan(small, plan, x, **batches),
         lambda: compare(small, model, x),
         lambda: compare(model, small, x),
@@ -521,8 +521,8 @@ def test_a_list_for_a_tensor_where_batches_are_tensors() -> None:
 def test_inputs_as_the_example_input(x: Tensor) -> None:
     """An `Inputs` is the arguments that it holds."""
     model = net().eval()
-    expected = compress(model, x, budget=Budget(macs=0.5), schemes="channel").plan
-    assert compress(model, Inputs(x), budget=Budget(macs=0.5), schemes="channel").plan == expected
+    expected = compress(model, x, budget=Budget(macs=0.5), schemes="channel", exclude=()).plan
+    assert compress(model, Inputs(x), budget=Budget(macs=0.5), schemes="channel", exclude=()).plan == expected
     assert len(find_convs(model, Inputs(input=x))) == 3
     assert len(find_convs(model, Inputs(), example_kwargs={"input": x})) == 3
 
@@ -567,7 +567,7 @@ def test_half_precision(dtype: torch.dtype, close: float, x: Tensor) -> None:
     half.load_state_dict(model.state_dict())
     settings: dict[str, Any] = {"rule": "energy", "energy": 0.8, "schemes": ["channel", "depthwise", "bottleneck"]}
     with unchanged(half):
-        small = compress(half, x.to(dtype), **settings)
+        small = compress(half, x.to(dtype), **settings, exclude=())
     assert small.plan.cuts
     assert {p.dtype for p in small.model.parameters()} == {dtype}
     reference = apply_plan(model, small.plan)(x)
@@ -579,13 +579,13 @@ def test_half_precision(dtype: torch.dtype, close: float, x: Tensor) -> None:
 def test_the_meta_device(x: Tensor) -> None:
     """Finding and cutting with init='empty' work. Planning and factorising need weights, and the errors say what to do."""
     model = net()
-    plan = make_plan(model, x, schemes="channel")
+    plan = make_plan(model, x, schemes="channel", exclude=())
     empty, inputs = net().to("meta"), x.to("meta")
     with unchanged(empty):
         assert find_convs(empty, inputs) == find_convs(model, x)
         for settings in ({}, {"rule": "energy", "energy": 0.9}, {"rule": "fixed", "rank": 2}):
             with pytest.raises(ValueError, match=r"^\d: its weights are on the meta device.*apply_plan\(model, plan, init='empty'\)"):
-                make_plan(empty, inputs, **settings)  # type: ignore[arg-type]
+                make_plan(empty, inputs, **settings, exclude=())  # type: ignore[arg-type]
         with pytest.raises(
             ValueError, match=r"\d: expected weights to factorise, found a tensor on the meta device. Load weights, or use init='empty'"
         ):

@@ -100,7 +100,7 @@ def test_outputs_are_equal(small: Compressed, folder: Path, x: Tensor) -> None:
 
 def test_a_whole_network_with_every_scheme(tmp_path: Path) -> None:
     model, x = CifarResNet(8).eval(), torch.rand(1, 3, 32, 32)
-    small = compress(model, x, budget=Budget(macs=0.5))
+    small = compress(model, x, budget=Budget(macs=0.5), exclude=())
     save(small, tmp_path)
     again = load(CifarResNet(8).eval(), tmp_path)
     assert torch.equal(again(x), small.model(x))
@@ -298,7 +298,7 @@ def test_a_changed_layer(folder: Path) -> None:
 
 def test_a_changed_layer_beside_the_cuts(small: Compressed, tmp_path: Path, x: Tensor) -> None:
     """Layers that are not in the plan must fit, too: no other shape, no missing layer, no extra layer."""
-    save(compress(Net().eval(), x, rule="fixed", rank=2, schemes="channel"), tmp_path)
+    save(compress(Net().eval(), x, rule="fixed", rank=2, schemes="channel", exclude=()), tmp_path)
     wider, more, fewer = Net(), Net(), Net()
     wider.head = nn.Linear(12, 7)
     more.extra = nn.Linear(2, 2)
@@ -469,7 +469,7 @@ def test_a_plan_that_was_edited_after_cutting(small: Compressed, tmp_path: Path)
 
 def test_a_plan_from_make_plan_fits_as_well(tmp_path: Path, x: Tensor) -> None:
     model = Net().eval()
-    plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel")
+    plan = make_plan(model, x, rule="fixed", rank=2, schemes="channel", exclude=())
     small = apply_plan(model, plan)
     save(small, tmp_path, plan)
     assert torch.equal(load(Net().eval(), tmp_path)(x), small(x))

@@ -71,7 +71,7 @@ def relative(output: Tensor, expected: Tensor) -> float:
 
 
 def cut_all(model: nn.Module, x: Tensor, scheme: str) -> tuple[nn.Module, Plan]:
-    plan = make_plan(model, x, rule="energy", energy=0.6, schemes=scheme)
+    plan = make_plan(model, x, rule="energy", energy=0.6, schemes=scheme, exclude=())
     assert plan.cuts, scheme
     return apply_plan(model, plan), plan
 
@@ -100,7 +100,7 @@ def test_the_original_is_bit_identical(scheme: str, x: Tensor) -> None:
 def test_compress_and_fold_back_leave_their_argument(x: Tensor) -> None:
     model = Net().train()
     before = snapshot(model)
-    small = compress(model, x, budget=Budget(macs=0.5))
+    small = compress(model, x, budget=Budget(macs=0.5), exclude=())
     assert snapshot(model) == before
     cut = snapshot(small.model)
     fold_back(small.model, small.plan)
@@ -181,7 +181,7 @@ class Listed(nn.Module):
 def test_lists_and_aliases_hold_the_new_layer(x: Tensor) -> None:
     """Every reference to a layer becomes a reference to its chain, so nothing runs the dense layer."""
     model = Listed()
-    plan = make_plan(model, x, rule="fixed", rank=3, schemes="channel")
+    plan = make_plan(model, x, rule="fixed", rank=3, schemes="channel", exclude=())
     small = apply_plan(model, plan)
     assert {cut.name for cut in plan.cuts} == {"first", "block.conv"}
     assert isinstance(small.first, nn.Sequential)
@@ -261,8 +261,8 @@ def test_empty_init_then_load_state_dict(x: Tensor) -> None:
 def test_compress_is_plan_then_apply(scheme: str | None, x64: Tensor) -> None:
     """`compress` computes the same as its parts, and the errors in the plan are those in the report."""
     model = Net().double().eval()
-    compressed = compress(model, x64, rule="energy", energy=0.7, schemes=scheme)
-    plan = make_plan(model, x64, rule="energy", energy=0.7, schemes=scheme)
+    compressed = compress(model, x64, rule="energy", energy=0.7, schemes=scheme, exclude=())
+    plan = make_plan(model, x64, rule="energy", energy=0.7, schemes=scheme, exclude=())
     small = apply_plan(model, plan)
     assert compressed.plan == plan
     assert relative(compressed.model(x64), small(x64)) < 1e-10
@@ -281,7 +281,7 @@ def test_the_error_is_that_of_the_weights(x64: Tensor) -> None:
     """The error is `|W - V|^2 / |W|^2`, with V measured by unit impulses through the chain."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False)).double().requires_grad_(False)
     conv = model[0]
-    plan = make_plan(model, x64, rule="fixed", rank=2, schemes="channel")
+    plan = make_plan(model, x64, rule="fixed", rank=2, schemes="channel", exclude=())
     chain = apply_plan(model, plan)
     kernel = torch.stack([chain(_impulse(3, channel, 5))[0, :, 1:4, 1:4].flip(1, 2) for channel in range(3)], 1)
     error = (conv.weight - kernel).square().sum() / conv.weight.square().sum()
@@ -301,7 +301,7 @@ def _impulse(channels: int, channel: int, size: int) -> Tensor:
 def test_uniform_meets_the_budget(budget: Budget) -> None:
     """The counted cost of the cut network is within every limit, and near to at least one."""
     model, x = CifarResNet(20).eval(), torch.rand(1, 3, 32, 32)
-    small = compress(model, x, budget=budget, schemes=CLOSED_FORM, rule="uniform")
+    small = compress(model, x, budget=budget, schemes=CLOSED_FORM, rule="uniform", exclude=())
     for measure, fraction in budget.limits().items():
         assert getattr(small.report.after, measure) <= fraction * getattr(small.report.before, measure)
     used = [getattr(small.report.after, m) / (f * getattr(small.report.before, m)) for m, f in budget.limits().items()]
@@ -314,7 +314,7 @@ def test_uniform_meets_the_budget(budget: Budget) -> None:
 def test_energy_takes_the_lowest_rank(scheme: str, x64: Tensor) -> None:
     """Each layer keeps the energy that was asked for; the next lower rank would not."""
     model, keep = Net().double(), 0.7
-    plan = make_plan(model, x64, rule="energy", energy=keep, schemes=scheme)
+    plan = make_plan(model, x64, rule="energy", energy=keep, schemes=scheme, exclude=())
     assert plan.cuts
     for cut in plan.cuts:
         weight, record = model.get_submodule(cut.name).weight, get_scheme(scheme)
@@ -332,10 +332,10 @@ def test_energy_takes_the_lowest_rank(scheme: str, x64: Tensor) -> None:
 def test_energy_takes_the_cheapest_scheme(x64: Tensor) -> None:
     """No other closed-form scheme keeps the energy with fewer MACs."""
     model = Net().double()
-    plan = make_plan(model, x64, rule="energy", energy=0.7, schemes=CLOSED_FORM)
+    plan = make_plan(model, x64, rule="energy", energy=0.7, schemes=CLOSED_FORM, exclude=())
     for cut in plan.cuts:
         for scheme in CLOSED_FORM:
-            single = {c.name: c for c in make_plan(model, x64, rule="energy", energy=0.7, schemes=scheme).cuts}
+            single = {c.name: c for c in make_plan(model, x64, rule="energy", energy=0.7, schemes=scheme, exclude=()).cuts}
             if cut.name in single:
                 assert cut.cost_after.macs <= single[cut.name].cost_after.macs
 
@@ -356,9 +356,9 @@ def test_fixed_rank_is_kernels_per_layer(x: Tensor) -> None:
 def test_fixed_pair_is_for_tucker(x: Tensor) -> None:
     """A pair, as a tuple or a list, is the ranks of Tucker."""
     model = Net()
-    plan = make_plan(model, x, rule="fixed", rank=(4, 5), schemes=["tucker", "channel"])
+    plan = make_plan(model, x, rule="fixed", rank=(4, 5), schemes=["tucker", "channel"], exclude=())
     assert {(cut.scheme, cut.rank) for cut in plan.cuts} == {("tucker", (4, 5))}
-    assert make_plan(model, x, rule="fixed", rank=[4, 5], schemes=["tucker", "channel"]) == plan  # type: ignore[arg-type]
+    assert make_plan(model, x, rule="fixed", rank=[4, 5], schemes=["tucker", "channel"], exclude=()) == plan  # type: ignore[arg-type]
 
 
 def test_a_callable_rule_decides(x: Tensor) -> None:
@@ -370,7 +370,7 @@ def test_a_callable_rule_decides(x: Tensor) -> None:
         choice: dict[str, Option | None] = {"mid": tables["mid"].measure(tables["mid"].options["channel"][1]), "stem": None}
         return choice
 
-    plan = make_plan(Net(), x, rule=second_cheapest, budget=Budget(macs=0.7, params=0.9), schemes="channel")
+    plan = make_plan(Net(), x, rule=second_cheapest, budget=Budget(macs=0.7, params=0.9), schemes="channel", exclude=())
     assert [(cut.name, cut.scheme, cut.rank) for cut in plan.cuts] == [("mid", "channel", 2)]
     assert "callable second_cheapest" in plan.rule
     assert set(costs) == {"macs", "params"}
@@ -380,13 +380,13 @@ def test_a_callable_rule_decides(x: Tensor) -> None:
 
 def test_a_callable_rule_with_an_unknown_layer(x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"chose for 'midd'.*Did you mean 'mid'"):
-        make_plan(Net(), x, rule=lambda tables, _: {"midd": None}, schemes="channel")
+        make_plan(Net(), x, rule=lambda tables, _: {"midd": None}, schemes="channel", exclude=())
 
 
 def test_replace_and_without(x: Tensor) -> None:
     """An edited plan is a new one that is marked as edited, and can be applied."""
     model = Net()
-    plan = make_plan(model, x, rule="fixed", rank=3, schemes="channel")
+    plan = make_plan(model, x, rule="fixed", rank=3, schemes="channel", exclude=())
     text = plan.to_json()
     edited = plan.replace("mid", scheme="depthwise", rank=2).without("s*")
     assert plan.to_json() == text
@@ -422,7 +422,7 @@ def test_replace_and_without_name_what_is_wrong(x: Tensor) -> None:
 
 
 def test_without_several_patterns_removes_the_cuts_of_each(x: Tensor) -> None:
-    plan = make_plan(Net(), x, rule="fixed", rank=3, schemes="channel")
+    plan = make_plan(Net(), x, rule="fixed", rank=3, schemes="channel", exclude=())
     edited = plan.without("mid", "s*")
     assert edited.cuts == plan.without("s*").without("mid").cuts
     assert {cut.name for cut in plan.cuts} - {cut.name for cut in edited.cuts} == {"mid", "stem"}

@@ -149,29 +149,29 @@ def test_plans_keep_their_budget_and_are_the_best_of_all(
         return choice
 
     calibration = batches if calibrated else None
-    plan = make_plan(net, x, budget=budget, schemes=["spatial", "cp", "bottleneck"], rule=few, calibration=calibration)  # type: ignore[arg-type]
+    plan = make_plan(net, x, budget=budget, schemes=["spatial", "cp", "bottleneck"], rule=few, calibration=calibration, exclude=())  # type: ignore[arg-type]
     assert plan.cuts
-    whole = make_plan(net, x, budget=budget, calibration=calibration)
+    whole = make_plan(net, x, budget=budget, calibration=calibration, exclude=())
     assert whole.rule == "budget"
     for measure, fraction in budget.limits().items():
         assert getattr(whole.total_after, measure) <= fraction * getattr(whole.total, measure)
     # The same tables, without the closer look that moves their damages.
     settings = {"schemes": ["spatial", "cp", "bottleneck"], "rule": least_damage, "calibration": calibration}
-    all_options = make_plan(net, x, budget=budget, **settings)  # type: ignore[arg-type]
+    all_options = make_plan(net, x, budget=budget, **settings, exclude=())  # type: ignore[arg-type]
     least, restricted = (sum(cut.damage or 0.0 for cut in result.cuts) for result in (all_options, plan))
     assert 0 < least < restricted
 
 
 def test_a_budget_of_one_cuts_nothing(net: Net, x: Tensor) -> None:
-    assert make_plan(net, x, budget=Budget(macs=1.0)).cuts == ()
+    assert make_plan(net, x, budget=Budget(macs=1.0), exclude=()).cuts == ()
 
 
 def test_a_budget_out_of_reach_names_what_can_be_reached(net: Net, x: Tensor) -> None:
     """The named fraction is a budget that can be met."""
     with pytest.raises(ValueError, match=r"Budget\(macs=0.001\) is out of reach.*keeps macs=([\d.]+)") as caught:
-        make_plan(net, x, budget=Budget(macs=0.001), schemes="spatial")
+        make_plan(net, x, budget=Budget(macs=0.001), schemes="spatial", exclude=())
     fraction = float(str(caught.value).split("keeps macs=")[1].split()[0])
-    plan = make_plan(net, x, budget=Budget(macs=fraction), schemes="spatial")
+    plan = make_plan(net, x, budget=Budget(macs=fraction), schemes="spatial", exclude=())
     assert plan.total_after.macs <= fraction * plan.total.macs
 
 
@@ -189,7 +189,7 @@ def test_a_choice_beyond_its_limits_is_no_plan(net: Net, x: Tensor, monkeypatch:
     """A rule that finds nothing within two limits at once says so."""
     monkeypatch.setitem(RULES, "uniform", NamedRule(lambda tables, _allowed: dict.fromkeys(tables)))
     with pytest.raises(BudgetError, match="rule 'uniform' finds nothing within macs and params at once"):
-        make_plan(net, x, rule="uniform", budget=Budget(macs=0.9, params=0.9), schemes="channel")
+        make_plan(net, x, rule="uniform", budget=Budget(macs=0.9, params=0.9), schemes="channel", exclude=())
 
 
 @pytest.mark.parametrize("error", [BudgetError("beyond"), ValueError("wrong")])
@@ -447,7 +447,7 @@ def test_latency_budgets_are_met(net: Net, x: Tensor, monkeypatch: pytest.Monkey
         ]
 
     monkeypatch.setattr(planner, "measure_latency", whole)
-    plan = make_plan(net, x, budget=Budget(latency=0.6), schemes=["depthwise", "spatial", "channel"])
+    plan = make_plan(net, x, budget=Budget(latency=0.6), schemes=["depthwise", "spatial", "channel"], exclude=())
     assert plan.cuts
     assert all(cut.scheme != "depthwise" for cut in plan.cuts)
     assert plan.timing is not None
@@ -456,7 +456,7 @@ def test_latency_budgets_are_met(net: Net, x: Tensor, monkeypatch: pytest.Monkey
     for cut in plan.cuts:
         inner = list(cut.chain.values())[:-1]
         assert all(link.out_channels % 8 == 0 for link in inner)
-    report = compare(net, compress(net, x, budget=Budget(macs=0.9)).model, x, latency=True)
+    report = compare(net, compress(net, x, budget=Budget(macs=0.9), exclude=()).model, x, latency=True)
     assert report.latency is not None
     assert report.latency.predicted is None
     assert Plan.from_json(plan.to_json()) == plan
@@ -476,7 +476,7 @@ def test_networks_in_channels_last_are_timed_in_it(net: Net, x: Tensor, monkeypa
     monkeypatch.setattr(nn.functional, "conv2d", record)  # not nn.Conv2d.forward: layers with a replaced forward are not cut
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wide = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
-    small = compress(net, wide, budget=Budget(latency=1.0), cache=False)
+    small = compress(net, wide, budget=Budget(latency=1.0), cache=False, exclude=())
     assert small.plan.timing is not None
     assert small.plan.timing.conditions.memory_format == "channels_last"
     assert len(in_format) > 20
@@ -487,7 +487,7 @@ def test_real_time_is_predicted_and_reported(net: Net, x: Tensor, monkeypatch: p
     """On this machine, with a budget that every plan meets: conditions, prediction and measurement are reported, timings cached."""
     monkeypatch.setattr(layer_latency, "TOLERANCE", math.inf)  # this machine may be busy, and disturbed timings are not cached
     wide = torch.randn(4, 3, 64, 64)
-    small = compress(net, wide, budget=Budget(latency=1.0))
+    small = compress(net, wide, budget=Budget(latency=1.0), exclude=())
     report = compare(net, small.model, wide, plan=small.plan, latency=True)
     assert small.plan.timing is not None
     assert report.latency is not None
@@ -495,7 +495,7 @@ def test_real_time_is_predicted_and_reported(net: Net, x: Tensor, monkeypatch: p
     assert report.latency.conditions.batch == 4
     assert "predicted" in str(report)
     monkeypatch.setattr(LayerTimer, "_measure", lambda *_: pytest.fail("timed again"))
-    make_plan(net, wide, budget=Budget(latency=1.0))
+    make_plan(net, wide, budget=Budget(latency=1.0), exclude=())
 
 
 # ---- rules by name
@@ -503,10 +503,10 @@ def test_real_time_is_predicted_and_reported(net: Net, x: Tensor, monkeypatch: p
 
 def test_equal_error_equalises(net: Net, x: Tensor) -> None:
     """The largest error is as small as the budget allows: one step less of it, and the budget is missed."""
-    plan = make_plan(net, x, budget=Budget(macs=0.5), rule="equal_error", schemes=["spatial", "bottleneck"])
+    plan = make_plan(net, x, budget=Budget(macs=0.5), rule="equal_error", schemes=["spatial", "bottleneck"], exclude=())
     assert plan.total_after.macs <= 0.5 * plan.total.macs
     worst = max(cut.error or 0.0 for cut in plan.cuts)
-    uniform = make_plan(net, x, budget=Budget(macs=0.5), rule="uniform", schemes=["spatial", "bottleneck"])
+    uniform = make_plan(net, x, budget=Budget(macs=0.5), rule="uniform", schemes=["spatial", "bottleneck"], exclude=())
     assert worst <= max(cut.error or 0.0 for cut in uniform.cuts) + 1e-9
 
 
@@ -574,7 +574,7 @@ def test_the_smallest_network_within_a_drop(net: Net, x: Tensor, batches: list[T
     def score(model: nn.Module) -> float:
         return sum(p.numel() for p in model.parameters()) / dense
 
-    small = compress(net, x, budget=Budget(params=0.05), max_drop=0.4, evaluate=score, schemes=["channel", "bottleneck"])
+    small = compress(net, x, budget=Budget(params=0.05), max_drop=0.4, evaluate=score, schemes=["channel", "bottleneck"], exclude=())
     tries = small.report.tries
     assert len(tries) > 3
     assert {attempt.within for attempt in tries} == {True, False}
@@ -584,9 +584,11 @@ def test_the_smallest_network_within_a_drop(net: Net, x: Tensor, batches: list[T
     assert re.search(r"score 1 -> 0\.\d+, drop 0\.\d+ within max_drop 0\.4$", str(small.report), re.M)
     assert re.search(r"drop 0\.[4-9]\d* beyond max_drop 0\.4$", str(small.report), re.M)
     alone = nn.Sequential(nn.Conv2d(3, 1, 1)).eval()  # nothing of it costs less
-    dense = compress(alone, x, max_drop=0.1, evaluate=lambda _: torch.tensor([0.5]))  # type: ignore[arg-type, return-value]
+    dense = compress(alone, x, max_drop=0.1, evaluate=lambda _: torch.tensor([0.5]), exclude=())  # type: ignore[arg-type, return-value]
     assert dense.plan.cuts == ()
-    nothing = compress(net, x, max_drop=0.0, evaluate=lambda model: float(len(list(model.modules())) == len(list(net.modules()))))
+    nothing = compress(
+        net, x, max_drop=0.0, evaluate=lambda model: float(len(list(model.modules())) == len(list(net.modules()))), exclude=()
+    )
     assert nothing.plan.cuts == ()
     assert not any(attempt.within for attempt in nothing.report.tries)
 
@@ -804,7 +806,9 @@ def test_a_rule_that_ignores_the_budget_still_leaves_a_dense_network_within_the_
         return {name: table.measure(table.cheapest(("macs",))) for name, table in tables.items()}
 
     dense = float(net(x).detach().sum())
-    small = compress(net, x, rule=cheapest, max_drop=0.0, evaluate=lambda model: float(abs(float(model(x).detach().sum()) - dense) < 1e-9))
+    small = compress(
+        net, x, rule=cheapest, max_drop=0.0, evaluate=lambda model: float(abs(float(model(x).detach().sum()) - dense) < 1e-9), exclude=()
+    )
     assert small.plan.cuts == ()
 
 

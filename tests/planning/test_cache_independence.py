@@ -32,7 +32,13 @@ def some_images() -> Tensor:
 def plan_with(cache: Path | bool, images: Tensor | None, macs: float = 0.5, schemes: list[str] | None = None) -> Plan:
     calibration = None if images is None else [images]
     return make_plan(
-        a_network(), torch.rand(1, 3, 8, 8), calibration=calibration, cache=cache, budget=Budget(macs=macs), schemes=schemes or SCHEMES
+        a_network(),
+        torch.rand(1, 3, 8, 8),
+        calibration=calibration,
+        cache=cache,
+        budget=Budget(macs=macs),
+        schemes=schemes or SCHEMES,
+        exclude=(),
     )
 
 

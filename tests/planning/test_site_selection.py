@@ -79,7 +79,7 @@ def test_the_report_shows_the_reason() -> None:
         ({"include": ["conv*"]}, INNER),
         ({"include": ["*1", "head*"]}, {"conv1", "head"}),  # nothing but the ends
     ],
-    ids=str,
+    ids=["empty", "empty list", "another", "images", "only one", "one and all", "both", "pattern", "ends only"],
 )
 def test_when_they_are_cut(settings: dict[str, Any], expected: set[str]) -> None:
     assert cut_names(plan_of(**settings)) == expected
