@@ -114,16 +114,15 @@ def _check_drop_can_fail(max_drop: float, dense_score: float) -> None:
 
 def compression_phases(settings: PlanSettings, images: Images | None) -> tuple[str, ...]:
     """The phases of `cut_to_budget`."""
-    return planning_phases(settings) if images is None else planning_phases(settings, errors_later=True) + CALIBRATION_PHASES
+    return planning_phases(settings, images is not None) + (() if images is None else CALIBRATION_PHASES)
 
 
 def cut_to_budget(planner: Planner, budget: Budget | None) -> tuple[nn.Module, Plan]:
     """The network cut to a budget, and the plan with the errors that were measured."""
     model, images = planner.model, planner.images
+    plan, factors = planner.plan(budget)
     if images is None:
-        plan, factors = planner.plan(budget)
         return build_cut_model(model, plan, "factorize", factors, planner.progress, planner.inputs), plan
-    plan, factors = planner.plan(budget, errors_later=True)
     cut, errors = cut_calibrated(model, plan, images, factors, planner.progress, planner.inputs)
     return cut, replace(plan, cuts=tuple(replace(c, error=errors[c.name]) for c in plan.cuts))
 

@@ -38,7 +38,7 @@ class Cut:
     rank: Rank
     spec: ConvSpec
     sizes: tuple[Size, ...]
-    # Squared relative error of the weights, or of outputs on calibration images. None: not measured yet.
+    # Squared relative error of the weights, or of outputs on calibration images (estimated, until a cut measures it). None: unknown.
     error: float | None = None
     # Predicted damage to the network's outputs, for classifiers in nats.
     damage: float | None = None

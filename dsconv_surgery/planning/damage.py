@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -25,9 +24,6 @@ from dsconv_surgery.support.outputs import OutputSelector
 from dsconv_surgery.support.progress import Progress
 
 RIDGE = 0.1  # pulls factors towards the weights, in units of the inputs' mean square
-# Of log damage over log error, in CIFAR ResNets: the mean slope of layers, and the variance of single measurements over that of slopes.
-PRIOR_SLOPE, PRIOR_WEIGHT = 1.75, 0.9
-TINY = 1e-9  # smaller errors and damages count as equal
 
 
 class DamageEstimator:
@@ -152,15 +148,3 @@ class _Replaced(nn.Module):
             return result
         error = output - result
         return result + (error.mean((0, 2, 3), keepdim=True) if error.ndim == 4 else error.flatten(0, -2).mean(0))
-
-
-def damage_curve(points: Sequence[tuple[float, float]], errors: Sequence[float]) -> list[float]:
-    """Damages at some errors, by a line through measured pairs of error and damage, log against log.
-
-    Least squares with a prior on the slope, which single measurements, that scatter by a third, would miss. Zero for errors of zero.
-    """
-    x, y = np.log(np.maximum(np.array(points), TINY)).T
-    offset = x - x.mean()
-    slope = (offset @ (y - y.mean()) + PRIOR_WEIGHT * PRIOR_SLOPE) / (offset @ offset + PRIOR_WEIGHT)
-    logs = y.mean() + max(float(slope), 0.5) * (np.log(np.maximum(np.array(errors), TINY)) - x.mean())
-    return [float(damage) if error > TINY else 0.0 for damage, error in zip(np.exp(logs), errors, strict=True)]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dsconv_surgery import schemes
 from dsconv_surgery.network.discovery import ConvSite
 from dsconv_surgery.network.geometry import Rank, chain_cost
-from dsconv_surgery.planning.damage import TINY, DamageEstimator, damage_curve
+from dsconv_surgery.planning.curves import TINY, abscissa, damage_curve, interpolate, truncation_errors
+from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.schemes import Factors
 from dsconv_surgery.support.cache import Cache, digest
 
@@ -86,8 +87,13 @@ class OptionErrors:
         samples = [rank for rank in self._sample_ranks[name] if (name, rank) in measured]
         errors = np.log([max(measured[name, rank], TINY) for rank in samples])
         sample_bounds = self.bounds(name, samples) if samples else None  # pairs of ranks are ordered by the weights' errors
-        x, targets = (_abscissa(*pair) for pair in ((samples, sample_bounds), (ranks, bounds)))
+        x, targets = (abscissa(*pair) for pair in ((samples, sample_bounds), (ranks, bounds)))
         return np.exp(interpolate(x, errors, targets)).clip(0.0, 1.0).tolist()
+
+    @property
+    def sampled(self) -> bool:
+        """Whether errors were measured at sampled ranks, so that estimates cost nothing more."""
+        return "_curves" in vars(self)
 
     def damage(self, errors: Sequence[float]) -> list[float]:
         """How far errors move the network's outputs; without calibration images, the errors themselves."""
@@ -267,33 +273,3 @@ class _Fits:
         chain = schemes.chain_of(schemes.get_scheme(name), self._spec, rank)
         links = schemes.build(chain, self._layer, self._factors[name, rank])
         return self._estimator.divergence(self._site.name, links, self._objectives[1].centred)
-
-
-def truncation_errors(spectrum: Tensor) -> Tensor:
-    """Relative squared errors of keeping the first r (or r, q) components of a spectrum."""
-    total = spectrum.sum()
-    if spectrum.ndim == 1:  # summed from the small end, so that small errors keep their digits
-        errors = torch.cat([spectrum.flip(0).cumsum(0).flip(0)[1:], spectrum.new_zeros(1)])
-    else:
-        errors = total - spectrum.cumsum(0).cumsum(1)
-    return (errors / total).clamp(min=0) if total > 0 else torch.zeros_like(spectrum)
-
-
-def _abscissa(ranks: Sequence[Rank], bounds: Sequence[float] | None) -> Any:
-    """What log errors are smooth in: the root of the rank; for pairs of ranks, minus the logarithm of the weights' error."""
-    if bounds is not None:
-        return -np.log(np.maximum(bounds, TINY))
-    return np.sqrt([float(rank) if isinstance(rank, int) else 0.0 for rank in ranks])
-
-
-def interpolate(x: Any, y: Any, targets: Any) -> Any:
-    """Falling values through (x, y), by monotonic cubic pieces (PCHIP), extended by lines; zero below a single x, and without any."""
-    from scipy.interpolate import PchipInterpolator  # here, as it takes long to import
-
-    x, first = np.unique(x, return_index=True)
-    y = np.minimum.accumulate(y[first])
-    if len(x) < 2:
-        return np.where(targets >= x[0], y[0], 0.0) if len(x) else np.zeros(np.shape(targets))
-    curve, inside = PchipInterpolator(x, y), np.clip(targets, x[0], x[-1])
-    slopes = [(y[1] - y[0]) / (x[1] - x[0]), (y[-1] - y[-2]) / (x[-1] - x[-2])]
-    return curve(inside) + np.where(targets < x[0], slopes[0], slopes[1]) * (targets - inside)

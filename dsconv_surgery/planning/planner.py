@@ -77,7 +77,8 @@ def make_plan(
         settings: any fields of `PlanSettings`, such as budget, schemes and exclude.
 
     Returns:
-        A `Plan`, which `apply_plan` carries out.
+        A `Plan`, which `apply_plan` carries out. With calibration images, its errors are estimates; those in the plan of `compress` are
+        measured.
 
     Raises:
         ValueError: settings that are unknown or contradict each other, a pattern that matches no layer, a budget out of reach (the
@@ -90,14 +91,14 @@ def make_plan(
     """
     checked, inputs = PlanSettings(**settings), as_inputs(example_inputs, example_kwargs)
     images = None if calibration is None else images_for(model, calibration, inputs, prepare, output)
-    planner = Planner(model, inputs, checked, images, cache, Progress(progress, planning_phases(checked)))
+    planner = Planner(model, inputs, checked, images, cache, Progress(progress, planning_phases(checked, images is not None)))
     return planner.plan(checked.effective_budget)[0]
 
 
-def planning_phases(settings: PlanSettings, errors_later: bool = False) -> tuple[str, ...]:
-    """The phases of a plan; `errors_later` as for `Planner.plan`."""
+def planning_phases(settings: PlanSettings, calibrated: bool) -> tuple[str, ...]:
+    """The phases of a plan."""
     timed = "latency" in settings.measures
-    phases = {TIME_LAYERS: timed, JUDGE_OPTIONS: True, COMPUTE_FACTORS: not errors_later, TIME_CUT: timed}
+    phases = {TIME_LAYERS: timed, JUDGE_OPTIONS: True, COMPUTE_FACTORS: not calibrated, TIME_CUT: timed}
     return tuple(title for title, needed in phases.items() if needed)
 
 
@@ -170,25 +171,24 @@ class Planner:
 
     def plan_without_cuts(self, budget: Budget) -> Plan:
         """The plan that keeps every layer dense."""
-        return self._as_plan(budget, dict.fromkeys(self._tables), errors_later=True)[0]
+        return self._as_plan(budget, dict.fromkeys(self._tables))[0]
 
-    def plan(self, budget: Budget | None, errors_later: bool = False) -> tuple[Plan, FactorsByLayer]:
+    def plan(self, budget: Budget | None) -> tuple[Plan, FactorsByLayer]:
         """A plan for a budget, with the factors that were computed for the chosen options.
 
         Args:
             budget: None for a rule that takes no budget.
-            errors_later: leave out errors that no decision needed; the cut measures them.
         """
         with ExitStack() as stack:
             stack.callback(self._damages.close)
             stack.enter_context(self._naming_dense_ends())
             stack.callback(self._stopwatch.warn)  # if there is no plan, too: busy times may be the reason
             if budget is None:
-                return self._as_plan(budget, self._choose({}), errors_later)
+                return self._as_plan(budget, self._choose({}))
             allowed = allowed_costs(self._tables, self.total, budget, [skip.reason for skip in self._skips])
             if budget.latency is None:
-                return self._as_plan(budget, self._choose(allowed), errors_later)
-            return self._plan_for_latency(budget, allowed, errors_later)
+                return self._as_plan(budget, self._choose(allowed))
+            return self._plan_for_latency(budget, allowed)
 
     def _choose(self, allowed: Mapping[str, float]) -> Choice:
         """The rule's choice; rules measure options when they need them, layer by layer."""
@@ -216,7 +216,7 @@ class Planner:
             )
         return {name: choice.get(name) for name in tables}
 
-    def _plan_for_latency(self, budget: Budget, allowed: dict[str, float], errors_later: bool) -> tuple[Plan, FactorsByLayer]:
+    def _plan_for_latency(self, budget: Budget, allowed: dict[str, float]) -> tuple[Plan, FactorsByLayer]:
         """Layer times do not add up to a network's time, so time the whole cut network (random weights) and correct the budget."""
         target = (budget.latency or 1.0) * self.total.latency
         smallest = smallest_total(self._tables, tuple(allowed))["latency"]
@@ -228,7 +228,7 @@ class Planner:
                 if not tries:
                     raise
                 break
-            plan, factors = self._as_plan(budget, choice, errors_later)
+            plan, factors = self._as_plan(budget, choice)
             saved = [option.cost.latency - self._tables[name].dense.latency for name, option in choice.items() if option]
             predicted = self.total.latency + sum(saved)
             latency = self._time_cut(plan)
@@ -251,13 +251,12 @@ class Planner:
     def _measure_latency(self, models: list[nn.Module]) -> list[float]:
         return [distributed.all_reduce_mean(ms) for ms in measure_latency(models, self.inputs, stopwatch=self._stopwatch)]
 
-    def _as_plan(self, budget: Budget | None, choice: Choice, errors_later: bool) -> tuple[Plan, FactorsByLayer]:
+    def _as_plan(self, budget: Budget | None, choice: Choice) -> tuple[Plan, FactorsByLayer]:
         cuts: list[Cut] = []
         skips = list(self._skips)
         factors: FactorsByLayer = {}
         sites = {site.name: site for site in self._sites}
-        choice = choice if errors_later else self._measured(choice)
-        for name, option in choice.items():
+        for name, option in self._with_errors(choice).items():
             if option is None:
                 skips.append(Skip(name, f"rule {self.settings.rule_text} chose no option for it."))
                 continue
@@ -271,10 +270,13 @@ class Planner:
         calibrated: bool | Literal["synthetic"] = self.images is not None and ("synthetic" if self.images.synthetic else True)
         return Plan(tuple(cuts), tuple(skips), inputs, rule, budget, self.total, self._survey.outside, calibrated), factors
 
-    def _measured(self, choice: Choice) -> Choice:
-        """The chosen options, with the errors that the rule did not measure."""
+    def _with_errors(self, choice: Choice) -> Choice:
+        """The chosen options with their errors: measured, or with images estimated where estimates are at hand; the cut measures them."""
         missing = {name: option for name, option in choice.items() if option is not None and option.error is None}
         missing = {name: option for name, option in missing.items() if not self.model.get_submodule(name).get_parameter("weight").is_meta}
+        if self.images is not None:
+            errors = {name: self._tables[name].estimate_errors([o])[0] for name, o in missing.items() if self._errors[name].sampled}
+            return {**choice, **{name: replace(missing[name], error=error) for name, error in errors.items()}}
         measured: dict[str, Option] = {}
         with self.progress.layers(COMPUTE_FACTORS, {name: self._tables[name].dense.params for name in missing}) as begin:
             for name, option in missing.items():

@@ -334,7 +334,7 @@ def run_latency(options: argparse.Namespace, add: Add) -> None:
             low, high = planner.smallest_fraction("macs") + 1e-3, 1.0
             for _ in range(10):
                 middle = (low + high) / 2
-                plan, _ = planner.plan(Budget(macs=middle), errors_later=True)
+                plan, _ = planner.plan(Budget(macs=middle))
                 over = sum(cut.damage or 0.0 for cut in plan.cuts) > damage
                 low, high = (middle, high) if over else (low, middle)
             by_macs, by_macs_plan = cut_to_budget(planner, Budget(macs=high))

@@ -1,9 +1,10 @@
 """Time to plan and cut, and how far the outputs move on images that were not used; also of another checkout, for comparison.
 
-python tests/benchmarks/planning.py NETWORK MEASURE=FRACTION ... --data FOLDER [--package FOLDER] [--json FILE]
+python tests/benchmarks/planning.py NETWORK MEASURE=FRACTION ... --data FOLDER [--without-images] [--package FOLDER] [--json FILE]
 
 All budgets of a call share a cache: the first is the first plan, the others are next budgets. `--package` names a checkout of another
 commit, such as one made by `git worktree add ../before 0efe4b3`. Nothing is trained; divergences are from the dense network's outputs.
+With `--without-images`, plans are made from the weights alone, with the default settings; "error_sum" is the sum of their errors.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 JUDGED = {"resnet20": 2000, "resnet56": 2000, "resnet18-64px": 2000}  # images to judge by, 500 for others
 
 
-def measure(name: str, budgets: list[str], data: Path) -> list[dict[str, Any]]:
+def measure(name: str, budgets: list[str], data: Path, calibrated: bool) -> list[dict[str, Any]]:
     import torch
     from networks import load_case
 
@@ -43,14 +44,16 @@ def measure(name: str, budgets: list[str], data: Path) -> list[dict[str, Any]]:
             key, fraction = text.split("=")
             budget = dsconv_surgery.Budget(**{key: float(fraction)})
             cpu, wall = time.process_time(), time.perf_counter()
-            small = dsconv_surgery.compress(case.model, case.example, budget=budget, calibration=case.batches, cache=folder)
+            batches = case.batches if calibrated else None
+            small = dsconv_surgery.compress(case.model, case.example, budget=budget, calibration=batches, cache=folder)
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
             result = outputs(small.model)
             rows.append(
                 {
                     "network": name,
-                    "images": len(case.images),
+                    "images": len(case.images) if calibrated else 0,
                     "budget": text,
+                    "error_sum": round(sum(cut.error for cut in small.plan.cuts), 4),
                     "divergence": round(float((target.exp() * (target - result)).sum(1).mean()), 5),
                     "agreement": round(float((target.argmax(1) == result.argmax(1)).double().mean()), 4),
                     "cpu_seconds": round(cpu, 1),
@@ -69,6 +72,7 @@ def main() -> None:
     parser.add_argument("network")
     parser.add_argument("budgets", nargs="+", metavar="MEASURE=FRACTION")
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10/, imagenet/ and weights/")
+    parser.add_argument("--without-images", action="store_true", help="plan from the weights alone")
     parser.add_argument("--package", type=Path, default=HERE.parents[1], help="the checkout to measure; this one if not given")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "planning.json")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -81,10 +85,10 @@ def main() -> None:
     package = Path(dsconv_surgery.__file__).resolve().parents[1]
     assert package == arguments.package.resolve(), f"imported {package}"
     commit = subprocess.run(["git", "-C", str(package), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    rows = [{"commit": commit} | row for row in measure(arguments.network, arguments.budgets, arguments.data)]
+    rows = [{"commit": commit} | row for row in measure(arguments.network, arguments.budgets, arguments.data, not arguments.without_images)]
     earlier = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
-    keys = {(row["commit"], row["network"], row["budget"]) for row in rows}
-    others = [row for row in earlier if (row["commit"], row["network"], row["budget"]) not in keys]
+    keys = {(row["commit"], row["network"], row["images"], row["budget"]) for row in rows}
+    others = [row for row in earlier if (row["commit"], row["network"], row["images"], row["budget"]) not in keys]
     arguments.json.write_text(json.dumps(others + rows, indent=1) + "\n")
 
 

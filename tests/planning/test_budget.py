@@ -214,10 +214,10 @@ def test_limits_tightened_out_of_reach_leave_the_best_plan_so_far(error: Excepti
 
     monkeypatch.setattr(decision, "_choose", chosen)
     if isinstance(error, BudgetError):
-        assert [cut.name for cut in decision._plan_for_latency(Budget(latency=0.9), {"latency": 1.0}, False)[0].cuts] == [name]
+        assert [cut.name for cut in decision._plan_for_latency(Budget(latency=0.9), {"latency": 1.0})[0].cuts] == [name]
     else:
         with pytest.raises(ValueError, match="wrong"):
-            decision._plan_for_latency(Budget(latency=0.9), {"latency": 1.0}, False)
+            decision._plan_for_latency(Budget(latency=0.9), {"latency": 1.0})
 
 
 def test_a_knapsack_that_only_just_has_an_answer() -> None:
@@ -293,7 +293,7 @@ def test_a_second_plan_comes_from_the_cache(net: Net, x: Tensor, batches: list[T
 
         def plan_again() -> Plan:  # errors of what is chosen are measured anew: not asked for here
             decision = Planner(net, Inputs(x), PlanSettings(budget=Budget(macs=0.5)), Images(batches, SHAPES))
-            return decision.plan(Budget(macs=0.5), errors_later=True)[0]
+            return decision.plan(Budget(macs=0.5))[0]
 
         again = plan_again()
         assert [(c.name, c.scheme, c.rank) for c in again.cuts] == [(c.name, c.scheme, c.rank) for c in first.cuts]
@@ -848,7 +848,7 @@ def test_planning_leaves_no_temporary_files(net: Net, x: Tensor, batches: list[T
     written = []
     monkeypatch.setattr("torch.save", lambda value, path, save=torch.save: (written.append(path), save(value, path)))
     decision = Planner(net, Inputs(x), PlanSettings(), Images(Calibration(batches, memory=1), SHAPES), cache=False)
-    decision.plan(Budget(macs=0.5), errors_later=True)
+    decision.plan(Budget(macs=0.5))
     assert written
     assert list(tmp_path.glob("dsconv-surgery-*")) == []
     chain = nn.Sequential(copy.deepcopy(net.wide))
