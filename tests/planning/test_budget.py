@@ -220,6 +220,17 @@ def test_limits_tightened_out_of_reach_leave_the_best_plan_so_far(error: Excepti
             decision._plan_for_latency(Budget(latency=0.9), {"latency": 1.0})
 
 
+@pytest.mark.parametrize("scheme", ["cp", "channel", "tucker"])
+def test_a_calibrated_plan_estimates_the_error_that_its_cut_measures(scheme: str, net: Net, x: Tensor, batches: list[Tensor]) -> None:
+    """Of one layer: with several, the error also has a part that comes from earlier cuts."""
+    settings: Any = {"budget": Budget(macs=0.8), "schemes": scheme, "include": "wide", "calibration": batches}
+    (guess,), (cut,) = make_plan(net, x, **settings).cuts, compress(net, x, **settings).plan.cuts
+    assert guess.rank == cut.rank
+    assert guess.error is not None
+    assert cut.error is not None
+    assert cut.error / 2 < guess.error < 2 * cut.error
+
+
 def test_a_knapsack_that_only_just_has_an_answer() -> None:
     """Two measures, random options and room for hardly more than one known choice: a choice is found, and it fits."""
     for seed in range(60):
