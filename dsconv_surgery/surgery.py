@@ -249,10 +249,9 @@ def _check_fit(model: nn.Module, plan: Plan) -> None:
         elif layer in reasons:
             problem = f"a layer that cannot be cut: {reasons[layer]}"
         elif (spec := ConvSpec.of(layer)) != cut.spec:
-            folded = (
-                " Pass fold_batchnorm(model, ...) if the plan was made for it." if replace(spec, bias=cut.spec.bias) == cut.spec else ""
-            )
-            problem = f"{spec}.{folded}"
+            problem = f"{spec}."
+            if replace(spec, bias=cut.spec.bias) == cut.spec:
+                problem += " Only the bias differs: pass fold_batchnorm(model, ...) if the plan was made for it."
         else:
             continue
         problems.append(f"{cut.name}: expected {cut.spec}, found {problem}")
