@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dsconv_surgery.compression import compress
     from dsconv_surgery.finetuning.fine_tune import fine_tune
     from dsconv_surgery.finetuning.settings import FineTune
+    from dsconv_surgery.network.batchnorm_folding import fold_batchnorm
     from dsconv_surgery.network.discovery import find_convs
     from dsconv_surgery.network.plain import plain
     from dsconv_surgery.plan import Plan
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Budget", "Calibration", "DepthwiseConv2d", "DepthwiseSeparableConv2d", "FineTune", "Inputs", "Plan", "PlanSettings", "PointwiseConv2d",
-    "Recipe", "apply_plan", "batchnorm_distance", "compare", "compress", "find_convs", "fine_tune", "fold_back", "load", "make_plan",
-    "pareto", "plain", "register_scheme", "save",
+    "Recipe", "apply_plan", "batchnorm_distance", "compare", "compress", "find_convs", "fine_tune", "fold_back", "fold_batchnorm", "load",
+    "make_plan", "pareto", "plain", "register_scheme", "save",
 ]  # fmt: skip
 
 _NAMES_BY_MODULE = {
@@ -41,6 +42,7 @@ _NAMES_BY_MODULE = {
     "compression": ("compress",),
     "finetuning.fine_tune": ("fine_tune",),
     "finetuning.settings": ("FineTune",),
+    "network.batchnorm_folding": ("fold_batchnorm",),
     "network.discovery": ("find_convs",),
     "network.plain": ("plain",),
     "plan": ("Plan",),

@@ -58,8 +58,8 @@ def save(compressed: Compressed | nn.Module, folder: str | PathLike[str], plan: 
         plan: required with a model.
 
     Raises:
-        ValueError: there is no plan, the model was not cut by it, its state cannot be saved, the folder holds a plan.json that `save`
-            did not write, or no folder can have its name.
+        ValueError: there is no plan, the model was not cut by it or was folded (`fold_batchnorm`) afterwards, its state cannot be saved,
+            the folder holds a plan.json that `save` did not write, or no folder can have its name.
         OSError: the files cannot be written. A network that was there before is unchanged.
 
     Example:
@@ -208,7 +208,10 @@ def _check_tensors(tensors: dict[str, Tensor], state: dict[str, Any], file: str)
             shapes = list(tensors[saved[0]].shape), list(state[saved[0]].shape)
             problems.append(f"{saved[0]}: saved with shape {shapes[0]}, found {shapes[1]} in the fresh model.")
     if problems:
-        raise ValueError(f"{file} does not fit the fresh model. {listed(problems)} Pass a model of the class that was saved.")
+        raise ValueError(
+            f"{file} does not fit the fresh model. {listed(problems)} Pass a model of the class that was saved, and "
+            "fold_batchnorm(fresh_model, ...) if its BatchNorms were folded."
+        )
     for name, tensor in tensors.items():
         if tensor.dtype != state[name].dtype:
             dtypes = f"saved as {tensor.dtype}, found {state[name].dtype} in the fresh model"

@@ -11,6 +11,7 @@ from torch import nn
 from dsconv_surgery import schemes
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.calibration.images import Calibration, Images, check_model_runs, drawn
+from dsconv_surgery.network.batchnorm_folding import has_folded_batchnorm
 from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.network.geometry import Cost, Rank
 from dsconv_surgery.network.layers import check_network, check_not_quantized
@@ -215,6 +216,8 @@ def compare(
 
 def _weight_errors(layer: nn.Module, chain: nn.Module, cut: Cut) -> tuple[float | None, float | None]:
     """The error of the weights, and the degeneracy; None on the meta device."""
+    if has_folded_batchnorm(layer) != has_folded_batchnorm(chain):
+        raise ValueError(f"{cut.name}: a BatchNorm is folded into this layer in one network only. Fold both before the cut, or neither.")
     weight, factors, scheme = layer.get_parameter("weight"), chain_factors(cut, chain), schemes.get_scheme(cut.scheme)
     if any(tensor.is_meta for tensor in (weight, *factors.values())):
         return None, None

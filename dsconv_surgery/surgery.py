@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dsconv_surgery.calibration.batchnorm import reestimate_batchnorm
 from dsconv_surgery.calibration.images import Calibration, Images, drawn, images_for
 from dsconv_surgery.calibration.reconstruct import CALIBRATE, correct_mean, reconstruct
+from dsconv_surgery.network.batchnorm_folding import has_folded_batchnorm
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.network.graph_rewrite import collapse_calls, expand_calls
 from dsconv_surgery.network.layers import (
@@ -182,7 +184,7 @@ def fold_back(model: nn.Module, plan: Plan) -> nn.Module:
         plan: the plan that the model was cut by.
 
     Raises:
-        ValueError: the chains in the model are not those of the plan.
+        ValueError: the chains in the model are not those of the plan, or hold a BatchNorm that `fold_batchnorm` folded into them.
 
     Example:
         >>> dense = fold_back(small, plan)
@@ -221,6 +223,11 @@ def check_cut(model: nn.Module, plan: Plan) -> None:
     problems: list[str] = []
     for cut in plan.cuts:
         layer = modules.get(cut.name)
+        if isinstance(layer, nn.Sequential) and len(layer) and has_folded_batchnorm(layer[-1]):
+            raise ValueError(
+                f"{cut.name}: expected the chain of the plan, found one with a BatchNorm that fold_batchnorm folded into it. Pass the cut "
+                "network from before fold_batchnorm."
+            )
         if layer is None or not links_of(cut.chain, layer):
             links = ", ".join(cut.chain)
             problems.append(f"{cut.name}: expected the links {links} of {cut.scheme!r} at rank {cut.rank}, found {_described(layer)}.")
@@ -241,8 +248,10 @@ def _check_fit(model: nn.Module, plan: Plan) -> None:
             problem = f"{_described(layer)}.{did_you_mean(cut.name, layers)}"
         elif layer in reasons:
             problem = f"a layer that cannot be cut: {reasons[layer]}"
-        elif ConvSpec.of(layer) != cut.spec:
-            problem = f"{ConvSpec.of(layer)}."
+        elif (spec := ConvSpec.of(layer)) != cut.spec:
+            problem = f"{spec}."
+            if replace(spec, bias=cut.spec.bias) == cut.spec:
+                problem += " Only the bias differs: pass fold_batchnorm(model, ...) if the plan was made for it."
         else:
             continue
         problems.append(f"{cut.name}: expected {cut.spec}, found {problem}")

@@ -55,7 +55,7 @@ def check_computes_same(dense: nn.Module, cut: nn.Module, last_links: Mapping[st
             f"none of the cut layers ({', '.join(list(last_links)[:5])}) is called when a copy of the network runs. Its forward may belong "
             "to the original network, as a function in an attribute does. Define forward as a method of the class."
         )
-    if calls[0] != calls[1] or not _equal(expected, result):
+    if calls[0] != calls[1] or not outputs_equal(expected, result):
         raise ValueError(_explain(dense, cut, last_links, inputs))
     tensors = [tensor for tensor in output_tensors(expected) if tensor.numel()]
     if tensors and not any(bool(tensor.isfinite().any()) for tensor in tensors):
@@ -89,8 +89,8 @@ def _count_calls(cut: nn.Module, last_links: Mapping[str, str]) -> list[str]:
     return calls
 
 
-def _equal(expected: Any, result: Any) -> bool:
-    # Whole numbers, such as classes, have to be the same as well.
+def outputs_equal(expected: Any, result: Any) -> bool:
+    """Whether two outputs of a network are equal but for rounding; whole numbers, such as classes, have to be the same."""
     sides = [[*output_tensors(side), *(t for t in all_tensors(side) if _is_whole(t))] for side in (expected, result)]
     return len(sides[0]) == len(sides[1]) and all(map(is_close, *sides))
 

@@ -38,7 +38,7 @@ import conftest  # noqa: F401 - makes torchvision importable beside a CPU build 
 from calibrated import Add, divergence, draw, network, outputs, recorder
 from cifar import accuracy, cifar10, to_input
 
-from dsconv_surgery import Budget, Calibration, Recipe, compress
+from dsconv_surgery import Budget, Calibration, Recipe, compress, fold_batchnorm
 from dsconv_surgery.compression import cut_to_budget
 from dsconv_surgery.planning.layer_latency import LayerTimer
 from dsconv_surgery.planning.planner import Planner
@@ -167,13 +167,6 @@ def resnet18(data: Path) -> nn.Module:
     return model.eval()
 
 
-def folded(model: nn.Module) -> nn.Module:
-    """Batch normalisation folded into the convolutions before it."""
-    from torch.fx.experimental.optimization import fuse
-
-    return fuse(model.eval())
-
-
 def enlarged(x: Tensor) -> Tensor:
     return F.interpolate(x, size=64, mode="bilinear", align_corners=False)
 
@@ -190,7 +183,7 @@ def run_resnet18(options: argparse.Namespace, add: Add) -> None:
     for measure, fractions in (("macs", (0.5, 0.25, 0.15)), ("latency", (0.5, 0.35))):
         if options.measures and measure not in options.measures:
             continue
-        model = resnet18(options.data) if measure == "macs" else folded(resnet18(options.data))
+        model = resnet18(options.data) if measure == "macs" else fold_batchnorm(resnet18(options.data), torch.zeros(1, 3, 64, 64))
         kind = form(options) if measure == "latency" else {}
         for fraction in fractions:
 
@@ -282,7 +275,7 @@ def run_torchvision(options: argparse.Namespace, add: Add) -> None:
 
             def run(recipe: Recipe = recipe, network_name: str = network_name, batch: int = batch) -> dict[str, Any]:
                 torch.manual_seed(0)
-                model = folded(getattr(torchvision.models, network_name)(weights=None))
+                model = fold_batchnorm(getattr(torchvision.models, network_name)(weights=None).eval(), torch.zeros(1, *recipe.input[1:]))
                 example = torch.randn(batch, *recipe.input[1:])
                 start = time.perf_counter()
                 if options.channels_last:
@@ -326,7 +319,7 @@ def run_latency(options: argparse.Namespace, add: Add) -> None:
 
         def run(batch: int = batch) -> dict[str, Any]:
             torch.manual_seed(0)
-            model = folded(getattr(torchvision.models, name)(weights=None))
+            model = fold_batchnorm(getattr(torchvision.models, name)(weights=None).eval(), torch.zeros(1, 3, 224, 224))
             example = torch.randn(batch, 3, 224, 224)
             by_latency = compress(model, example, budget=Budget(latency=0.5))
             damage = sum(cut.damage or 0.0 for cut in by_latency.plan.cuts)
