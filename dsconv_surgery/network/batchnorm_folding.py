@@ -114,8 +114,8 @@ def _check(model: nn.Module, inputs: Inputs) -> None:
             raise ValueError(f"{name}: expected values to fold, found a tensor on the meta device. Load weights first.")
     training = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
     if training:
-        found = f"{len(training)} BatchNorms in training mode, which use the statistics of each batch"
-        raise ValueError(f"{training[0] or 'model'}: expected evaluation mode, found {found}. Call model.eval() first.")
+        problem = f"{len(training)} BatchNorms in training mode, which use the statistics of each batch"
+        raise ValueError(f"{training[0] or 'model'}: expected evaluation mode, found {problem}. Call model.eval() first.")
 
 
 class _Uses(TorchDispatchMode):
