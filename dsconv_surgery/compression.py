@@ -14,11 +14,14 @@ from torch import nn
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.calibration.images import Calibration, Images, images_for
 from dsconv_surgery.finetuning.history import History
+from dsconv_surgery.finetuning.recovery import HeldOut, recover_cut, recovery_settings
+from dsconv_surgery.finetuning.settings import FineTune
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.planning.planner import Planner, planning_phases
 from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
 from dsconv_surgery.report import Report, Try, compare
-from dsconv_surgery.support.fidelity import checked_score
+from dsconv_surgery.schemes import Factors
+from dsconv_surgery.support.fidelity import Recovery, checked_score
 from dsconv_surgery.support.inputs import as_inputs
 from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.progress import Progress
@@ -29,12 +32,22 @@ MAX_DROP_TRIES = 7  # budgets tried in the search for the smallest network withi
 
 @dataclass(frozen=True)
 class Compressed:
-    """A cut network, the plan it was cut by, the report of what that saved, and the histories of its fine-tuning, if there was any."""
+    """A cut network, the plan it was cut by, the report of what that saved, and the histories of its recovery and its fine-tuning."""
 
     model: nn.Module
     plan: Plan
     report: Report
     tuned: tuple[History, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network cut to a budget; with `recover`, what training it on the calibration images changed."""
+
+    model: nn.Module
+    plan: Plan
+    tuned: tuple[History, ...] = ()
+    recovery: Recovery | None = None
 
 
 @standard_modes()
@@ -46,6 +59,7 @@ def compress(
     calibration: Calibration | Iterable[Any] | str | None = None,
     prepare: Callable[[Any], Any] | None = None,
     output: Callable[[Any], Any] | None = None,
+    recover: bool | FineTune = False,
     max_drop: float | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     cache: bool | str | Path = True,
@@ -59,19 +73,25 @@ def compress(
         calibration: batches of unlabelled images, a `Calibration`, or "synthetic" for procedural images (see `Calibration.synthetic`).
             Both the plan and the factors are then made for these images, layer by layer on the inputs that the network compressed so
             far gives (see `apply_plan`).
+        recover: train the cut network on the calibration images, without labels, towards the dense network's outputs: True for settings
+            that suit a few hundred images, or a `FineTune`. Every fourth image is held out: factors are fitted to the others and trained
+            on them, and the epoch counts whose outputs on held-out images are closest to the dense network's. If none is closer than
+            the cut, the result is that of `recover=False`. The images are held in memory, in batches of 16. It takes minutes, and with
+            `max_drop` so for each try.
         max_drop: find the smallest network whose score is at most this much below the dense network's, by bisection over budgets; in the
             units of the score, so 0.01 is one point of an accuracy in [0, 1]. The report lists the tries. A budget given with it names
             the measure to make small, and the lowest fraction to try.
         evaluate: a function that gives a network's score, higher for better, in the units of `max_drop`. It gets a copy in evaluation mode.
 
     Returns:
-        `Compressed(model, plan, report)`: a new network, its plan, and what it saves. If no cut network is within `max_drop`, a copy of
-        the dense network.
+        `Compressed(model, plan, report, tuned)`: a new network, its plan, and what it saves. The report says what `recover` changed, and
+        `tuned` holds the history, with the negative distance from the dense network's outputs as the score. If no cut network is within
+        `max_drop`, a copy of the dense network.
 
     Raises:
         ValueError, TypeError: as `make_plan` and `apply_plan`; `max_drop` without `evaluate`, with a rule that takes no budget or with a
-            budget on several measures; a score that is not a number, or that is positive and not above `max_drop`. The model passed in
-            never changes.
+            budget on several measures; a score that is not a number, or that is positive and not above `max_drop`; `recover` without
+            calibration images, with fewer than 16, or in several processes. The model passed in never changes.
 
     Example:
         >>> small = compress(model, torch.rand(1, 3, 224, 224), budget=Budget(macs=0.5))
@@ -85,14 +105,19 @@ def compress(
         raise ValueError("max_drop= needs a rule that takes a budget, and a budget on one measure, such as Budget(macs=0.1).")
     inputs = as_inputs(example_inputs, example_kwargs)
     images = None if calibration is None else images_for(model, calibration, inputs, prepare, output)
+    recovery = recovery_settings(recover, images, model)
     planner = Planner(model, inputs, checked, images, cache, Progress(progress, compression_phases(checked, images)))
+
+    def cut(budget: Budget | None) -> Candidate:
+        return _recovered(planner, budget, recovery, progress) if recovery else Candidate(*cut_to_budget(planner, budget))
+
     tries: tuple[Try, ...] = ()
     if max_drop is None or evaluate is None:
-        cut, plan = cut_to_budget(planner, checked.effective_budget)
+        result = cut(checked.effective_budget)
     else:
-        cut, plan, tries = _smallest_within(planner, checked.budget, max_drop, evaluate)
-    report = compare(model, cut, *example_inputs, example_kwargs=example_kwargs, plan=plan)
-    return Compressed(cut, plan, replace(report, tries=tries))
+        result, tries = _smallest_within(planner, checked.budget, max_drop, evaluate, cut)
+    report = compare(model, result.model, *example_inputs, example_kwargs=example_kwargs, plan=result.plan)
+    return Compressed(result.model, result.plan, replace(report, tries=tries, recovery=result.recovery), result.tuned)
 
 
 def check_max_drop(max_drop: float | None) -> None:
@@ -123,13 +148,37 @@ def cut_to_budget(planner: Planner, budget: Budget | None) -> tuple[nn.Module, P
     plan, factors = planner.plan(budget)
     if images is None:
         return build_cut_model(model, plan, "factorize", factors, planner.progress, planner.inputs), plan
-    cut, errors = cut_calibrated(model, plan, images, factors, planner.progress, planner.inputs)
+    return _calibrated(planner, plan, factors, images)
+
+
+def _calibrated(planner: Planner, plan: Plan, factors: Mapping[str, Factors], images: Images) -> tuple[nn.Module, Plan]:
+    """The network cut by a plan on some images, and the plan with the errors on them."""
+    cut, errors = cut_calibrated(planner.model, plan, images, factors, planner.progress, planner.inputs)
     return cut, replace(plan, cuts=tuple(replace(c, error=errors[c.name]) for c in plan.cuts))
 
 
+def _recovered(planner: Planner, budget: Budget | None, settings: FineTune, progress: bool | None) -> Candidate:
+    """The network cut to a budget on the images that are not held out, then trained on them; cut on all images if that did not help."""
+    images: Any = planner.images
+    plan, factors = planner.plan(budget)
+    if not plan.cuts:
+        return Candidate(*_calibrated(planner, plan, factors, images))
+    training, held = HeldOut.split(planner.model, images, planner.inputs)
+    cut, cut_plan = _calibrated(planner, plan, factors, training)
+    trained, history, recovery = recover_cut(cut, cut_plan, training, held, settings, progress)
+    tuned = () if history is None else (history,)
+    if trained is None:
+        return Candidate(*_calibrated(planner, plan, factors, images), tuned, recovery)
+    return Candidate(trained, cut_plan, tuned, recovery)
+
+
 def _smallest_within(
-    planner: Planner, lowest: Budget | None, max_drop: float, evaluate: Callable[[nn.Module], float]
-) -> tuple[nn.Module, Plan, tuple[Try, ...]]:
+    planner: Planner,
+    lowest: Budget | None,
+    max_drop: float,
+    evaluate: Callable[[nn.Module], float],
+    cut: Callable[[Budget | None], Candidate],
+) -> tuple[Candidate, tuple[Try, ...]]:
     """The smallest network, found by bisection over budgets, whose score is within `max_drop`."""
     measure = planner.settings.measures[0]
     floor = min(planner.smallest_fraction(measure) + 1e-6, 1.0)
@@ -138,19 +187,19 @@ def _smallest_within(
     _check_drop_can_fail(max_drop, dense_score)
     target = dense_score - max_drop
     plan = planner.plan_without_cuts(Budget(**{measure: 1.0}))  # its score is within any drop
-    cut = build_cut_model(planner.model, plan, "factorize", {}, planner.progress, planner.inputs)
+    best = Candidate(build_cut_model(planner.model, plan, "factorize", {}, planner.progress, planner.inputs), plan)
     tries: list[Try] = []
     for number in range(MAX_DROP_TRIES):
         fraction = low if number == 0 else (low + high) / 2
         budget = Budget(**{measure: fraction})
         planner.progress.part = f"try {number + 1} of at most {MAX_DROP_TRIES}"
-        candidate, candidate_plan = cut_to_budget(planner, budget)
-        score = checked_score(evaluate, candidate)
-        tries.append(Try(budget, candidate_plan.total_after, score, score >= target, dense_score, max_drop))
+        candidate = cut(budget)
+        score = checked_score(evaluate, candidate.model)
+        tries.append(Try(budget, candidate.plan.total_after, score, score >= target, dense_score, max_drop))
         if score >= target:
-            cut, plan, high = candidate, candidate_plan, fraction
+            best, high = candidate, fraction
             if number == 0:
                 break  # the lowest budget is within the drop already
         else:
             low = fraction
-    return cut, plan, tuple(tries)
+    return best, tuple(tries)

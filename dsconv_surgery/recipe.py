@@ -20,6 +20,7 @@ from dsconv_surgery.calibration.synthetic import Synthetic
 from dsconv_surgery.compression import Compressed, check_max_drop, compress
 from dsconv_surgery.finetuning.fine_tune import fine_tune
 from dsconv_surgery.finetuning.history import History
+from dsconv_surgery.finetuning.recovery import RECOVERY
 from dsconv_surgery.finetuning.settings import FineTune
 from dsconv_surgery.planning.settings import PlanSettings, as_tuple, plan_keywords
 from dsconv_surgery.report import compare
@@ -58,6 +59,7 @@ class Recipe(PlanSettings):
         max_drop: as for `compress`.
         channels_last: convert a copy of the model, and the inputs, to this memory format; cut networks are often faster in it on CPUs.
         calibration: how calibration images are used; images must then be passed to `run`. None: factorise for the weights alone.
+        recover: as for `compress`: true, or a table of `FineTune` settings.
         fine_tune: settings of a fine-tuning after the cut; training batches must then be passed to `run`.
         stages: reach the budget in this many cuts, by equal factors, with a fine-tuning after each. Between two cuts the factors are
             multiplied out (`fold_back`) and the resulting dense network is cut again.
@@ -76,6 +78,7 @@ class Recipe(PlanSettings):
     max_drop: float | None = None
     channels_last: bool = False
     calibration: CalibrationSettings | None = None
+    recover: Annotated[bool | FineTune, Field(description="true, false or FineTune(...)")] = False
     fine_tune: FineTune | None = None
     stages: Annotated[int, Field(ge=1, description="a whole number of cuts, 1 or more")] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63, description="a whole number of 64 bits")] = 0
@@ -85,6 +88,9 @@ class Recipe(PlanSettings):
         check_max_drop(self.max_drop)
         if self.stages > 1 and (self.fine_tune is None or self.budget is None or self.max_drop is not None):
             raise ValueError(f"stages={self.stages} needs fine_tune and a budget, and no max_drop: each stage cuts to part of the budget.")
+
+        if self.recover and self.calibration is None:
+            raise ValueError("recover needs calibration: the cut network is trained on calibration images.")
 
     def run(
         self,
@@ -133,6 +139,9 @@ class Recipe(PlanSettings):
         if self.channels_last:
             model, inputs = channels_last_copy(model, inputs)
         settings = {name: getattr(self, name) for name in (*plan_keywords(), "max_drop")}
+        if self.recover:
+            tuning = RECOVERY if self.recover is True else self.recover
+            settings["recover"] = replace(tuning, seed=self.seed + tuning.seed)
         settings |= {"calibration": images, "evaluate": evaluate, "cache": cache, "progress": progress}
         settings |= {"example_kwargs": inputs.kwargs, "output": output}
         histories: list[History] = []
@@ -142,16 +151,19 @@ class Recipe(PlanSettings):
                 limits = self.budget.limits()
                 settings["budget"] = Budget(**{measure: keep ** (stage / self.stages) for measure, keep in limits.items()})
             small = compress(dense, *inputs.args, **settings)
+            histories += small.tuned
             if self.fine_tune is not None and train is not None:
                 tuning = replace(self.fine_tune, seed=self.seed + self.fine_tune.seed + stage - 1)
                 arguments: dict[str, Any] = {"prepare": prepare, "output": output, "inputs": max(1, len(inputs.args)), "progress": progress}
                 histories.append(fine_tune(small.model, train, teacher=model, validate=validate, settings=tuning, **arguments))
             if stage < self.stages:
                 dense = fold_back(small.model, small.plan)
-        if not histories:
+        if self.fine_tune is None:
             return small
         report = compare(model, small.model, *inputs.args, example_kwargs=inputs.kwargs, plan=small.plan)
-        return Compressed(small.model, small.plan, replace(report, tries=small.report.tries), tuple(histories))
+        return Compressed(
+            small.model, small.plan, replace(report, tries=small.report.tries, recovery=small.report.recovery), tuple(histories)
+        )
 
     def _calibration(
         self, calibration: Calibration | Iterable[Any] | str | None, example: Inputs, prepare: Callable[[Any], Any] | None
@@ -180,8 +192,10 @@ class Recipe(PlanSettings):
             raise ValueError(f"recipe: rule={self.rule!r} is a function, which a file cannot hold. Name a rule.")
         names = {field.name for field in fields(Recipe) if getattr(self, field.name) != field.default}
         changed = TypeAdapter(Recipe).dump_python(self, include=names, exclude_none=True)
-        if self.fine_tune is not None and self.fine_tune.clip is None:  # TOML has no None, and a missing key means the default
-            changed["fine_tune"]["clip"] = math.inf
+        for name in ("fine_tune", "recover"):
+            settings = getattr(self, name)
+            if isinstance(settings, FineTune) and settings.clip is None:  # TOML has no None, and a missing key means the default
+                changed[name]["clip"] = math.inf
         return tomli_w.dumps(changed)
 
     @classmethod

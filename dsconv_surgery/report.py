@@ -17,7 +17,7 @@ from dsconv_surgery.network.geometry import Cost, Rank
 from dsconv_surgery.network.layers import check_network, check_not_quantized
 from dsconv_surgery.plan import COST_COLUMNS, Cut, Plan, cost_cells
 from dsconv_surgery.support.copies import evaluation_copy
-from dsconv_surgery.support.fidelity import Fidelity, measure_fidelity
+from dsconv_surgery.support.fidelity import Fidelity, Recovery, measure_fidelity
 from dsconv_surgery.support.formatting import markdown_table, text_table
 from dsconv_surgery.support.inputs import as_inputs
 from dsconv_surgery.support.latency import ROUNDS, Latency, measure_latency, timing_conditions
@@ -84,6 +84,7 @@ class Report(JsonRecord):
     fidelity: Fidelity | None = None
     tries: tuple[Try, ...] = ()
     synthetic: bool = False  # the cut network was calibrated on synthetic images
+    recovery: Recovery | None = None  # if the cut network was to be trained on its calibration images
 
     @property
     def params_saved(self) -> float:
@@ -125,6 +126,8 @@ class Report(JsonRecord):
             lines.append(f"largest CP degeneracy {degeneracies[name]:.2f}, in {name}: squared norms of terms / squared norm of the kernel")
         if self.synthetic:
             lines.append("calibrated on synthetic images: measure the accuracy on real ones")
+        if self.recovery:
+            lines.append(str(self.recovery))
         if f := self.fidelity:
             agreement = f", same top class {100 * f.agreement:.2f} %" if f.agreement is not None else ""
             divergence = f", divergence {f.divergence:.4f} nats" if f.divergence is not None else ""

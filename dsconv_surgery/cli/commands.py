@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,6 +61,7 @@ def compress(
     images: options.Count = 512,
     mean: options.Mean = IMAGENET_MEAN,
     std: options.Std = IMAGENET_STD,
+    recover: options.Recover = False,
     measure_latency: options.MeasureLatency = False,
     channels_last: options.ChannelsLast = False,
     cache: options.UseCache = True,
@@ -70,7 +72,7 @@ def compress(
     _check_writable(out)
     dense, example = _load_model(model, weights, input, channels_last)
     batches = _load_calibration(calibration, example, images, mean, std)
-    small = dsconv_surgery.compress(dense, example, calibration=batches, cache=cache, progress=progress, **settings)
+    small = dsconv_surgery.compress(dense, example, calibration=batches, recover=recover, cache=cache, progress=progress, **settings)
     _save_and_print(small, out, dense, example, measure_latency, json, None if calibration == "synthetic" else batches)
 
 
@@ -254,6 +256,7 @@ def _save_and_print(
     result = small.report
     if latency or data:
         result = dsconv_surgery.compare(dense, small.model, example, plan=small.plan, latency=latency, data=data)
+        result = replace(result, recovery=small.report.recovery)
     _print(result.to_json() if json else str(result))
     typer.echo(f"saved to {out}", err=True)
 

@@ -35,6 +35,9 @@ Progress = Annotated[
     bool | None,
     typer.Option("--progress/--no-progress", show_default=False, help="show bars of progress (in a terminal only, if not given)"),
 ]
+Recover = Annotated[
+    bool, typer.Option("--recover", help="train the cut network on the calibration images, and keep the result if held-out images improve")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 OPTION_NAMES = {"schemes": "--scheme"}  # an option that is repeated has a singular name

@@ -20,6 +20,12 @@ def process_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+def several_processes() -> bool:
+    """Whether a process group of several processes exists, or torchrun launched several."""
+    launched = dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    return launched or process_and_world_size()[1] > 1
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Under torchrun, create a process group for the block unless there is one already: nccl for CUDA tensors, gloo for others."""

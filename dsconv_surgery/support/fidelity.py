@@ -104,6 +104,11 @@ class OutputComparison:
         return float(self._sums[0])
 
     @property
+    def distance(self) -> float:
+        """The divergence of classifiers, the squared relative error of other outputs."""
+        return self.error if self.divergence is None else self.divergence
+
+    @property
     def agreement(self) -> float | None:
         """For classifiers, the share of images with the same top class."""
         return float(self._sums[2] / self._sums[4]) if self.classification and self.images else None
@@ -128,6 +133,32 @@ class Fidelity:
     divergence: float | None
     layer_errors: dict[str, float]  # squared relative error of layers' outputs, each channel about its mean
     synthetic: bool = False  # the images were synthetic
+
+
+@record
+class Recovery:
+    """What training on calibration images changed: the distance from the dense network's outputs on held-out images.
+
+    The distance is the divergence of classifiers, in nats, or the squared relative error of other outputs, as `measure` says. If no
+    epoch lowered it, the cut network was not changed, and `epoch` is 0.
+    """
+
+    images: int  # to train on
+    held_out: int
+    measure: str
+    before: float
+    after: float
+    epoch: int
+    finite: bool = True  # whether the loss was, in all steps
+
+    def __str__(self) -> str:
+        unit = " nats" if self.measure == "divergence" else ""
+        if self.epoch:
+            change = f"{self.measure} on {self.held_out:,} others {self.before:.4f} -> {self.after:.4f}{unit}"
+            return f"recovered on {self.images:,} calibration images: {change}, with the weights after epoch {self.epoch}"
+        reason = "no epoch lowered it" if self.finite else "the loss was not finite; lower lr"
+        value = f"{self.measure} on {self.held_out:,} others stays {self.before:.4f}{unit}"
+        return f"not recovered on {self.images:,} calibration images: {value}, as {reason}"
 
 
 def measure_fidelity(

@@ -188,7 +188,7 @@ class InputStructure:
         return max([1, *(image.numel() for image in main)]) if isinstance(main, list | tuple) else max(1, main[:1].numel())
 
     def select(self, inputs: Inputs, index: slice | Tensor) -> Inputs:
-        """The inputs for some images: a range, or a mask with one flag per image."""
+        """The inputs for some images: a range, a mask with one flag per image, or their numbers."""
         values, count = (inputs.args, inputs.kwargs), self.count(inputs)
         numbers = torch.arange(count, device="cpu")[index].tolist()
         rows = index if isinstance(index, slice) else torch.tensor(numbers, dtype=torch.long, device="cpu")

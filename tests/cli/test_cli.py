@@ -333,6 +333,14 @@ def test_compress_calibrates(home: str, pictures: Path) -> None:
     assert "outputs on 7 images" in again
 
 
+def test_compress_recovers(home: str, tmp_path: Path) -> None:
+    """The report keeps the line when the outputs are compared, and JSON holds it."""
+    torch.save(torch.rand(20, 3, 12, 12), tmp_path / "images.pt")
+    words = (f"{home}:small", *INPUT, "--scheme", "cp", "--macs", 0.6, "--calibration", "images.pt", "--recover")
+    assert "recovered on 15 calibration images: squared relative error on 5 others" in run("compress", *words, "--out", "out")
+    assert Report.from_json(run("compress", *words, "--out", "again", "--json")).recovery is not None
+
+
 @pytest.mark.filterwarnings("ignore:.*the network has no BatchNorm statistics")
 def test_synthetic_images(home: str, tmp_path: Path) -> None:
     """By this name, with --mean, --std and --images; a folder of this name is ./synthetic."""
