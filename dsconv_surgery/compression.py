@@ -73,11 +73,11 @@ def compress(
         calibration: batches of unlabelled images, a `Calibration`, or "synthetic" for procedural images (see `Calibration.synthetic`).
             Both the plan and the factors are then made for these images, layer by layer on the inputs that the network compressed so
             far gives (see `apply_plan`).
-        recover: train the cut network on the calibration images, without labels, towards the dense network's outputs: True for settings
-            that suit a few hundred images, or a `FineTune`. Every fourth image is held out: factors are fitted to the others and trained
-            on them, and the epoch counts whose outputs on held-out images are closest to the dense network's. If none is closer than
-            the cut, the result is that of `recover=False`. The images are held in memory, in batches of 16. It takes minutes, and with
-            `max_drop` so for each try.
+        recover: train the cut network on the calibration images, without labels, towards the outputs of the dense network and of its cut
+            layers: True for settings that suit a few hundred images, or a `FineTune`. Every fourth image is held out: factors are fitted
+            to the others and trained on them, and the epoch counts whose outputs on held-out images are closest to the dense network's.
+            If none is closer than the cut, the result is that of `recover=False`. The images are held in memory, and batches have 16 of
+            them. It takes minutes, and with `max_drop` so for each try.
         max_drop: find the smallest network whose score is at most this much below the dense network's, by bisection over budgets; in the
             units of the score, so 0.01 is one point of an accuracy in [0, 1]. The report lists the tries. A budget given with it names
             the measure to make small, and the lowest fraction to try.
