@@ -225,6 +225,13 @@ def test_only_those_that_can_be_folded_are_folded() -> None:
     torch.testing.assert_close(folded(X), model(X))
 
 
+def test_two_batchnorms_on_one_output_stay() -> None:
+    model = randomised(Block(usual))
+    model.other = randomised(nn.BatchNorm2d(4))
+    model.function = lambda self, x: (lambda y: self.bn(y) + self.other(y))(self.conv(x))
+    assert count(fold_batchnorm(model, X)) == 2
+
+
 def test_flags_layout_and_attributes_are_kept() -> None:
     model = randomised(Block(usual)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.conv.weight.requires_grad_(False)
