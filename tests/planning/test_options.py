@@ -28,7 +28,7 @@ def offered(conv: nn.Conv2d, *names: str) -> set[str]:
         (nn.Conv2d(48, 48, 7, padding=3), {"cp", "cp_split"}),
         (nn.Conv2d(96, 96, 3, padding=1, groups=4), {"cp", "cp_split"}),  # narrow groups
     ],
-    ids=str,
+    ids=["wide", "narrow", "7x7", "narrow groups"],
 )
 def test_cp_split_is_offered_beside_cp_where_it_saves_something(conv: nn.Conv2d, expected: set[str]) -> None:
     assert offered(conv, "cp", "cp_split") == expected
