@@ -20,8 +20,8 @@ from dsconv_surgery.support.random_state import seeded
 SLACK = 1e-3  # share of the mean variance that is added to the variance of every channel, as dead channels have none
 
 
-class _Stop(Exception):  # noqa: N818  # no error: ends a forward pass early
-    pass
+class _Stop(Exception):  # noqa: N818
+    """No error: ends a forward pass early."""
 
 
 class BatchNormMoments:
@@ -72,10 +72,13 @@ class BatchNormMoments:
             else:
                 with torch.no_grad():
                     run_model(self._model, inputs)
-        except _Stop:
-            pass
         except Exception as error:
+            if isinstance(error, _Stop):
+                return self._averages()
             raise ValueError(f"the model does not run on {inputs}: {as_sentence(error)} Pass inputs as the model takes them.") from error
+        return self._averages()
+
+    def _averages(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {name: (_mean([m for m, _ in calls]), _mean([s for _, s in calls])) for name, calls in self._calls.items()}
 
     def distance(self, batches: Iterable[tuple[int, Inputs]]) -> float:
