@@ -72,9 +72,9 @@ class BatchNormMoments:
             else:
                 with torch.no_grad():
                     run_model(self._model, inputs)
+        except _Stop:
+            return self._averages()
         except Exception as error:
-            if isinstance(error, _Stop):
-                return self._averages()
             raise ValueError(f"the model does not run on {inputs}: {as_sentence(error)} Pass inputs as the model takes them.") from error
         return self._averages()
 
