@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_surgery.calibration.images import Images
-from dsconv_surgery.support.copies import copy_model, run_model
+from dsconv_surgery.support.copies import copy_model, run_model, to_device
 from dsconv_surgery.support.inputs import Inputs
 
 LAYERS_PER_PASS = 8
@@ -28,6 +28,13 @@ class LayerCall:
     cut_input: Tensor  # in the network cut so far
     target: Tensor  # the output in the dense network
     shortcut: tuple[Tensor, Tensor] | None  # the other addend of a sum with the output, in the dense and in the cut network
+
+    def select(self, mask: Tensor) -> LayerCall:
+        """The call on some of its images, by a mask on the CPU."""
+        indices = to_device(mask.nonzero().squeeze(1), self.target.device)
+        tensors = (self.dense_input, self.cut_input, self.target, *(self.shortcut or ()))  # a shortcut may be one value for all images
+        dense, cut, target, *shortcut = (t[indices] if t.shape[:1] == mask.shape else t for t in tensors)
+        return LayerCall(self.name, self.first_image, dense, cut, target, (shortcut[0], shortcut[1]) if shortcut else None)
 
 
 @dataclass(frozen=True)

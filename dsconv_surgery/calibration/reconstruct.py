@@ -21,7 +21,6 @@ from dsconv_surgery.calibration.side_by_side import NetworkPair, network_pair
 from dsconv_surgery.plan import Cut
 from dsconv_surgery.schemes import Factors, Objective
 from dsconv_surgery.support import distributed
-from dsconv_surgery.support.copies import to_device
 from dsconv_surgery.support.progress import Progress
 
 CALIBRATE = "calibrate"  # a phase
@@ -174,10 +173,13 @@ class _LayerFit:
         outputs = [output, self._cut_before_relu(trial)]
         errors = self.moments.weight.new_zeros(2)
         for call in pair.calls([self.cut.name]):
-            held = to_device(held_out(call.first_image, call.target.shape[0]).nonzero().squeeze(1), call.target.device)
-            dense = self._before_relu(call.target, call, 0)[held].relu()
+            mask = held_out(call.first_image, call.target.shape[0])
+            if not bool(mask.any()):
+                continue
+            held = call.select(mask)
+            dense = self._before_relu(held.target, held, 0).relu()
             for index, output in enumerate(outputs):
-                errors[index] += (dense - output(call)[held].relu()).square().sum().to(errors)
+                errors[index] += (dense - output(held).relu()).square().sum().to(errors)
         if float(distributed.all_reduce_sum(errors).diff()) < 0:
             return trial
         self.moments.target_sums = linear

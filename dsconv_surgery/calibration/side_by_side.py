@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from dsconv_surgery.network.layers import is_layer, named_layers
 from dsconv_surgery.network.self_check import is_close
 from dsconv_surgery.support.copies import model_device, own_copy
 from dsconv_surgery.support.outputs import output_tensors
-from dsconv_surgery.support.random_state import preserve_random_state, seeded, set_seed
+from dsconv_surgery.support.random_state import generator_states, seeded, set_seed
 
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _ADDITIONS: frozenset[Any] = frozenset((operator.add, operator.iadd, torch.add, "add", "add_"))
@@ -53,6 +54,7 @@ class SideBySide:
         self._order = _running_order(graph, {self._nodes[name][0]: after.addend for name, after in self.following.items() if after.addend})
         self._position = {node: index for index, node in enumerate(self._order)}
         self._last_use = {value: index for index, node in enumerate(self._order) for value in node.all_input_nodes}
+        self._draws: dict[fx.Node, bool] = {}  # whether a node's operation draws random numbers
         self._next = 0  # position of the node to run next
         self._store = ActivationStore(images.settings.memory, graph)
 
@@ -135,22 +137,33 @@ class SideBySide:
 
         Returns the dense network's value of the last node.
 
-        Random draws of a node depend on the node and the images only, so they are the same in both networks.
         """
         result = None
-        with preserve_random_state():
-            for index in range(start, stop):
-                node = self._order[index]
+        nodes = self._order[start:stop]
+        with seeded(first_image) if any(self._draws.get(node, True) for node in nodes) else nullcontext():
+            for index, node in enumerate(nodes, start):
                 for side, values in ((self._dense, dense), (self._cut, cut)):
                     if values is not None:
                         side.env = values
-                        set_seed(first_image * len(self._order) + index)
-                        values[node] = side.run_node(node)
+                        values[node] = self._run_node(side, node, first_image * len(self._order) + index)
                         result = values[node] if values is dense else result
                         for value in (node, *node.all_input_nodes):
                             if self._last_use.get(value, -1) <= index:
                                 values.pop(value, None)
                         side.env = {}
+        return result
+
+    def _run_node(self, side: _Side, node: fx.Node, seed: int) -> Any:
+        """Run a node. Random draws depend on the node and the images only, so they are the same in both networks.
+
+        Seeding takes longer than many an operation, so nodes that drew nothing on their first images are not seeded again.
+        """
+        if not self._draws.get(node, True):
+            return side.run_node(node)
+        set_seed(seed)
+        before = None if node in self._draws else generator_states()
+        result = side.run_node(node)
+        self._draws.setdefault(node, before is None or generator_states() != before)
         return result
 
 

@@ -226,7 +226,8 @@ def _solve(matched: Tensor, gram: Tensor, previous: Tensor) -> Tensor:
     share = RIDGE if gram.dtype == torch.float64 else SINGLE_RIDGE
     ridge = share * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
     regular = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve((matched + ridge * previous).mT, torch.linalg.cholesky(regular)).mT
+    factor = torch.linalg.cholesky_ex(regular)[0]  # unchecked, as a check makes a GPU wait: a failed update raises the error, and is undone
+    return torch.cholesky_solve((matched + ridge * previous).mT, factor).mT
 
 
 def _exact(tensor: Tensor, tap_shape: tuple[int, ...], full_rank: int) -> Terms:

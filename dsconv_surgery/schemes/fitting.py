@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ ROUND = 10  # iterations between two checks of convergence
 STALL = 5e-3  # stop when a round lowered the error by less than this share of it
 ITERATIONS = 100  # limit
 WIDE_ITERATIONS = 16  # limit in wide layers
+HISTORY = 20  # pairs of steps and gradients that L-BFGS keeps
 WIDE = 2**31  # a layer is wide if its product with the second moment needs more multiply-accumulates
 PENALTY = 3e-4  # weight of the penalty on terms that cancel each other, relative to the average error of such terms
 
@@ -69,30 +71,53 @@ def refine(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objectiv
     The best last link is a linear least-squares solution for fixed others, so L-BFGS searches over those (variable projection,
     Golub & Pereyra 1973). The scheme's kernel must be linear in each link's weight.
     """
+    from scipy.optimize import minimize
+
     factors = {link: factor.to(objective.cross) for link, factor in factors.items()}
     *others, last = factors
     # The last link absorbs the scale of the others, so they start at the same scale.
-    free = {link: (factors[link] / factors[link].square().mean().sqrt().clamp(min=1e-30)).contiguous().requires_grad_() for link in others}
+    start = {link: factors[link] / factors[link].square().mean().sqrt().clamp(min=1e-30) for link in others}
     if iterations is None:
         iterations = WIDE_ITERATIONS if objective.cross.numel() * objective.gram.shape[1] > WIDE else ITERATIONS
     eliminate = _solve_shared if last_is_shared(factors) else _solve_each
-    search = torch.optim.LBFGS(list(free.values()), history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-12)
 
-    def closure() -> float:
-        search.zero_grad()
-        return eliminate(scheme, spec, free, last, factors[last], objective)[1]
+    def unflattened(values: Tensor) -> Factors:
+        parts = values.split([start[link].numel() for link in others])
+        return {link: part.view(start[link].shape) for link, part in zip(others, parts, strict=True)}
 
-    previous = float("inf")
-    for finished in range(0, iterations, ROUND):
-        steps = min(ROUND, iterations - finished)
-        search.param_groups[0] |= {"max_iter": steps, "max_eval": steps + 3}  # the line search may need a few more
-        error = float(search.step(closure))  # at the start of the round
-        if not error < previous * (1 - STALL):
-            break
-        previous = error
-    free = {link: factor.detach() for link, factor in free.items()}
+    @torch.enable_grad()
+    def evaluate(values: Any) -> tuple[float, Any]:
+        """The error and its gradient, both in float64 on the CPU, where the search is."""
+        flat = torch.from_numpy(values).to(objective.cross, copy=True).requires_grad_()
+        _, error = eliminate(scheme, spec, unflattened(flat), last, factors[last], objective)
+        return error, cast(Tensor, flat.grad).to("cpu", torch.float64).numpy()
+
+    flat = torch.cat([factor.flatten() for factor in start.values()])
+    if iterations:
+        search = minimize(
+            evaluate,
+            flat.to("cpu", torch.float64).numpy(),
+            jac=True,
+            method="L-BFGS-B",
+            callback=_until_stalled(),
+            options={"maxcor": HISTORY, "maxiter": iterations, "maxfun": 2 * iterations, "ftol": 0.0, "gtol": 0.0},
+        )
+        flat = torch.from_numpy(search.x).to(flat)
+    free = unflattened(flat)
     solved, _ = eliminate(scheme, spec, free, last, factors[last], objective)
     return _balanced({**free, last: solved})
+
+
+def _until_stalled() -> Callable[..., None]:
+    """A callback of scipy's `minimize` that stops the search when a round of iterations lowered the error too little."""
+    errors: list[float] = []
+
+    def check(intermediate_result: Any) -> None:
+        errors.append(float(intermediate_result.fun))
+        if len(errors) > ROUND and len(errors) % ROUND == 0 and not errors[-1] < errors[-1 - ROUND] * (1 - STALL):
+            raise StopIteration
+
+    return check
 
 
 def has_optimum(scheme: Scheme) -> bool:

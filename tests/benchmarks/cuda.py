@@ -41,14 +41,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dsconv_surgery import Budget, FineTune, apply_plan, compare, fine_tune, make_plan
+from dsconv_surgery.budget import BudgetError
 
 NAMES = ("resnet20", "resnet18", "resnet50")
 CLOSED_FORM = ("spatial", "channel", "bottleneck")  # these have no search, so that a plan by the clock takes seconds
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SEARCHED = {"resnet20": ("cp", "spatial", "tucker"), "resnet18": ("cp", "spatial"), "resnet50": ("spatial", "bottleneck")}
-LIMIT = 350.0  # seconds for all parts
+LIMIT = 345.0  # seconds for all parts
 # Seconds for each part, at most, in running order.
-SHARES = {"tests": 70, "latency": 80, "macs resnet20": 45, "macs resnet18": 55, "macs resnet50": 45, "step": 55}
+SHARES = {"tests": 50, "macs resnet20": 60, "macs resnet18": 60, "macs resnet50": 65, "step": 45, "latency": 65}
 Row = dict[str, Any]
 
 
@@ -141,8 +142,12 @@ def run_tests(part: Part) -> None:
 
 
 def run_latency(part: Part) -> None:
-    """Plans by the GPU's clock: the network at 0.7 of its time, for every dtype, memory format and batch."""
-    cases = list(product((1, 64), (torch.float32, torch.float16), FORMATS))
+    """Plans by the GPU's clock: the network at 0.8 of its time, or the reason why there is none."""
+    cases = [
+        *product((64,), (torch.float32, torch.float16), FORMATS),
+        (1, torch.float32, "contiguous"),
+        (1, torch.float16, "channels_last"),
+    ]
     for (batch, dtype, layout), name in product(cases[:1] if part.quick else cases, NAMES[:1] if part.quick else NAMES):
         labels = {"network": name, "batch": batch, "dtype": str(dtype).removeprefix("torch."), "memory_format": layout}
 
@@ -151,7 +156,10 @@ def run_latency(part: Part) -> None:
             model = model.to(dtype=dtype, memory_format=FORMATS[layout])  # type: ignore[call-overload]
             x = images[:1].expand(batch, -1, -1, -1).to(part.device, dtype).contiguous(memory_format=FORMATS[layout])
             start = time.perf_counter()
-            plan = make_plan(model, x, budget=Budget(latency=0.7), schemes=CLOSED_FORM, cache=False)
+            try:
+                plan = make_plan(model, x, budget=Budget(latency=0.8), schemes=CLOSED_FORM, exclude=(), cache=False)
+            except BudgetError as error:  # where launches take longer than the operations, no chain is faster than its layer
+                return {"refused": str(error)[:400]}
             planned = time.perf_counter()
             cut = apply_plan(model, plan, x)
             before, after = milliseconds(part, (model, cut), x)
@@ -188,9 +196,8 @@ def run_macs(name: str, part: Part) -> None:
             report = compare(model, cut, x, plan=plan, data=[images[:256]])
             assert report.fidelity is not None
             times = {}
-            for batch, dtype, layout in (
-                [(1, torch.float32, "contiguous")] if part.quick else product((1, 64), (torch.float32, torch.float16), FORMATS)
-            ):
+            cases = [(1, torch.float32, "contiguous")] if part.quick else list(product((1, 64), (torch.float32, torch.float16), FORMATS))
+            for batch, dtype, layout in cases if with_images else cases[:1]:
                 sides = [copy.deepcopy(side).to(dtype=dtype, memory_format=FORMATS[layout]) for side in (model, cut)]  # type: ignore[call-overload]
                 inputs = x.expand(batch, -1, -1, -1).to(dtype).contiguous(memory_format=FORMATS[layout])
                 times[f"batch {batch}, {dtype}, {layout}"] = milliseconds(part, sides, inputs)
@@ -209,7 +216,7 @@ def run_macs(name: str, part: Part) -> None:
 
 def run_step(part: Part) -> None:
     """A step of fine_tune with a teacher against a plain loop that does the same: mixed images, distillation, clipping, AdamW."""
-    steps = 4 if part.quick else 40
+    steps = 4 if part.quick else 30
     for name, precision, layout in [("resnet20", "float32", False)] if part.quick else [
         ("resnet20", "float32", False), ("resnet20", "bfloat16", True), ("resnet18", "float32", False), ("resnet18", "bfloat16", True),
         ("resnet50", "bfloat16", True),
@@ -222,7 +229,7 @@ def run_step(part: Part) -> None:
             batches = [images[:size].to(part.device)] * steps
             loops = {"plain": plain_loop, **dict.fromkeys(("adamw", "soap"), tuned_loop)}
             times: dict[str, list[float]] = {kind: [] for kind in loops}
-            for _ in range(1 if part.quick else 3):
+            for _ in range(1 if part.quick else 2):
                 for kind, loop in loops.items():
                     times[kind].append(loop(part, copy.deepcopy(small), teacher, batches, precision, layout, kind))
             result = {f"{kind}_ms": round(1e3 * min(samples), 3) for kind, samples in times.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections import deque
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_surgery import Budget, FineTune, apply_plan, compare, compress, find_convs, fine_tune, fold_back, load, make_plan, save
+from dsconv_surgery.calibration.images import Images
+from dsconv_surgery.calibration.side_by_side import SideBySide, network_pair
 from dsconv_surgery.support.copies import CopyError, copy_model, fake_copy, unregistered_tensors
 from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.random_state import seeded
@@ -217,6 +220,22 @@ def test_both_networks_draw_the_same_numbers(kind: str) -> None:
     assert torch.equal(state, torch.get_rng_state())
     history = fine_tune(model, DATA, teacher=model, settings=FineTune(epochs=1, mix=0.0))
     assert history.epochs[0].loss < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["randn_like", "dropout"])
+def test_both_networks_draw_the_same_numbers_in_step(kind: str) -> None:
+    """The inputs of b, behind the draw, for a cut network whose layer a is replaced by an equal one: on the first images and later."""
+    model = Sampling(DRAWS[kind]).eval()
+    images = Images([X, X + 1, X + 2], Inputs(X[:1]))
+    pair = network_pair(model, images, ["a", "b"])
+    assert isinstance(pair, SideBySide)
+    sizes = []
+    for (name,) in pair.groups():
+        for call in pair.calls([name]):
+            assert torch.equal(call.dense_input, call.cut_input)
+            sizes.append(len(call.target))
+        pair.install(name, copy.deepcopy(model.get_submodule(name)), None)
+    assert sizes == [len(X)] * 6
 
 
 def test_a_module_that_copies_as_itself_is_refused_and_stays_as_it_was() -> None:
