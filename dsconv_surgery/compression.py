@@ -13,6 +13,7 @@ from torch import nn
 
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.calibration.images import Calibration, Images, images_for
+from dsconv_surgery.calibration.reconstruct import CALIBRATE
 from dsconv_surgery.finetuning.history import History
 from dsconv_surgery.finetuning.recovery import HeldOut, recover_cut, recovery_settings
 from dsconv_surgery.finetuning.settings import FineTune
@@ -25,7 +26,7 @@ from dsconv_surgery.support.fidelity import Recovery, checked_score
 from dsconv_surgery.support.inputs import as_inputs
 from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.progress import Progress
-from dsconv_surgery.surgery import CALIBRATION_PHASES, build_cut_model, cut_calibrated
+from dsconv_surgery.surgery import build_cut_model, cut_calibrated
 
 MAX_DROP_TRIES = 7  # budgets tried in the search for the smallest network within max_drop
 
@@ -139,7 +140,7 @@ def _check_drop_can_fail(max_drop: float, dense_score: float) -> None:
 
 def compression_phases(settings: PlanSettings, images: Images | None) -> tuple[str, ...]:
     """The phases of `cut_to_budget`."""
-    return planning_phases(settings, images is not None) + (() if images is None else CALIBRATION_PHASES)
+    return planning_phases(settings, images is not None) + (() if images is None else (CALIBRATE,))
 
 
 def cut_to_budget(planner: Planner, budget: Budget | None) -> tuple[nn.Module, Plan]:

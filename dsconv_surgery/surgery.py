@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dsconv_surgery.calibration.batchnorm import reestimate_batchnorm
 from dsconv_surgery.calibration.images import Calibration, Images, drawn, images_for
 from dsconv_surgery.calibration.reconstruct import CALIBRATE, correct_mean, reconstruct
 from dsconv_surgery.network.batchnorm_folding import has_folded_batchnorm
@@ -37,8 +36,7 @@ from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.progress import Progress
 from dsconv_surgery.support.random_state import seeded
 
-COMPUTE_FACTORS, CHECK = "compute factors", "check"  # phases
-CALIBRATION_PHASES = (CALIBRATE, CHECK)
+COMPUTE_FACTORS = "compute factors"  # a phase
 
 
 @standard_modes()
@@ -62,7 +60,7 @@ def apply_plan(
     With calibration images, layers are fitted in running order. Input patches p come from the network compressed so far, targets t
     from the dense network. The kernel V that the scheme can write minimises `E |t - V p|^2 + ridge |V - W|^2`, W the weight
     (asymmetric reconstruction, Zhang et al. 2015). Held-out images, every fourth, choose the ridge. The mean of the error goes into
-    the bias, or into the running mean of the BatchNorm that follows. BatchNorm statistics are re-estimated if held-out images gain.
+    the bias, or into the running mean of the BatchNorm that follows.
 
     Args:
         model: the network that the plan was made for, with any weights.
@@ -98,7 +96,7 @@ def apply_plan(
             images = Images(drawn(model, calibration, example), example, prepare, output)
         _, _, first_images = next(iter(images))
         check_on = (inputs if passed else first_images) if check else None
-        return cut_calibrated(model, plan, images, {}, Progress(progress, CALIBRATION_PHASES), check_on)[0]
+        return cut_calibrated(model, plan, images, {}, Progress(progress, (CALIBRATE,)), check_on)[0]
     if plan.calibrated and init == "factorize":
         raise ValueError(
             f"the plan was made with {'synthetic images' if plan.calibrated == 'synthetic' else 'calibration'}. Pass calibration= (a few "
@@ -126,12 +124,10 @@ def cut_calibrated(
     dense = evaluation_copy(model)
     fitted = reconstruct(dense, plan.cuts, images, starts, progress)
     factors = {name: fit.factors for name, fit in fitted.items()}
-    with progress.bar(CHECK, images.count, "image") as bar:
-        result = build_cut_model(model, plan, "factorize", factors, progress, check_on)
-        for name, fit in fitted.items():
-            batchnorm = None if fit.batchnorm is None else result.get_submodule(fit.batchnorm)
-            correct_mean(result.get_submodule(name), batchnorm, fit.bias)
-        reestimate_batchnorm(dense, result, images, bar.update)
+    result = build_cut_model(model, plan, "factorize", factors, progress, check_on)
+    for name, fit in fitted.items():
+        batchnorm = None if fit.batchnorm is None else result.get_submodule(fit.batchnorm)
+        correct_mean(result.get_submodule(name), batchnorm, fit.bias)
     return result, {name: fit.error for name, fit in fitted.items()}
 
 

@@ -34,7 +34,6 @@ from cifar import accuracy, cifar10, load_resnet, to_input
 
 from dsconv_surgery import Budget, Calibration, Plan, apply_plan, compress, make_plan, surgery
 from dsconv_surgery.calibration import reconstruct
-from dsconv_surgery.calibration.batchnorm import _estimate_statistics
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.calibration.moments import Moments, positions_of
 from dsconv_surgery.calibration.reconstruct import _LayerFit
@@ -61,26 +60,19 @@ WITHOUT = {  # the parts of calibration in the order of the ablation, each with 
     "+ shortcut": patch.object(_LayerFit, "_target", lambda _, call: call.target),
     "+ ReLU": patch.object(_LayerFit, "_fit_behind_relu", lambda _fit, _pair, _ridge, factors: factors),
     "+ output metric": patch.object(reconstruct, "output_metrics", lambda *_: {}),
-    "BatchNorm re-estimated if better (default)": patch.object(surgery, "reestimate_batchnorm", lambda *_: False),
 }
-DATA_FREE = ("data-free", "data-free, BatchNorm re-estimated")
-ABLATION = (*DATA_FREE, "last factor refitted", *WITHOUT, "BatchNorm re-estimated always")
+ABLATION = ("data-free", "last factor refitted", *WITHOUT)
 
 
 def ablated_cut(model: nn.Module, plan: Plan, images: Images, step: str) -> nn.Module:
     """A cut network with the parts of calibration up to a step of the ablation."""
-    always = step in (DATA_FREE[1], ABLATION[-1])
-    if step in DATA_FREE:
-        cut = apply_plan(model, plan)
-    else:
-        left_out = [part for part in WITHOUT if ABLATION.index(part) > ABLATION.index(step) or (always and part == ABLATION[-2])]
-        with ExitStack() as patches:
-            for part in left_out:
+    if step == "data-free":
+        return apply_plan(model, plan)
+    with ExitStack() as patches:
+        for part in WITHOUT:
+            if ABLATION.index(part) > ABLATION.index(step):
                 patches.enter_context(WITHOUT[part])
-            cut = surgery.cut_calibrated(model, plan, images, {}, Progress(False), None)[0]
-    if always:
-        _estimate_statistics(cut, [module for module in cut.modules() if isinstance(module, nn.BatchNorm2d)], images, lambda _: None)
-    return cut
+        return surgery.cut_calibrated(model, plan, images, {}, Progress(False), None)[0]
 
 
 def network(data: Path, depth: int) -> nn.Module:
