@@ -21,6 +21,8 @@ STALL = 3e-4  # stop when the last ten sweeps lowered the squared error by less 
 COMMON = 0.1  # share of the inputs' second moment that all channels have in common
 RIDGE = 1e-9  # share of the mean diagonal; it pulls towards the previous iterate, so that no solve raises the error
 SINGLE_RIDGE = 1e-5  # the same in float32
+PENALTY = 3e-4  # weight of the sum of the terms' squared norms in the error: terms that cancel each other do not survive int8
+NEARLY_EXACT = 1e-4  # relative errors below this are lowered further without the penalty, so that a kernel of this form is recovered
 MOMENTUM_START, MOMENTUM_GROWTH, MOMENTUM_CAP = 0.5, 1.05, 2.0
 
 # `V[g,o,i,k] = sum_r outputs[g,o,r] inputs[g,i,r] taps[g,k,r]` as (outputs, inputs, taps), or as (outputs, inputs, height, width)
@@ -38,7 +40,8 @@ def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full
 
     The squared error is weighted with the second moment `E[x_i x_j] = (1 - c) [i = j] + c` of the input channels, c = COMMON: after
     a ReLU all channels are positive, so they share a mean. This raises the plain error of the weights by three percent and saves up
-    to four points of accuracy (tests/benchmarks/data_free.py).
+    to four points of accuracy (tests/benchmarks/data_free.py). A penalty on the terms' squared norms keeps them from cancelling each
+    other (the degeneracy of CP; Phan et al. 2020), which also helps the search.
 
     Args:
         tensor: float64 kernels, (g, o, i, k).
@@ -103,6 +106,11 @@ def _error(tensor: Tensor, terms: Terms) -> float:
     return float((tensor - _kernel(terms)).square().sum())
 
 
+def _term_energy(terms: Terms) -> float:
+    """The sum of the squared norms of all terms."""
+    return float(torch.stack([factor.square().sum(1) for factor in terms]).prod(0).sum(dtype=torch.float64))
+
+
 def _balanced(terms: Terms) -> Terms:
     """The same sum, with each term's norm shared evenly by its factors."""
     norms = [torch.linalg.vector_norm(factor, dim=1, keepdim=True).clamp(min=1e-30) for factor in terms]
@@ -148,19 +156,25 @@ def _components(slices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sweep_until_stalled(tensor: Tensor, start: Terms, rough: bool) -> Terms:
-    """Extrapolated alternating least squares; the error of the result is not above that of the start."""
+    """Extrapolated alternating least squares; the error of the result, with the penalty, is not above that of the start."""
     norm = float(tensor.square().sum())
     if norm == 0:
         return start
+    terms, error = _search(tensor, norm, start, rough, PENALTY)
+    return _search(tensor, norm, terms, rough, 0.0)[0] if error - PENALTY * _term_energy(terms) / norm < NEARLY_EXACT else terms
+
+
+def _search(tensor: Tensor, norm: float, start: Terms, rough: bool, penalty: float) -> tuple[Terms, float]:
+    """The terms, and their error with the penalty, relative to the norm."""
     best = _in_precision(tensor, start)
     wide = tensor.numel() * start[1].shape[-1] > WIDE
     tensor = tensor.to(best[0].dtype)
     by_output, by_input = tensor.permute(0, 3, 1, 2).contiguous(), tensor.permute(0, 3, 2, 1).contiguous()  # g k o i, g k i o
-    best_error = _error(tensor, best) / norm
+    best_error = (_error(tensor, best) + penalty * _term_energy(best)) / norm
     point, momentum, history = best, MOMENTUM_START, [best_error]
     limit = (WIDE_ROUGH_SWEEPS if rough else WIDE_SWEEPS) if wide else (ROUGH_SWEEPS if rough else SWEEPS)
     for _ in range(limit):
-        terms, explained = _sweep(by_output, by_input, point, 1 if wide else 2)
+        terms, explained = _sweep(by_output, by_input, point, 1 if wide else 2, penalty)
         error = 1 - explained / norm
         if error < best_error:
             terms = _balanced(terms)
@@ -174,25 +188,26 @@ def _sweep_until_stalled(tensor: Tensor, start: Terms, rough: bool) -> Terms:
         history.append(best_error)
         if len(history) > 10 and history[-11] - best_error < 10 * STALL * best_error:
             break
-    return tuple(factor.double() for factor in best) if best_error < history[0] else start
+    return (tuple(factor.double() for factor in best) if best_error < history[0] else start), best_error
 
 
-def _sweep(by_output: Tensor, by_input: Tensor, terms: Terms, repeats: int) -> tuple[Terms, float]:
-    """Update every factor once; return the terms and the squared norm that they explain.
+def _sweep(by_output: Tensor, by_input: Tensor, terms: Terms, repeats: int, penalty: float) -> tuple[Terms, float]:
+    """Update every factor once; return the terms and the squared norm that they explain, less the penalty.
 
     `repeats`: how often taps and channels are updated for each large product; twice costs little in narrow layers.
     """
     outputs, inputs, *taps = terms
     inputs_gram = _gram(inputs)
-    taps, outputs, outputs_gram, _ = _half_sweep(by_input, inputs, inputs_gram, outputs, _gram(outputs), taps, repeats)
-    taps, inputs, inputs_gram, matched = _half_sweep(by_output, outputs, outputs_gram, inputs, inputs_gram, taps, repeats)
+    taps, outputs, outputs_gram, _ = _half_sweep(by_input, inputs, inputs_gram, outputs, _gram(outputs), taps, repeats, penalty)
+    taps, inputs, inputs_gram, matched = _half_sweep(by_output, outputs, outputs_gram, inputs, inputs_gram, taps, repeats, penalty)
     product = (matched * inputs).sum(dtype=torch.float64)
-    square = (outputs_gram * inputs_gram * _gram(_all_taps(taps))).sum(dtype=torch.float64)
+    squares = outputs_gram * inputs_gram * _gram(_all_taps(taps))
+    square = squares.sum(dtype=torch.float64) + penalty * squares.diagonal(dim1=-2, dim2=-1).sum(dtype=torch.float64)
     return (outputs, inputs, *taps), float(2 * product - square)
 
 
 def _half_sweep(
-    tensor: Tensor, fixed: Tensor, fixed_gram: Tensor, channels: Tensor, gram: Tensor, taps: list[Tensor], repeats: int
+    tensor: Tensor, fixed: Tensor, fixed_gram: Tensor, channels: Tensor, gram: Tensor, taps: list[Tensor], repeats: int, penalty: float
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Update the taps and one side's channels c (g, c, r) for the tensor (g, k, f, c), given the other side's, fixed (g, f, r).
 
@@ -200,32 +215,32 @@ def _half_sweep(
     """
     products = fixed.mT.unsqueeze(1) @ tensor  # g k r c
     for _ in range(repeats):
-        taps = _update_taps(taps, (products * channels.mT.unsqueeze(1)).sum(-1), gram * fixed_gram)
+        taps = _update_taps(taps, (products * channels.mT.unsqueeze(1)).sum(-1), gram * fixed_gram, penalty)
         all_taps = _all_taps(taps)
         matched = (products * all_taps.unsqueeze(-1)).sum(1).mT
-        channels = _solve(matched, _gram(all_taps) * fixed_gram, channels)
+        channels = _solve(matched, _gram(all_taps) * fixed_gram, channels, penalty)
         gram = _gram(channels)
     return taps, channels, gram, matched
 
 
-def _update_taps(taps: Sequence[Tensor], matched: Tensor, gram: Tensor) -> list[Tensor]:
+def _update_taps(taps: Sequence[Tensor], matched: Tensor, gram: Tensor, penalty: float) -> list[Tensor]:
     if len(taps) == 1:
-        return [_solve(matched, gram, taps[0])]
+        return [_solve(matched, gram, taps[0], penalty)]
     height, width = taps
     matched = matched.unflatten(1, (height.shape[1], width.shape[1]))
-    height = _solve(torch.einsum("gyxr,gxr->gyr", matched, width), gram * _gram(width), height)
-    return [height, _solve(torch.einsum("gyxr,gyr->gxr", matched, height), gram * _gram(height), width)]
+    height = _solve(torch.einsum("gyxr,gxr->gyr", matched, width), gram * _gram(width), height, penalty)
+    return [height, _solve(torch.einsum("gyxr,gyr->gxr", matched, height), gram * _gram(height), width, penalty)]
 
 
 def _gram(factor: Tensor) -> Tensor:
     return factor.mT @ factor
 
 
-def _solve(matched: Tensor, gram: Tensor, previous: Tensor) -> Tensor:
-    """Solve `X gram = matched` for X (g, n, r), with a ridge towards the previous X."""
+def _solve(matched: Tensor, gram: Tensor, previous: Tensor, penalty: float) -> Tensor:
+    """Solve `X gram = matched` for X (g, n, r), with the penalty on the terms and a ridge towards the previous X."""
     share = RIDGE if gram.dtype == torch.float64 else SINGLE_RIDGE
     ridge = share * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
-    regular = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    regular = gram + torch.diag_embed(ridge.squeeze(-1) + penalty * gram.diagonal(dim1=-2, dim2=-1))
     factor = torch.linalg.cholesky_ex(regular)[0]  # unchecked, as a check makes a GPU wait: a failed update raises the error, and is undone
     return torch.cholesky_solve((matched + ridge * previous).mT, factor).mT
 

@@ -229,6 +229,22 @@ def test_cp_preserves_the_mean_of_the_input_channels(monkeypatch: pytest.MonkeyP
     assert weighted < 0.5 * error()
 
 
+def test_terms_do_not_cancel_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best terms of this kernel do not exist: without a penalty, the search follows ever larger terms to the limit of sweeps."""
+    a, b = (torch.randn(3, 9, 4, dtype=torch.float64) for _ in range(2))
+    parts = [(a[0], a[1], b[2]), (a[0], b[1], a[2]), (b[0], a[1], a[2])]
+    tensor = sum(torch.einsum("or,ir,kr->oik", *part) for part in parts)[None]  # of border rank 8 at most, and of higher rank
+
+    def energy() -> float:
+        terms = next(als.decompose(tensor, (9,), [8], 81))
+        return als._term_energy(terms) / float(als._kernel(terms).square().sum())
+
+    penalized = energy()
+    monkeypatch.setattr(als, "PENALTY", 0.0)
+    assert penalized < 10
+    assert energy() > 5 * penalized
+
+
 @pytest.mark.parametrize("tap_shape", [(9,), (3, 3)], ids=["cp", "cp_split"])
 def test_wide_layers_are_decomposed_as_in_float64(tap_shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The rough terms of a wide layer differ from those of float64 arithmetic by rounding only."""
