@@ -40,6 +40,15 @@ class Compressed:
     report: Report
     tuned: tuple[History, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<Compressed: {type(self.model).__name__}, {repr(self.report).removeprefix('<Report: ')}"
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, (self.report, *self.tuned)))
+
+    def _repr_html_(self) -> str:
+        return "".join(part._repr_html_() for part in (self.report, *self.tuned))
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -63,6 +72,7 @@ def compress(
     recover: bool | FineTune = False,
     max_drop: float | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
+    tries: int = MAX_DROP_TRIES,
     cache: bool | str | Path = True,
     progress: bool | None = None,
     **settings: Any,
@@ -83,6 +93,8 @@ def compress(
             units of the score, so 0.01 is one point of an accuracy in [0, 1]. The report lists the tries. A budget given with it names
             the measure to make small, and the lowest fraction to try.
         evaluate: a function that gives a network's score, higher for better, in the units of `max_drop`. It gets a copy in evaluation mode.
+        tries: networks that the search for `max_drop` cuts at most. The first has the lowest budget; each further one halves the interval
+            of budgets that is left.
 
     Returns:
         `Compressed(model, plan, report, tuned)`: a new network, its plan, and what it saves. The report says what `recover` changed, and
@@ -102,6 +114,8 @@ def compress(
     if (max_drop is None) != (evaluate is None):
         raise ValueError("max_drop= and evaluate= go together: the score that may be lost, and a function that gives a network's score.")
     check_max_drop(max_drop)
+    if not isinstance(tries, int) or isinstance(tries, bool) or tries < 1:
+        raise ValueError(f"tries={tries!r}: expected a whole number of networks to try for max_drop, 1 or more, as in tries=7.")
     if max_drop is not None and (checked.effective_budget is None or len(checked.measures) > 1):
         raise ValueError("max_drop= needs a rule that takes a budget, and a budget on one measure, such as Budget(macs=0.1).")
     inputs = as_inputs(example_inputs, example_kwargs)
@@ -112,13 +126,13 @@ def compress(
     def cut(budget: Budget | None) -> Candidate:
         return _recovered(planner, budget, recovery, progress) if recovery else Candidate(*cut_to_budget(planner, budget))
 
-    tries: tuple[Try, ...] = ()
+    tried: tuple[Try, ...] = ()
     if max_drop is None or evaluate is None:
         result = cut(checked.effective_budget)
     else:
-        result, tries = _smallest_within(planner, checked.budget, max_drop, evaluate, cut)
+        result, tried = _smallest_within(planner, checked.budget, max_drop, evaluate, tries, cut)
     report = compare(model, result.model, *example_inputs, example_kwargs=example_kwargs, plan=result.plan)
-    return Compressed(result.model, result.plan, replace(report, tries=tries, recovery=result.recovery), result.tuned)
+    return Compressed(result.model, result.plan, replace(report, tries=tried, recovery=result.recovery), result.tuned)
 
 
 def check_max_drop(max_drop: float | None) -> None:
@@ -178,6 +192,7 @@ def _smallest_within(
     lowest: Budget | None,
     max_drop: float,
     evaluate: Callable[[nn.Module], float],
+    most_tries: int,
     cut: Callable[[Budget | None], Candidate],
 ) -> tuple[Candidate, tuple[Try, ...]]:
     """The smallest network, found by bisection over budgets, whose score is within `max_drop`."""
@@ -190,10 +205,10 @@ def _smallest_within(
     plan = planner.plan_without_cuts(Budget(**{measure: 1.0}))  # its score is within any drop
     best = Candidate(build_cut_model(planner.model, plan, "factorize", {}, planner.progress, planner.inputs), plan)
     tries: list[Try] = []
-    for number in range(MAX_DROP_TRIES):
+    for number in range(most_tries):
         fraction = low if number == 0 else (low + high) / 2
         budget = Budget(**{measure: fraction})
-        planner.progress.part = f"try {number + 1} of at most {MAX_DROP_TRIES}"
+        planner.progress.part = f"try {number + 1} of at most {most_tries}"
         candidate = cut(budget)
         score = checked_score(evaluate, candidate.model)
         tries.append(Try(budget, candidate.plan.total_after, score, score >= target, dense_score, max_drop))

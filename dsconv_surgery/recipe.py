@@ -17,7 +17,7 @@ from torch import nn
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.calibration.images import Calibration, named_calibration
 from dsconv_surgery.calibration.synthetic import Synthetic
-from dsconv_surgery.compression import Compressed, check_max_drop, compress
+from dsconv_surgery.compression import MAX_DROP_TRIES, Compressed, check_max_drop, compress
 from dsconv_surgery.finetuning.fine_tune import fine_tune
 from dsconv_surgery.finetuning.history import History
 from dsconv_surgery.finetuning.recovery import RECOVERY
@@ -56,7 +56,7 @@ class Recipe(PlanSettings):
         description: a sentence for readers.
         model: torchvision:NAME, timm:NAME or package.module:callable, for the command line.
         input: shape of the example input, batch first, for the command line.
-        max_drop: as for `compress`.
+        max_drop, tries: as for `compress`.
         channels_last: convert a copy of the model, and the inputs, to this memory format; cut networks are often faster in it on CPUs.
         calibration: how calibration images are used; images must then be passed to `run`. None: factorise for the weights alone.
         recover: as for `compress`: true, or a table of `FineTune` settings.
@@ -76,6 +76,7 @@ class Recipe(PlanSettings):
     model: str = ""
     input: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] = (1, 3, 224, 224)
     max_drop: float | None = None
+    tries: Count = MAX_DROP_TRIES
     channels_last: bool = False
     calibration: CalibrationSettings | None = None
     recover: Annotated[bool | FineTune, Field(description="true, false or FineTune(...)")] = False
@@ -138,7 +139,7 @@ class Recipe(PlanSettings):
             raise ValueError("recipe: it has no fine_tune, so there is nothing to validate. Leave out validate=.")
         if self.channels_last:
             model, inputs = channels_last_copy(model, inputs)
-        settings = {name: getattr(self, name) for name in (*plan_keywords(), "max_drop")}
+        settings = {name: getattr(self, name) for name in (*plan_keywords(), "max_drop", "tries")}
         if self.recover:
             tuning = RECOVERY if self.recover is True else self.recover
             settings["recover"] = replace(tuning, seed=self.seed + tuning.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,18 +16,21 @@ from dsconv_surgery.network.batchnorm_folding import has_folded_batchnorm
 from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.network.geometry import Cost, Rank
 from dsconv_surgery.network.layers import check_network, check_not_quantized
-from dsconv_surgery.plan import COST_COLUMNS, Cut, Plan, cost_cells
+from dsconv_surgery.plan import COST_COLUMNS, MEASURES, UNTIMED, Cut, Plan, cost_cells, percent
 from dsconv_surgery.support.copies import evaluation_copy
 from dsconv_surgery.support.fidelity import Fidelity, Recovery, measure_fidelity
-from dsconv_surgery.support.formatting import markdown_table, text_table
+from dsconv_surgery.support.formatting import TOTAL, Displayed, TableContent
 from dsconv_surgery.support.inputs import as_inputs
 from dsconv_surgery.support.latency import ROUNDS, Latency, measure_latency, timing_conditions
+from dsconv_surgery.support.layer_times import measure_layer_times
 from dsconv_surgery.support.modes import standard_modes
+from dsconv_surgery.support.plotting import Bars, draw_bars
 from dsconv_surgery.support.records import JsonRecord, record
 from dsconv_surgery.surgery import chain_factors, check_cut
 
-COLUMNS = ("layer", "scheme", "rank", *COST_COLUMNS, "weight error", "output error", "not cut because")
-OUTPUT_ERROR = COLUMNS.index("output error")
+COLUMNS = ("layer", "scheme", "rank", *COST_COLUMNS, "ms", "-> ms", "weight error", "output error", "not cut because")
+OPTIONAL = ("ms", "-> ms", "output error")  # columns that are shown if something was measured
+OUTSIDE = "outside layers"
 
 
 @record
@@ -34,6 +38,7 @@ class Row:
     """One layer: `error` is the squared relative error of its weights, `output_error` that of its outputs, each channel about its mean.
 
     The error of weights that were fitted to images can exceed 1: such weights are right on the images, not close to the old ones.
+    If latency was measured, `before` and `after` hold the layer's milliseconds inside the network. They do not sum up to the network's.
     `degeneracy`, for the CP schemes, is `sum_r |term_r|^2 / |V|^2` for the kernel V; where it is far above one, terms cancel each other.
     """
 
@@ -49,10 +54,16 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """The texts below `COLUMNS`."""
-        scheme = ("cut" if self.after != self.before else "") if self.scheme is None else self.scheme
+        scheme = ("cut" if self.changed else "") if self.scheme is None else self.scheme
         rank = "" if self.rank is None else str(self.rank)
         errors = ("" if error is None else f"{error:.4f}" for error in (self.error, self.output_error))
-        return (self.name, scheme, rank, *cost_cells(self.before, self.after), *errors, self.skipped or "")
+        times = (f"{cost.latency:.3f}" if cost.latency else "" for cost in (self.before, self.after))
+        return (self.name, scheme, rank, *cost_cells(self.before, self.after), *times, *errors, self.skipped or "")
+
+    @property
+    def changed(self) -> bool:
+        """Whether the layer was cut."""
+        return bool(self.scheme) or any(getattr(self.before, m) != getattr(self.after, m) for m in MEASURES)
 
 
 @record
@@ -71,7 +82,7 @@ class Try:
 
 
 @record
-class Report(JsonRecord):
+class Report(JsonRecord, Displayed):
     """Two networks compared: all parameters, and MACs of convolutions and linear layers for the whole example batch."""
 
     rows: tuple[Row, ...]
@@ -81,6 +92,7 @@ class Report(JsonRecord):
     outside_before: Cost
     outside_after: Cost
     latency: Latency | None = None
+    planned_latency: Latency | None = None  # as the planner measured it, with random weights
     fidelity: Fidelity | None = None
     tries: tuple[Try, ...] = ()
     synthetic: bool = False  # the cut network was calibrated on synthetic images
@@ -94,28 +106,64 @@ class Report(JsonRecord):
     def macs_saved(self) -> float:
         return 1 - self.after.macs / self.before.macs if self.before.macs else 0.0
 
-    def to_markdown(self) -> str:
-        """The table and the totals, for a README or an issue."""
-        return markdown_table(*self._table()) + "\n" + "\n".join(f"- {line}" for line in self._totals()) + "\n"
+    def __repr__(self) -> str:
+        saved = ", ".join(f"{name} {percent(getattr(self.before, m), getattr(self.after, m))}" for m, name in MEASURES.items())
+        time = f", {self.latency}" if self.latency else ""
+        return f"<Report: {sum(row.changed for row in self.rows)} of {len(self.rows)} layers cut, {saved}{time}>"
 
-    def __str__(self) -> str:
-        return "\n".join([text_table("", *self._table()), *self._totals()])
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw parameters, MACs and, if it was measured, time of each layer before and after, coloured by scheme; skips are hatched.
 
-    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """The columns and the cells; without output errors where none was measured."""
+        Args:
+            path: an image file to write, such as "report.png".
+
+        Returns:
+            A matplotlib figure, which a notebook shows.
+
+        Raises:
+            ValueError: matplotlib is missing.
+
+        Example:
+            >>> compare(model, small.model, x, plan=small.plan, latency=True).plot("report.png")
+        """
+        rows = [row for row in self._all_rows() if row.before != Cost(0, 0)]
+        groups = [row.scheme or "cut" if row.changed else None for row in rows]
+        names = dict.fromkeys((*schemes.scheme_names(), *filter(None, groups)))
+        bars: list[Bars] = []
+        for measure, name, scale, unit in (
+            ("params", "parameters", 1, ""),
+            ("macs", "MACs", 1, ""),
+            ("latency", "time in layers", 1e-3, "s"),
+        ):
+            before, after = (
+                [scale * getattr(cost, measure) for cost in side] for side in zip(*((r.before, r.after) for r in rows), strict=True)
+            )
+            if any(before):
+                bars.append(Bars(f"{name} {percent(sum(before), sum(after))}", before, after, unit))
+        title = f"{sum(row.changed for row in self.rows)} of {len(self.rows)} layers cut"
+        if self.latency:
+            title += f", {self.latency}"
+        return draw_bars(title, [row.name for row in rows], groups, {name: f"C{i % 10}" for i, name in enumerate(names)}, bars, path)
+
+    def table(self) -> TableContent:
+        """The layers and the totals; without output errors and times where none was measured."""
+        cells = [row.cells() for row in (*self._all_rows(), Row(TOTAL, self.before, self.after, scheme=""))]
+        shown = [index for index, name in enumerate(COLUMNS) if name not in OPTIONAL or any(row[index] for row in cells)]
+        columns, *cells = (tuple(row[index] for index in shown) for row in (COLUMNS, *cells))
+        return TableContent("", columns, tuple(cells), tuple(self._totals()))
+
+    def _all_rows(self) -> list[Row]:
+        """The layers, and what is outside of them."""
         rows = list(self.rows)
         if self.outside_before != Cost(0, 0) or self.outside_after != Cost(0, 0):
-            rows.append(Row("outside layers", self.outside_before, self.outside_after, scheme=""))
-        cells = [row.cells() for row in (*rows, Row("whole network", self.before, self.after, scheme=""))]
-        if any(row[OUTPUT_ERROR] for row in cells):
-            return COLUMNS, cells
-        return _without_output_error(COLUMNS), list(map(_without_output_error, cells))
+            rows.append(Row(OUTSIDE, self.outside_before, self.outside_after))
+        return rows
 
     def _totals(self) -> list[str]:
-        lines = [
-            f"parameters {self.before.params:,} -> {self.after.params:,} ({-100 * self.params_saved:+.1f} %)",
-            f"MACs {self.before.macs:,} -> {self.after.macs:,} ({-100 * self.macs_saved:+.1f} %)",
-        ]
+        lines = []
+        for measure, name in MEASURES.items():
+            before, after = getattr(self.before, measure), getattr(self.after, measure)
+            lines.append(f"{name} {before:,} -> {after:,} ({percent(before, after)})")
         if self.outside_before.macs or self.outside_after.macs:
             lines.append(
                 f"MACs outside layers {self.outside_before.macs:,} -> {self.outside_after.macs:,}, not part of the whole network's"
@@ -141,13 +189,12 @@ class Report(JsonRecord):
             )
         if ms := self.latency:
             predicted = "" if ms.predicted is None else f", predicted {ms.predicted:.2f} ms"
-            conditions = f"fastest quarter of at least {ms.rounds} rounds, {ms.conditions}"
-            lines.append(f"latency {ms.before:.2f} -> {ms.after:.2f} ms{predicted}, speed-up {ms.before / ms.after:.2f}x ({conditions})")
+            lines.append(f"latency {ms}{predicted} (fastest quarter of at least {ms.rounds} rounds, {ms.conditions})")
+        elif ms := self.planned_latency:
+            lines.append(f"latency {ms} when it was planned, with random weights ({ms.conditions})")
+        else:
+            lines.append(UNTIMED)
         return lines
-
-
-def _without_output_error(cells: tuple[str, ...]) -> tuple[str, ...]:
-    return cells[:OUTPUT_ERROR] + cells[OUTPUT_ERROR + 1 :]
 
 
 @standard_modes()
@@ -196,6 +243,9 @@ def compare(
         predicted = plan.timing.after if plan and plan.timing else None
         times = measure_latency([before, after], inputs)
         timing = Latency(times[0], times[1], timing_conditions(inputs), ROUNDS, predicted)
+        for model, survey in ((before, dense), (after, small)):
+            layer_times = measure_layer_times(model, survey.costs, inputs)
+            survey.costs.update({name: replace(survey.costs[name], latency=ms) for name, ms in layer_times.items()})
     if data is not None:
         images = Images(drawn(before, data, inputs), inputs, prepare, output, same=False, argument="data")
         check_model_runs(evaluation_copy(before), images)
@@ -214,7 +264,8 @@ def compare(
         else:
             rows.append(Row(name, *costs, skipped=reasons.get(name)))
     synthetic = plan is not None and plan.calibrated == "synthetic"
-    return Report(tuple(rows), dense.total, small.total, dense.outside, small.outside, timing, fidelity, synthetic=synthetic)
+    totals = dense.total, small.total, dense.outside, small.outside
+    return Report(tuple(rows), *totals, timing, plan.timing if plan else None, fidelity, synthetic=synthetic)
 
 
 def _weight_errors(layer: nn.Module, chain: nn.Module, cut: Cut) -> tuple[float | None, float | None]:

@@ -18,18 +18,18 @@ from dsconv_surgery.planning.planner import Planner
 from dsconv_surgery.planning.rules import RULES
 from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
 from dsconv_surgery.support.fidelity import checked_score, measure_fidelity
-from dsconv_surgery.support.formatting import markdown_table, text_table
+from dsconv_surgery.support.formatting import Displayed, TableContent, counted
 from dsconv_surgery.support.inputs import as_inputs
 from dsconv_surgery.support.latency import Stopwatch, measure_latency
 from dsconv_surgery.support.modes import standard_modes
-from dsconv_surgery.support.plotting import Panel, save_panels
+from dsconv_surgery.support.plotting import Curve, draw_curves
 from dsconv_surgery.support.progress import Progress
 from dsconv_surgery.support.records import JsonRecord, record
 
 MEASURE = "measure the result"  # a phase
 FRACTIONS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 COLUMNS = ("keep", "params", "MACs", "ms", "score", "same top class", "divergence", "output error")
-QUALITIES = {"score": "score", "agreement": "same top class", "error": "output error"}  # a plot shows the first that was measured
+QUALITIES = {"score": "score", "agreement": "same top class as the dense network", "error": "output error (lower is better)"}
 
 
 @record
@@ -46,40 +46,57 @@ class Point:
 
 
 @record
-class Sweep(JsonRecord):
+class Sweep(JsonRecord, Displayed):
     """The dense network, then the network at smaller and smaller budgets of one measure."""
 
     measure: str
     points: tuple[Point, ...]
     synthetic: bool = False  # outputs were compared on synthetic images
 
-    def to_markdown(self) -> str:
-        """The table in Markdown."""
-        return markdown_table(COLUMNS, self._rows())
+    def __repr__(self) -> str:
+        fractions = ", ".join(f"{point.fraction:g}" for point in self.points[1:])
+        return f"<Sweep: the dense network and {counted(len(self.points) - 1, 'budget')} on {self.measure}: {fractions}>"
 
-    def __str__(self) -> str:
-        return text_table(f"budgets on {self.measure}{', outputs compared on synthetic images' * self.synthetic}", COLUMNS, self._rows())
-
-    def _rows(self) -> list[tuple[str, ...]]:
+    def table(self) -> TableContent:
         rows = []
         for p in self.points:
             milliseconds = f"{p.cost.latency:.2f}" if p.cost.latency else "-"
             qualities = ("-" if value is None else f"{value:.4f}" for value in (p.score, p.agreement, p.divergence, p.error))
             rows.append((f"{p.fraction:g}", f"{p.cost.params:,}", f"{p.cost.macs:,}", milliseconds, *qualities))
-        return rows
+        title = f"budgets on {self.measure}{', outputs compared on synthetic images' * self.synthetic}"
+        timed = all(point.cost.latency for point in self.points)
+        return TableContent(title, COLUMNS, tuple(rows), () if timed else ("time was not measured: pareto(latency=True) measures it",))
 
-    def plot(self, path: str | Path) -> None:
-        """Draw the score, or how close outputs are to the dense network's, over MACs, parameters and milliseconds (needs matplotlib)."""
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the score, or else how close outputs are to the dense network's, over MACs, parameters and milliseconds.
+
+        Args:
+            path: an image file to write, such as "sweep.png".
+
+        Returns:
+            A matplotlib figure, which a notebook shows. Points have the fractions that were to be kept.
+
+        Raises:
+            ValueError: no quality was measured, or matplotlib is missing.
+
+        Example:
+            >>> pareto(model, x, calibration=batches).plot("sweep.png")
+        """
         quality = next((name for name in QUALITIES if getattr(self.points[0], name) is not None), None)
         if quality is None:
             raise ValueError("nothing to plot: quality was not measured. Give pareto evaluate= or data= (--data or --calibration).")
         values = [getattr(point, quality) for point in self.points]
-        panels = []
-        for measure, label in (("macs", "MACs"), ("params", "parameters"), ("latency", "milliseconds")):
+        curves: list[Curve] = []
+        notes = ["dense", *(f"{point.fraction:g}" for point in self.points[1:])]
+        titles = {"macs": "MACs", "params": "parameters", "latency": "time"}
+        for measure, label in (("macs", "MACs"), ("params", "parameters"), ("latency", "ms")):
             costs = [getattr(point.cost, measure) for point in self.points]
             if measure != "latency" or all(costs):
-                panels.append(Panel(label, QUALITIES[quality], costs, values))
-        save_panels(path, panels)
+                title = f"{titles[measure]}{' (the budget)' * (measure == self.measure)}"
+                y_label = "" if curves else QUALITIES[quality]
+                curves.append(Curve(title, label, y_label, costs, values, notes, values[0], "dense network", "dense network"))
+        images = " on synthetic images" * (self.synthetic and quality != "score")
+        return draw_curves(f"One network at {counted(len(self.points) - 1, 'budget')} on {titles[self.measure]}{images}", curves, path)
 
 
 @standard_modes()
@@ -120,18 +137,7 @@ def pareto(
     Example:
         >>> print(pareto(model, torch.rand(1, 3, 32, 32), fractions=(0.5, 0.3), calibration=batches))
     """
-    if measure not in ("macs", "params", "latency"):
-        raise ValueError(f"measure={measure!r}: expected 'macs', 'params' or 'latency'.")
-    if not fractions:
-        raise ValueError("fractions: none given. Pass some in (0, 1], as in fractions=(0.5, 0.3).")
-    if settings.get("budget") is not None:
-        raise ValueError("budget=: pareto makes its budgets from fractions= and measure=, as in fractions=(0.5, 0.3), measure='macs'.")
-    rule = settings.get("rule", "budget")
-    if isinstance(rule, str) and rule in RULES and RULES[rule].needs != "budget":
-        names = ", ".join(name for name, item in RULES.items() if item.needs == "budget")
-        raise ValueError(f"rule {rule!r} takes no budget, but pareto cuts to budgets. Use one of {names}, or a function.")
-    budgets = [Budget(**{measure: fraction}) for fraction in sorted(fractions, reverse=True)]
-    checked = PlanSettings(**{**settings, "budget": budgets[-1]})
+    checked, budgets = sweep_settings(settings, fractions, measure)
     inputs = as_inputs(example_inputs, example_kwargs)
     images = None if calibration is None else images_for(model, calibration, inputs, prepare, output)
     compared = images if data is None else images_for(model, data, inputs, prepare, output, same=False, argument="data")
@@ -160,3 +166,19 @@ def pareto(
         points.append(point(fraction, cut, plan.total_after, plan))
     watch.warn()
     return Sweep(measure, tuple(points), compared is not None and compared.synthetic)
+
+
+def sweep_settings(settings: Mapping[str, Any], fractions: Sequence[float], measure: str) -> tuple[PlanSettings, list[Budget]]:
+    """The plan settings of a sweep, for its smallest budget, and its budgets, the largest first; ValueError as `pareto`."""
+    if measure not in ("macs", "params", "latency"):
+        raise ValueError(f"measure={measure!r}: expected 'macs', 'params' or 'latency'.")
+    if not fractions:
+        raise ValueError("fractions: none given. Pass some in (0, 1], as in fractions=(0.5, 0.3).")
+    if settings.get("budget") is not None:
+        raise ValueError("budget=: pareto makes its budgets from fractions= and measure=, as in fractions=(0.5, 0.3), measure='macs'.")
+    rule = settings.get("rule", "budget")
+    if isinstance(rule, str) and rule in RULES and RULES[rule].needs != "budget":
+        names = ", ".join(name for name, item in RULES.items() if item.needs == "budget")
+        raise ValueError(f"rule {rule!r} takes no budget, but pareto cuts to budgets. Use one of {names}, or a function.")
+    budgets = [Budget(**{measure: fraction}) for fraction in sorted(fractions, reverse=True)]
+    return PlanSettings(**{**settings, "budget": budgets[-1]}), budgets

@@ -52,7 +52,7 @@ def fine_tune(
         batches: an iterable of batches that can be iterated once per epoch: inputs (tensors, or nests of tensors), or tuples of inputs and
             then labels.
         teacher: the dense network. With a teacher, batches need no labels.
-        validate: gives a network's score after each epoch, higher for better. It gets a copy in evaluation mode.
+        validate: gives a network's score before training and after each epoch, higher for better. It gets a copy in evaluation mode.
         loss: `(outputs, *labels) -> mean over the batch`, of the network's outputs as they are. By default it is `F.cross_entropy`, for
             class indices and class scores: the network's output, or the one tensor that `output` selects. Regression, other outputs and
             float labels need a loss.

@@ -68,6 +68,7 @@ class TrainingLoop:
         self.step, self.epoch_step = 0, 0  # steps done in the run and in this epoch
         self.sums: dict[str, float] = {}  # of the losses of this epoch's steps
         self.epochs: list[Epoch] = []
+        self.before: float | None = None  # the score before training
         self.best: dict[str, Tensor] = {}
         self.ran_on = ""  # the inputs of the last batch that the network took
         self.started = time.perf_counter()
@@ -78,6 +79,8 @@ class TrainingLoop:
     def run(self, progress: bool | None) -> History:
         """Train to the end, from the checkpoint if it exists."""
         self._load()
+        if self.validate is not None and not self.step:
+            self.before = self._score(self.validate)
         self.optimizer.zero_grad(set_to_none=True)
         with Progress(progress, ("fine-tune",)).bar("fine-tune", self.steps, "step", self.step) as bar:
             while self.step < self.steps and (self.settings.steps or len(self.epochs) < self.settings.epochs):
@@ -86,7 +89,7 @@ class TrainingLoop:
                     bar.set_description(f"fine-tune (score {self.epochs[-1].score:.4f})")
         weights = {"last": self._weights()} | ({"best": self.best} if self.best else {})
         versions = {"torch": torch.__version__, "dsconv_surgery": version("dsconv_surgery"), "python": platform.python_version()}
-        return History(tuple(self.epochs), asdict(self.settings), versions, weights)
+        return History(tuple(self.epochs), asdict(self.settings), versions, self.before, weights)
 
     def _run_epoch(self, bar: Any) -> None:
         seed_epoch(self.batches, self.settings.seed, len(self.epochs))
@@ -199,14 +202,17 @@ class TrainingLoop:
         means = {name: value / self.epoch_step for name, value in self.sums.items()}
         self.epoch_step, self.sums, score = 0, {}, None
         if self.validate is not None:
-            with torch.no_grad():
-                score = checked_score(self.validate, self.model.eval(), "validate")
+            score = self._score(self.validate)
             if not self.best or score > max(e.score for e in self.epochs if e.score is not None):
                 self.best = self._weights()
         parts, seconds = (means.get("labels"), means.get("teacher")), round(time.perf_counter() - self.started, 2)
         self.epochs.append(Epoch(len(self.epochs) + 1, self.step, means["loss"], *parts, score, seconds))
         if score is not None:
             self._call_back({"loss": means["loss"], "score": score})
+
+    def _score(self, validate: Callable[[nn.Module], float]) -> float:
+        with torch.no_grad():
+            return checked_score(validate, self.model.eval(), "validate")
 
     def _call_back(self, values: Mapping[str, float]) -> None:
         if self.callback is not None:
@@ -223,7 +229,7 @@ class TrainingLoop:
             return
         seconds = time.perf_counter() - self.started
         state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")} | {
-            "loop": {"step": self.step, "epoch_step": self.epoch_step, "seconds": seconds, "sums": self.sums},
+            "loop": {"step": self.step, "epoch_step": self.epoch_step, "seconds": seconds, "sums": self.sums, "before": self.before},
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "best": self.best,
         }
@@ -238,7 +244,7 @@ class TrainingLoop:
         for name in ("optimizer", "scaler", "model"):  # the model last, as the others may raise an error
             getattr(self, name).load_state_dict(state[name])
         loop = state["loop"]
-        self.step, self.epoch_step, self.sums = loop["step"], loop["epoch_step"], loop["sums"]
+        self.step, self.epoch_step, self.sums, self.before = (loop[key] for key in ("step", "epoch_step", "sums", "before"))
         self.started -= loop["seconds"]
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         self.best = to_device(state["best"], self.device)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from dsconv_surgery.network.call_recorder import record_calls
 from dsconv_surgery.network.geometry import ConvSpec, Cost, Size
-from dsconv_surgery.network.layers import check_unwrapped, irreplaceable_layers, named_layers
+from dsconv_surgery.network.layers import check_unwrapped, class_path, irreplaceable_layers, named_layers
+from dsconv_surgery.support.formatting import TOTAL, Displayed, TableContent, counted
 from dsconv_surgery.support.inputs import Inputs, as_inputs
 from dsconv_surgery.support.modes import standard_modes
 
@@ -50,10 +51,40 @@ class Survey:
     # Parameters that `model.parameters()` does not have, as of layers in plain lists. They are part of `outside`, but not of `total`.
     unregistered_params: int = 0
     ends: tuple[str, ...] = ()  # the first convolution and the last layer that the network calls
+    types: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # the class of each layer and its bases, as in "nn.Conv2d"
+
+    def skip_reason(self, name: str) -> str | None:
+        """Why a layer cannot be cut, or None."""
+        return next((layer.reason for layer in self.layers if isinstance(layer, Skip) and layer.name == name), None)
+
+
+class Layers(list[ConvSite | Skip], Displayed):
+    """The list of `find_convs`: `str()` and notebooks show it as a table with costs."""
+
+    def __init__(self, survey: Survey) -> None:
+        super().__init__(survey.layers)
+        self._survey = survey
+
+    @property
+    def total(self) -> Cost:
+        """All parameters of the network, and the MACs of its layers."""
+        return self._survey.total
+
+    def __repr__(self) -> str:
+        sites, total = sum(isinstance(layer, ConvSite) for layer in self), self.total
+        return f"<Layers: {counted(sites, 'site')}, {counted(len(self) - sites, 'skip')}, {total.params:,} parameters, {total.macs:,} MACs>"
+
+    def table(self) -> TableContent:
+        costs = [
+            (layer.name, layer.reason if isinstance(layer, Skip) else str(layer.spec), self._survey.costs[layer.name]) for layer in self
+        ]
+        costs += [("outside layers", "", self._survey.outside), (TOTAL, "", self._survey.total)]
+        rows = [(name, description, f"{cost.params:,}", f"{cost.macs:,}") for name, description, cost in costs]
+        return TableContent("", ("layer", "geometry, or why it stays dense", "params", "MACs"), tuple(rows))
 
 
 @standard_modes()
-def find_convs(model: nn.Module, *example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> list[ConvSite | Skip]:
+def find_convs(model: nn.Module, *example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Layers:
     """Find every convolution and linear layer of a model: a site that can be cut, or a skip with its reason.
 
     A copy of the model runs in evaluation mode on fake tensors, so nothing is computed, and models larger than memory or on the meta
@@ -66,7 +97,7 @@ def find_convs(model: nn.Module, *example_inputs: Any, example_kwargs: Mapping[s
         example_kwargs: keyword arguments.
 
     Returns:
-        `ConvSite(name, aliases, spec, sizes)` or `Skip(name, reason)` for each layer, in module order.
+        `ConvSite(name, aliases, spec, sizes)` or `Skip(name, reason)` for each layer, in module order: a list. Print it as a table.
 
     Raises:
         TypeError: the model is compiled, scripted or wrapped for data parallelism.
@@ -79,7 +110,7 @@ def find_convs(model: nn.Module, *example_inputs: Any, example_kwargs: Mapping[s
         ConvSite(name='0', aliases=(), spec=ConvSpec(in_channels=3, ...), sizes=((1, 16, 16),))
         Skip(name='1', reason='nn.ConvTranspose2d is not a plain nn.Conv2d or nn.Linear.')
     """
-    return list(survey_model(model, as_inputs(example_inputs, example_kwargs)).layers)
+    return Layers(survey_model(model, as_inputs(example_inputs, example_kwargs)))
 
 
 def survey_model(model: nn.Module, inputs: Inputs, replaceable: bool = True) -> Survey:
@@ -109,4 +140,5 @@ def survey_model(model: nn.Module, inputs: Inputs, replaceable: bool = True) -> 
     called = list(record.calls)  # by their first call
     convolutions = [name for name in called if not isinstance(model.get_submodule(name), nn.Linear)]
     ends = tuple(dict.fromkeys(convolutions[:1] + called[-1:]))
-    return Survey(tuple(layers), costs, total, outside, record.unregistered_params, ends)
+    types = {name: tuple(class_path(kind) for kind in type(layer).__mro__ if kind is not object) for layer, (name, *_) in names.items()}
+    return Survey(tuple(layers), costs, total, outside, record.unregistered_params, ends, types)

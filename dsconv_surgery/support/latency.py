@@ -53,6 +53,13 @@ class Latency:
     rounds: int
     predicted: float | None = None
 
+    def __str__(self) -> str:
+        """Both times, and by which factor the cut network is faster or slower."""
+        slower = self.after > self.before
+        ratio = f"{max(self.after, self.before) / min(self.after, self.before):.2f}"
+        verdict = "as fast as" if ratio == "1.00" else f"{ratio}x slower than" if slower else f"{ratio}x faster than"
+        return f"{self.before:.2f} -> {self.after:.2f} ms, {verdict} the dense network"
+
 
 def timing_conditions(inputs: Inputs) -> Conditions:
     """The inputs' device, dtype, batch and memory format, and torch's current thread count."""

@@ -410,7 +410,7 @@ def test_the_schedule() -> None:
 
 def test_best_and_last_weights() -> None:
     dense, model, _ = cut_net()
-    scores = iter([0.1, 0.9, 0.5])
+    scores = iter([1.0, 0.1, 0.9, 0.5])  # the first before training
     validated: list[dict[str, Tensor]] = []
 
     def validate(m: nn.Module) -> float:
@@ -419,10 +419,11 @@ def test_best_and_last_weights() -> None:
         return next(scores)
 
     history = fine_tune(model, Labelled(), teacher=dense, validate=validate, settings=FineTune(epochs=3))
+    assert history.before == 1.0
     assert history.best is not None
     assert history.best.epoch == 2
-    assert same(history.weights["best"], validated[1])
-    assert same(history.weights["last"], validated[2])
+    assert same(history.weights["best"], validated[2])
+    assert same(history.weights["last"], validated[3])
     assert same(history.weights["last"], weights(model))
 
 
