@@ -10,7 +10,7 @@ from torch import nn
 
 from dsconv_surgery import schemes
 from dsconv_surgery.network.discovery import ConvSite, Skip
-from dsconv_surgery.network.geometry import Cost, chain_cost
+from dsconv_surgery.network.geometry import Cost, Rank, chain_cost
 from dsconv_surgery.network.layers import check_finite
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.layer_latency import LayerTimer
@@ -73,6 +73,24 @@ def layer_options(
         if timer is not None and _saves(least, dense, measures):
             reason = f"no option is faster than the layer ({dense.latency:.3f} ms) on this machine."
     return Skip(site.name, reason)
+
+
+def preset_option(
+    site: ConvSite, module: nn.Module, option: tuple[str, Rank], estimator: DamageEstimator, timer: LayerTimer | None = None
+) -> tuple[Table, OptionErrors]:
+    """A table with a scheme and a rank that the user chose, whatever they cost."""
+    name, rank = option
+    schemes.check_rank(f"ranks: {site.name}", schemes.get_scheme(name), site.spec, rank)
+    weight = module.get_parameter("weight")
+    if not weight.is_meta:
+        check_finite(site.name, weight)
+    chain = schemes.chain_of(schemes.get_scheme(name), site.spec, rank)
+    dense, cost = site.cost, chain_cost(chain, site.sizes)
+    if timer is not None:
+        milliseconds = timer.time([{"dense": site.spec}, chain], site.sizes)
+        dense, cost = (replace(c, latency=ms) for c, ms in zip((dense, cost), milliseconds, strict=True))
+    errors = OptionErrors(site, module, [name], estimator)
+    return Table(site.name, dense, {name: [Option(name, rank, cost)]}, errors), errors
 
 
 def _is_superseded(name: str, others: Sequence[str], site: ConvSite) -> bool:

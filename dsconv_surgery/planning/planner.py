@@ -16,19 +16,21 @@ from dsconv_surgery.budget import Budget, BudgetError
 from dsconv_surgery.calibration.images import Calibration, Images, images_for
 from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.network.layers import check_finite_state
+from dsconv_surgery.network.untrained import warn_if_untrained
 from dsconv_surgery.plan import Cut, Plan
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.layer_latency import LayerTimer
 from dsconv_surgery.planning.option_errors import OptionErrors
-from dsconv_surgery.planning.options import layer_options
-from dsconv_surgery.planning.rules import RULES
+from dsconv_surgery.planning.options import layer_options, preset_option
+from dsconv_surgery.planning.rules import checked_choice
 from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
 from dsconv_surgery.planning.site_selection import DENSE_END, select_sites, warn_of_cost_outside
+from dsconv_surgery.planning.slow_chains import warn_if_slow
 from dsconv_surgery.planning.tables import Choice, Option, Table, allowed_costs, smallest_total
 from dsconv_surgery.schemes import Factors
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.cache import Cache
-from dsconv_surgery.support.formatting import did_you_mean
+from dsconv_surgery.support.copies import model_device
 from dsconv_surgery.support.input_description import describe_inputs
 from dsconv_surgery.support.inputs import Inputs, as_inputs
 from dsconv_surgery.support.latency import ROUNDS, Latency, Stopwatch, measure_latency, timing_conditions
@@ -118,6 +120,7 @@ class Planner:
         self.progress = progress or Progress(False)
         self._survey = survey_model(model, inputs)
         check_finite_state(model)
+        warn_if_untrained(model)
         self._sites, self._skips = select_sites(self._survey, settings, images is not None)
         self.total = self._survey.total
         if settings.effective_budget is not None:
@@ -131,12 +134,21 @@ class Planner:
         damages = self._damages = DamageEstimator(model, self._sites, images, store, self.progress)
         self._tables: dict[str, Table] = {}
         self._errors: dict[str, OptionErrors] = {}
+        self._preset: dict[str, Option] = {}  # chosen by the user
+        self._warned = False  # of slow chains, in one of several plans
         with self.progress.layers(TIME_LAYERS, {site.name: 1 for site in self._sites if timer is not None}) as begin:
             for site in self._sites:
                 if timer is not None:
                     begin(site.name)
                 layer = model.get_submodule(site.name)
-                options = layer_options(site, layer, settings.scheme_names, settings.measures, damages, timer, settings.channel_multiple)
+                names = (site.name, *site.aliases)
+                options: tuple[Table, OptionErrors] | Skip
+                if preset := settings.preset_option(names):
+                    options = preset_option(site, layer, preset, damages, timer)
+                    self._preset[site.name] = options[0].options[preset[0]][0]
+                else:
+                    multiple = settings.multiple_for(names)
+                    options = layer_options(site, layer, settings.schemes_for(names), settings.measures, damages, timer, multiple)
                 if isinstance(options, Skip):
                     self._skips.append(options)
                 else:
@@ -146,10 +158,13 @@ class Planner:
         """Raise BudgetError if not even the cheapest option of every layer meets a budget."""
         try:
             with self._naming_dense_ends():
-                allowed_costs(self._tables, self.total, budget, [skip.reason for skip in self._skips])
+                self._allowed(budget)
         except BudgetError:
             self._stopwatch.warn()  # busy times may be the reason
             raise
+
+    def _allowed(self, budget: Budget) -> dict[str, float]:
+        return allowed_costs(self._tables, self.total, budget, [skip.reason for skip in self._skips], self._preset)
 
     @contextmanager
     def _naming_dense_ends(self) -> Iterator[None]:
@@ -183,43 +198,28 @@ class Planner:
             stack.callback(self._damages.close)
             stack.enter_context(self._naming_dense_ends())
             stack.callback(self._stopwatch.warn)  # if there is no plan, too: busy times may be the reason
-            if budget is None:
-                return self._as_plan(budget, self._choose({}))
-            allowed = allowed_costs(self._tables, self.total, budget, [skip.reason for skip in self._skips])
-            if budget.latency is None:
-                return self._as_plan(budget, self._choose(allowed))
-            return self._plan_for_latency(budget, allowed)
+            allowed = {} if budget is None else self._allowed(budget)
+            if budget is not None and budget.latency is not None:
+                return self._plan_for_latency(budget, allowed)
+            plan, factors = self._as_plan(budget, self._choose(allowed))
+            if model_device(self.model).type == "cpu" and not self._warned:
+                self._warned = warn_if_slow(plan)
+            return plan, factors
 
     def _choose(self, allowed: Mapping[str, float]) -> Choice:
         """The rule's choice; rules measure options when they need them, layer by layer."""
         with self.progress.layers(JUDGE_OPTIONS, {name: table.dense.params for name, table in self._tables.items()}) as begin:
             for name, errors in self._errors.items():
                 errors.on_measure = partial(begin, name)
-            return self._checked_choice(allowed)
-
-    def _checked_choice(self, allowed: Mapping[str, float]) -> Choice:
-        """The rule's choice, checked."""
-        rule, tables = self.settings.rule, self._tables
-        if callable(rule):
-            choice = rule(tables, allowed)
-            for name in choice:
-                if name not in tables:
-                    raise ValueError(
-                        f"{self.settings.rule_text} chose for {name!r}, which has no option table.{did_you_mean(name, list(tables))}"
-                    )
-            return {name: choice.get(name) for name in tables}
-        choice = RULES[rule](tables, allowed, vars(self.settings))
-        costs = [option.cost if (option := choice.get(name)) else table.dense for name, table in tables.items()]
-        if any(sum(getattr(cost, m) for cost in costs) > limit * (1 + 1e-9) for m, limit in allowed.items()):
-            raise BudgetError(
-                f"rule {rule!r} finds nothing within {' and '.join(allowed)} at once. Raise one of them, or use rule='budget'."
-            )
-        return {name: choice.get(name) for name in tables}
+            free = {name: table for name, table in self._tables.items() if name not in self._preset}
+            choice = checked_choice(free, allowed, vars(self.settings), self.settings.rule_text)
+            return {name: self._preset.get(name, choice.get(name)) for name in self._tables}
 
     def _plan_for_latency(self, budget: Budget, allowed: dict[str, float]) -> tuple[Plan, FactorsByLayer]:
         """Layer times do not add up to a network's time, so time the whole cut network (random weights) and correct the budget."""
         target = (budget.latency or 1.0) * self.total.latency
-        smallest = smallest_total(self._tables, tuple(allowed))["latency"]
+        free = {name: table for name, table in self._tables.items() if name not in self._preset}
+        smallest = smallest_total(free, tuple(allowed))["latency"]
         tries: list[tuple[float, tuple[Plan, FactorsByLayer]]] = []
         for _ in range(LATENCY_TRIES):
             try:

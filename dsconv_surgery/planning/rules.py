@@ -15,6 +15,7 @@ from dsconv_surgery.budget import BudgetError
 from dsconv_surgery.network.geometry import Cost, Rank
 from dsconv_surgery.planning.knapsack import choose
 from dsconv_surgery.planning.tables import Choice, Option, Table
+from dsconv_surgery.support.formatting import did_you_mean
 
 Tables = Mapping[str, Table]
 Allowed = Mapping[str, float]  # total cost of the layers with tables, by measure
@@ -220,6 +221,31 @@ class NamedRule:
         if self.needs is None:
             return self.choose(tables)
         return self.choose(tables, allowed if self.needs == "budget" else settings[self.needs])
+
+
+def checked_choice(tables: Tables, allowed: Allowed, settings: Mapping[str, Any], rule_text: str) -> Choice:
+    """The choice of a rule for every layer with a table.
+
+    Args:
+        settings: "rule", a name or a function, "energy" and "rank".
+        rule_text: names the rule in an error.
+
+    Raises:
+        ValueError: a function chose for a layer without a table.
+        BudgetError: the choice exceeds the allowed costs.
+    """
+    rule = settings["rule"]
+    if callable(rule):
+        choice = rule(tables, allowed)
+        for name in choice:
+            if name not in tables:
+                raise ValueError(f"{rule_text} chose for {name!r}, which has no option table.{did_you_mean(name, list(tables))}")
+        return {name: choice.get(name) for name in tables}
+    choice = RULES[rule](tables, allowed, settings)
+    costs = [option.cost if (option := choice.get(name)) else table.dense for name, table in tables.items()]
+    if any(sum(getattr(cost, m) for cost in costs) > limit * (1 + 1e-9) for m, limit in allowed.items()):
+        raise BudgetError(f"rule {rule!r} finds nothing within {' and '.join(allowed)} at once. Raise one of them, or use rule='budget'.")
+    return {name: choice.get(name) for name in tables}
 
 
 RULES = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dsconv_surgery.budget import Budget, BudgetError
 from dsconv_surgery.network.geometry import Cost, Rank
-from dsconv_surgery.support.formatting import count_reasons
+from dsconv_surgery.support.formatting import count_reasons, counted
 
 if TYPE_CHECKING:
     from dsconv_surgery.planning.option_errors import OptionErrors
@@ -78,24 +78,33 @@ def smallest_total(tables: Mapping[str, Table], measures: Sequence[str]) -> dict
     return {m: sum(getattr(table.cheapest((m,)).cost, m) for table in tables.values()) for m in measures}
 
 
-def allowed_costs(tables: Mapping[str, Table], total: Cost, budget: Budget, skip_reasons: Sequence[str] = ()) -> dict[str, float]:
+def allowed_costs(
+    tables: Mapping[str, Table], total: Cost, budget: Budget, skip_reasons: Sequence[str] = (), preset: Choice | None = None
+) -> dict[str, float]:
     """The total cost that the layers with options may have, by measure, if the whole network is to keep its budget.
+
+    Args:
+        preset: layers whose option is chosen already; they are not among the layers whose cost is returned.
 
     Raises:
         BudgetError: even the cheapest option of every layer exceeds the budget; the smallest reachable one and skip reasons are named.
     """
     limits = budget.limits()
     rest = {m: getattr(total, m) - sum(getattr(table.dense, m) for table in tables.values()) for m in limits}
+    for option in filter(None, (preset or {}).values()):
+        rest = {m: cost + getattr(option.cost, m) for m, cost in rest.items()}
+    tables = {name: table for name, table in tables.items() if name not in (preset or {})}
     allowed = {m: fraction * getattr(total, m) - rest[m] for m, fraction in limits.items()}
     least = smallest_total(tables, tuple(limits))
     if any(least[m] > allowed[m] for m in limits):
         # Rounded up, so that the named budget can be met.
         fractions = {m: min(math.ceil(1e4 * (least[m] + rest[m]) / getattr(total, m) + 1e-6) / 1e4, 1.0) for m in limits}
         reachable = ", ".join(f"{m}={fraction}" for m, fraction in fractions.items())
+        more = f", {len(preset)} more as ranks= says" if preset else ""
         tip = "; on CPUs, networks in torch.channels_last may be faster" if "latency" in limits else ""
         raise BudgetError(
             f"{budget} is out of reach: with every layer at its cheapest option the network still keeps {reachable} "
-            f"({len(tables)} layers can be cut). Raise the budget, exclude fewer layers or allow more schemes{tip}."
+            f"({counted(len(tables), 'layer')} can be cut{more}). Raise the budget, exclude fewer layers or allow more schemes{tip}."
             + (f" Not cut: {count_reasons(skip_reasons)}" if skip_reasons else "")
         )
     return allowed

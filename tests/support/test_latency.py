@@ -227,7 +227,7 @@ def test_plans_are_the_same_on_a_quiet_and_on_a_busy_machine(machine: Machine) -
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=r"too busy .* 1\.70 times as long") as group:
         busy = plan(cache=False)
-    assert len(group) == 1
+    assert sum("too busy" in str(warning.message) for warning in group) == 1
     assert [cut.rank for cut in first.cuts] == [cut.rank for cut in busy.cuts]
     assert busy.timing.after == pytest.approx(first.timing.after, rel=1e-3)
 
