@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dsconv_surgery.budget import Budget
     from dsconv_surgery.calibration.batchnorm import batchnorm_distance
+    from dsconv_surgery.calibration.image_folder import image_folder
     from dsconv_surgery.calibration.images import Calibration
     from dsconv_surgery.checkpoint import load, save
     from dsconv_surgery.compression import compress
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Budget", "Calibration", "DepthwiseConv2d", "DepthwiseSeparableConv2d", "FineTune", "Inputs", "Plan", "PlanSettings", "PointwiseConv2d",
-    "Recipe", "apply_plan", "batchnorm_distance", "compare", "compress", "find_convs", "fine_tune", "fold_back", "fold_batchnorm", "load",
-    "make_plan", "pareto", "plain", "register_scheme", "save",
+    "Recipe", "apply_plan", "batchnorm_distance", "compare", "compress", "find_convs", "fine_tune", "fold_back", "fold_batchnorm",
+    "image_folder", "load", "make_plan", "pareto", "plain", "register_scheme", "save",
 ]  # fmt: skip
 
 _NAMES_BY_MODULE = {
     "budget": ("Budget",),
     "calibration.batchnorm": ("batchnorm_distance",),
+    "calibration.image_folder": ("image_folder",),
     "calibration.images": ("Calibration",),
     "checkpoint": ("load", "save"),
     "compression": ("compress",),
