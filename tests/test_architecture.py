@@ -34,9 +34,9 @@ DIRECTION = (
 LEVEL = {name: level for level, names in enumerate(DIRECTION) for name in names}
 WRITERS = {
     "calibration.activation_store",
+    "calibration.image_folder",
     "checkpoint",
     "cli.commands",
-    "cli.inputs",
     "finetuning.training_checkpoint",
     "report",
     "support.atomic_files",

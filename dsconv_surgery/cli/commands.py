@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ import typer
 
 import dsconv_surgery
 from dsconv_surgery.cli import options
+from dsconv_surgery.cli.descriptions import planning_epilog
 from dsconv_surgery.support.formatting import text_table
 
 if TYPE_CHECKING:
@@ -37,19 +39,11 @@ app = typer.Typer(
 def inspect(model: options.Model, input: options.Input = DEFAULT_INPUT, weights: options.Weights = "none") -> None:  # noqa: A002
     """List every convolution and linear layer: its cost, or the reason why it cannot be cut."""
     from dsconv_surgery.cli.inputs import example_input, named_model
-    from dsconv_surgery.network.discovery import Skip, survey_model
-    from dsconv_surgery.support.inputs import Inputs
 
-    survey = survey_model(named_model(model, weights), Inputs(example_input(input)))
-    lines = [
-        (layer.name, layer.reason if isinstance(layer, Skip) else str(layer.spec), survey.costs[layer.name]) for layer in survey.layers
-    ]
-    lines += [("outside layers", "", survey.outside), ("whole network", "", survey.total)]
-    rows = [(name, description, f"{cost.params:,}", f"{cost.macs:,}") for name, description, cost in lines]
-    _print(text_table("", ("layer", "geometry, or why it stays dense", "params", "MACs"), rows))
+    _print(str(dsconv_surgery.find_convs(named_model(model, weights), example_input(input))))
 
 
-@app.command()
+@app.command(epilog=planning_epilog())
 @options.takes_plan_options()
 def compress(
     model: options.Model,
@@ -69,9 +63,13 @@ def compress(
     json: options.Json = False,
 ) -> None:
     """Cut a network, save it with its plan, and print what that saves."""
+    from dsconv_surgery.cli.announcement import announce
+
     _check_writable(out)
     dense, example = _load_model(model, weights, input, channels_last)
     batches = _load_calibration(calibration, example, images, mean, std)
+    plan_settings = dsconv_surgery.PlanSettings(**settings)
+    announce(model, weights, dense, example, plan_settings, _describe(calibration, batches, mean, std), measure_latency)
     small = dsconv_surgery.compress(dense, example, calibration=batches, recover=recover, cache=cache, progress=progress, **settings)
     _save_and_print(small, out, dense, example, measure_latency, json, None if calibration == "synthetic" else batches)
 
@@ -93,15 +91,17 @@ def report(
 ) -> None:
     """Compare a saved network with the dense one; errors are relative to the weights that --weights names."""
     from dsconv_surgery.checkpoint import read_plan
+    from dsconv_surgery.cli.announcement import announce
 
     dense, example = _load_model(model, weights, input, channels_last)
     batches = _load_images(data, example, images, mean, std)
+    announce(model, weights, dense, example, timed=measure_latency)
     cut = dsconv_surgery.load(dense, folder)
     result = dsconv_surgery.compare(dense, cut, example, plan=read_plan(folder), latency=measure_latency, data=batches)
     _print(result.to_json() if json else result.to_markdown() if markdown else str(result))
 
 
-@app.command()
+@app.command(epilog=planning_epilog())
 @options.takes_plan_options(budget=False)
 def sweep(
     model: options.Model,
@@ -122,12 +122,16 @@ def sweep(
     progress: options.Progress = None,
 ) -> None:
     """Cut a network to several budgets and print what each costs and how close its outputs are."""
-    from dsconv_surgery.sweep import FRACTIONS
+    from dsconv_surgery.cli.announcement import announce
+    from dsconv_surgery.sweep import FRACTIONS, sweep_settings
 
     _check_writable(out)
     dense, example = _load_model(model, weights, input, channels_last)
     compared, batches = _load_images(data, example, images, mean, std), _load_calibration(calibration, example, images, mean, std)
-    settings |= {"fractions": keep or FRACTIONS, "measure": measure, "latency": measure_latency, "cache": cache, "progress": progress}
+    fractions = keep or FRACTIONS
+    plan_settings = sweep_settings(settings, fractions, measure)[0]
+    announce(model, weights, dense, example, plan_settings, _describe(calibration, batches, mean, std), measure_latency)
+    settings |= {"fractions": fractions, "measure": measure, "latency": measure_latency, "cache": cache, "progress": progress}
     result = dsconv_surgery.pareto(dense, example, data=compared, calibration=batches, **settings)
     out.mkdir(parents=True, exist_ok=True)
     (out / "sweep.json").write_text(result.to_json())
@@ -156,6 +160,7 @@ def run(
     json: options.Json = False,
 ) -> None:
     """Compress a network as a recipe says, fine-tune it towards the dense network if it says so, and save it."""
+    from dsconv_surgery.cli.announcement import announce
     from dsconv_surgery.cli.inputs import shuffled
 
     _check_writable(out)
@@ -167,6 +172,7 @@ def run(
     dense, example = _load_model(model or loaded.model, weights, ",".join(map(str, loaded.input)), loaded.channels_last)
     batches = _load_calibration(calibration, example, loaded.calibration.images if loaded.calibration else 1, mean, std)
     tuning = _load_images(train, example, sys.maxsize, mean, std)
+    announce(model or loaded.model, weights, dense, example, loaded, _describe(calibration, batches, mean, std), measure_latency)
     loader = None if tuning is None else shuffled(tuning)
     small = loaded.run(dense, example, calibration=batches, train=loader, cache=cache, progress=progress)
     for history in small.tuned:
@@ -189,11 +195,18 @@ def recipes(schema: Annotated[bool, typer.Option("--schema", help="print the JSO
 def main() -> None:
     """Run the command line; a user's mistake is one line, not a traceback."""
     try:
-        with _native_output_to_stderr():
+        with _native_output_to_stderr(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
             app()
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        message = options.name_options(" ".join(str(error).split()))
+        typer.echo(f"error: {message.replace('on the example inputs', 'on the example inputs of --input', 1)}", err=True)
         sys.exit(1)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_place: Any) -> None:
+    """A warning in one line, without the place in the code."""
+    typer.echo(f"warning: {message}", err=True)
 
 
 @contextmanager
@@ -233,8 +246,17 @@ def _load_calibration(name: str | None, example: Tensor, count: int, mean: str, 
 
     if name != "synthetic":
         return _load_images(None if name is None else Path(name), example, count, mean, std)
-    scale = [numbers(text, example.shape[1]) if example.ndim == 4 else None for text in (mean, std)]
+    texts = ("--mean", mean), ("--std", std)
+    scale = [numbers(option, text, example.shape[1]) if example.ndim == 4 else None for option, text in texts]
     return dsconv_surgery.Calibration.synthetic(count, mean=scale[0], std=scale[1])
+
+
+def _describe(name: str | None, batches: Any, mean: str, std: str) -> str | None:
+    """The calibration images in words."""
+    if name is None or name == "synthetic":
+        return name
+    scale = f", values from 0 to 1 normalised by mean {mean} and std {std}" if Path(name).is_dir() else ", used as they are"
+    return f"{sum(map(len, batches)):,} from {name}{scale}"
 
 
 def _load_model(model: str, weights: str, shape: str, channels_last: bool) -> tuple[nn.Module, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dsconv_surgery.calibration.image_folder import BATCH, image_folder
 from dsconv_surgery.support.formatting import as_sentence, did_you_mean
-
-PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-BATCH = 64
 
 
 def example_input(shape: str) -> torch.Tensor:
@@ -32,13 +31,12 @@ def example_input(shape: str) -> torch.Tensor:
 def image_batches(path: Path, example: torch.Tensor, count: int, mean: str, std: str) -> list[torch.Tensor]:
     """Batches of images from a folder of pictures (resized, cropped and normalised) or from a file with one tensor (used as it is)."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES)
-        if not files:
-            raise ValueError(f"{path}: no pictures in this folder ({', '.join(PICTURES)}).")
-        chosen = [files[index * len(files) // count] for index in range(count)] if count < len(files) else files
-        scale = [torch.tensor(numbers(text, example.shape[1])).view(-1, 1, 1) for text in (mean, std)]
-        pictures = torch.stack([(_picture(file, example) - scale[0]) / scale[1] for file in chosen])
-        return list(pictures.split(BATCH))
+        if example.ndim != 4 or example.shape[1] not in (1, 3):
+            shape = ",".join(map(str, example.shape))
+            raise ValueError(f"--input {shape}: pictures of a folder need a batch of images with 1 or 3 channels, such as 1,3,224,224.")
+        channels, height, width = example.shape[1:]
+        shift, scale = numbers("--mean", mean, channels), numbers("--std", std, channels)
+        return image_folder(path, size=(height, width), mean=shift, std=scale, channels=channels, count=count)
     if not path.exists():
         raise FileNotFoundError(f"{path}: not there. Expected a folder of pictures or a .pt, .safetensors or .npy file with one tensor.")
     try:
@@ -58,29 +56,16 @@ def shuffled(batches: list[torch.Tensor]) -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.cat(batches)), BATCH, shuffle=True)
 
 
-def numbers(text: str, channels: int) -> list[float]:
-    """The numbers in a text: one, or one for each channel."""
+def numbers(option: str, text: str, channels: int) -> list[float]:
+    """The numbers in the text of an option: one, or one for each channel."""
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) not in (1, channels):
-        raise ValueError(f"--mean or --std {text!r}: expected one number, or {channels} with commas, as the input has {channels} channels.")
+    if len(numbers) not in (1, channels) or not all(map(math.isfinite, numbers)) or (option == "--std" and min(numbers) <= 0):
+        kind = "positive number" if option == "--std" else "number"
+        raise ValueError(f"{option} {text!r}: expected one {kind}, or {channels} with commas, as the input has {channels} channels.")
     return numbers
-
-
-def _picture(file: Path, example: torch.Tensor) -> torch.Tensor:
-    """A picture resized to cover the input, cropped to its middle, with values in [0, 1]."""
-    image: Any = _import("PIL.Image", "pillow")
-    channels, height, width = example.shape[1:]
-    with image.open(file) as opened:
-        picture = opened.convert("L" if channels == 1 else "RGB")
-    scale = max(height / picture.height, width / picture.width)
-    size = max(width, round(scale * picture.width)), max(height, round(scale * picture.height))
-    picture = picture.resize(size, image.Resampling.BILINEAR)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    pixels = np.array(picture.crop((left, top, left + width, top + height)), dtype=np.float32) / 255
-    return torch.from_numpy(pixels.reshape(height, width, channels)).permute(2, 0, 1)
 
 
 def named_model(name: str, weights: str) -> nn.Module:

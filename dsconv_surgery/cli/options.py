@@ -41,6 +41,12 @@ Recover = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 OPTION_NAMES = {"schemes": "--scheme"}  # an option that is repeated has a singular name
+# Settings that may differ between layers: how the shell writes them.
+BY_PATTERN = {
+    "schemes": "or PATTERN=SCHEME,... for some layers, PATTERN= to keep them dense",
+    "ranks": "as in layer1=cp,12 or layer1=tucker,8,8",
+    "multiple": "or PATTERN=NUMBER for some layers",
+}
 TYPES = {"number": float, "integer": int, "string": str}
 MEASURES = {"macs": "MACs (half of them if no budget is given)", "params": "parameters", "latency": "latency, measured here,"}
 
@@ -67,7 +73,9 @@ def takes_plan_options(budget: bool = True) -> Callable[[Callable[..., None]], C
             if limits:
                 settings["budget"] = Budget(**limits)
             if "rank" in settings:
-                settings["rank"] = _rank(settings["rank"])
+                settings["rank"] = _rank("--rank", settings["rank"])
+            for name in BY_PATTERN.keys() & settings.keys():
+                settings[name] = _by_pattern(name, settings[name])
             command(settings=settings, **values)
 
         named, hints = inspect.Parameter.KEYWORD_ONLY, get_type_hints(command, include_extras=True)
@@ -90,17 +98,62 @@ def _plan_options() -> dict[str, Any]:
             continue
         alternatives = [choice for part in schema.get("anyOf", [schema]) for choice in part.get("anyOf", [part])]
         kinds = {choice["type"] for choice in alternatives if "type" in choice}
-        repeated = "array" in kinds and "string" in kinds
+        repeated = name in BY_PATTERN or {"array", "string"} <= kinds
         value_type: Any = list[str] if repeated else str if "array" in kinds else TYPES[(kinds & TYPES.keys()).pop()]
-        text = schema["description"] + ("; may be repeated" if repeated else "") + (", or '' for none" if name == "exclude" else "")
-        options[name] = Annotated[value_type | None, typer.Option(OPTION_NAMES.get(name, f"--{name.replace('_', '-')}"), help=text)]
+        text = schema["description"].partition(", as in ")[0] + (f", {BY_PATTERN[name]}" if name in BY_PATTERN else "")
+        text += "; may be repeated" * repeated + ", or '' for none" * (name == "exclude")
+        options[name] = Annotated[value_type | None, typer.Option(option_name(name), help=text)]
     return options
 
 
-def _rank(text: str) -> int | tuple[int, ...]:
+def option_name(setting: str) -> str:
+    """The option for a setting."""
+    return OPTION_NAMES.get(setting, f"--{setting.replace('_', '-')}")
+
+
+def name_options(message: str) -> str:
+    """An error message with the option in the place of the setting or argument that it begins with."""
+    settings = (*MEASURES, *json_schema(PlanSettings)["properties"], "calibration", "data", "recover", "fractions", "measure")
+    name, separator, rest = message.partition(":") if ":" in message.split("=")[0] else message.partition("=")
+    if not separator or name not in settings:
+        return message
+    option = "--keep" if name == "fractions" else option_name(name)
+    return f"{option}{separator if rest[:1].strip() or separator == ':' else ''}{rest}"
+
+
+def _rank(option: str, text: str) -> int | tuple[int, ...]:
     """A rank, or a pair of them with a comma."""
     try:
         ranks = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--rank {text!r}: expected a whole number, or two with a comma for tucker, as in --rank 8,8.") from None
+        raise ValueError(f"{option} {text!r}: expected a whole number, or two with a comma for tucker, as in --rank 8,8.") from None
     return ranks[0] if len(ranks) == 1 else ranks
+
+
+def _by_pattern(name: str, texts: list[str]) -> Any:
+    """The value of a setting for all layers, or its values by pattern."""
+    option, example = option_name(name), BY_PATTERN[name]
+    pairs = [text.partition("=") for text in texts]
+    if not any(separator for _, separator, _ in pairs) and name != "ranks":
+        return texts if name == "schemes" else _multiple(option, ",".join(texts))
+    if wrong := [text for text in texts if not text.partition("=")[0] or "=" not in text]:
+        raise ValueError(f"{option} {wrong[0]!r}: expected a pattern of layer names before '=', {example}.")
+    values: dict[str, Any] = {}
+    for pattern, _, text in pairs:
+        if pattern in values:
+            raise ValueError(f"{option} {pattern}=...: given twice. Write all in one, {example}.")
+        if name == "schemes":
+            values[pattern] = tuple(part for part in text.split(",") if part)
+        elif name == "ranks":
+            scheme, _, rank = text.partition(",")
+            values[pattern] = (scheme, _rank(f"{option} {pattern}=...", rank))
+        else:
+            values[pattern] = _multiple(option, text)
+    return values
+
+
+def _multiple(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: expected one whole number, {BY_PATTERN['multiple']}.") from None
