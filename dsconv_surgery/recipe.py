@@ -189,8 +189,9 @@ class Recipe(PlanSettings):
         """TOML text that `load` reads; settings with their default value are left out."""
         import tomli_w
 
-        if callable(self.rule):
-            raise ValueError(f"recipe: rule={self.rule!r} is a function, which a file cannot hold. Name a rule.")
+        for name in ("rule", "runtime"):
+            if callable(value := getattr(self, name)):
+                raise ValueError(f"recipe: {name}={value!r} is a function, which a file cannot hold. Name a {name}.")
         names = {field.name for field in fields(Recipe) if getattr(self, field.name) != field.default}
         changed = TypeAdapter(Recipe).dump_python(self, include=names, exclude_none=True)
         for name in ("fine_tune", "recover"):

@@ -26,6 +26,7 @@ from dsconv_surgery.support.layer_times import measure_layer_times
 from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.plotting import Bars, draw_bars
 from dsconv_surgery.support.records import JsonRecord, record
+from dsconv_surgery.support.runtimes import RUNTIME_NAMES, Runtime, RuntimeChoice, find_runtime
 from dsconv_surgery.surgery import chain_factors, check_cut
 
 COLUMNS = ("layer", "scheme", "rank", *COST_COLUMNS, "ms", "-> ms", "weight error", "output error", "not cut because")
@@ -189,7 +190,8 @@ class Report(JsonRecord, Displayed):
             )
         if ms := self.latency:
             predicted = "" if ms.predicted is None else f", predicted {ms.predicted:.2f} ms"
-            lines.append(f"latency {ms}{predicted} (fastest quarter of at least {ms.rounds} rounds, {ms.conditions})")
+            conditions = f"fastest quarter of at least {ms.rounds} rounds, {ms.conditions}" if ms.rounds else str(ms.conditions)
+            lines.append(f"latency {ms}{predicted} ({conditions})")
         elif ms := self.planned_latency:
             lines.append(f"latency {ms} when it was planned, with random weights ({ms.conditions})")
         else:
@@ -205,6 +207,7 @@ def compare(
     example_kwargs: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
     latency: bool = False,
+    runtime: RuntimeChoice | None = None,
     data: Calibration | Iterable[Any] | str | None = None,
     prepare: Callable[[Any], Any] | None = None,
     output: Callable[[Any], Any] | None = None,
@@ -218,6 +221,7 @@ def compare(
         example_inputs, example_kwargs: the arguments of both.
         plan: how `after` was cut. Adds schemes, ranks, errors of weights, and reasons for skips.
         latency: measure the latency of both, in turn, in evaluation mode, on the inputs' device and torch's current thread count.
+        runtime: what executes both where latency is measured, as for `make_plan`; if not given, the one that the plan was timed in.
         data: batches of images; labels after them are ignored. Adds output errors of the cut layers and of the network.
         prepare, output: as for `make_plan`.
 
@@ -225,12 +229,13 @@ def compare(
         A `Report`: print it, or use `to_markdown()` or `to_json()`.
 
     Raises:
-        ValueError: a model does not run on the inputs, or `after` was not cut by `plan`.
+        ValueError: a model does not run on the inputs, `after` was not cut by `plan`, or `runtime` is given without `latency`.
 
     Example:
         >>> print(compare(model, small, torch.rand(1, 3, 32, 32), plan=plan))
     """
     inputs = as_inputs(example_inputs, example_kwargs)
+    executed_by = _runtime(plan, latency, runtime)
     for argument, model in (("before", before), ("after", after)):
         check_network(model, argument)
         check_not_quantized(model)
@@ -240,12 +245,14 @@ def compare(
     cuts = {cut.name: cut for cut in plan.cuts} if plan else {}
     timing = fidelity = None
     if latency:
-        predicted = plan.timing.after if plan and plan.timing else None
-        times = measure_latency([before, after], inputs)
-        timing = Latency(times[0], times[1], timing_conditions(inputs), ROUNDS, predicted)
-        for model, survey in ((before, dense), (after, small)):
-            layer_times = measure_layer_times(model, survey.costs, inputs)
-            survey.costs.update({name: replace(survey.costs[name], latency=ms) for name, ms in layer_times.items()})
+        conditions = timing_conditions(inputs, executed_by)
+        predicted = plan.timing.after if plan and plan.timing and plan.timing.conditions.runtime == conditions.runtime else None
+        times = measure_latency([before, after], inputs, runtime=executed_by)
+        timing = Latency(times[0], times[1], conditions, 0 if executed_by.measures else ROUNDS, predicted)
+        if conditions.runtime == "eager":
+            for model, survey in ((before, dense), (after, small)):
+                layer_times = measure_layer_times(model, survey.costs, inputs)
+                survey.costs.update({name: replace(survey.costs[name], latency=ms) for name, ms in layer_times.items()})
     if data is not None:
         images = Images(drawn(before, data, inputs), inputs, prepare, output, same=False, argument="data")
         check_model_runs(evaluation_copy(before), images)
@@ -266,6 +273,17 @@ def compare(
     synthetic = plan is not None and plan.calibrated == "synthetic"
     totals = dense.total, small.total, dense.outside, small.outside
     return Report(tuple(rows), *totals, timing, plan.timing if plan else None, fidelity, synthetic=synthetic)
+
+
+def _runtime(plan: Plan | None, latency: bool, choice: RuntimeChoice | None) -> Runtime:
+    """What executes the networks where latency is measured."""
+    if choice is not None and not latency:
+        raise ValueError(f"runtime={choice!r}: no latency is measured. Pass latency=True (--measure-latency), or leave runtime out.")
+    if choice is None and latency and plan and plan.timing:
+        choice = plan.timing.conditions.runtime
+        if choice not in RUNTIME_NAMES:
+            raise ValueError(f"compare: the plan was timed by a function ({choice}). Pass it as runtime=, or name one of {RUNTIME_NAMES}.")
+    return find_runtime("eager" if choice is None else choice)
 
 
 def _weight_errors(layer: nn.Module, chain: nn.Module, cut: Cut) -> tuple[float | None, float | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from dsconv_surgery.planning.settings import PlanSettings, takes_plan_settings
 from dsconv_surgery.support.fidelity import checked_score, measure_fidelity
 from dsconv_surgery.support.formatting import Displayed, TableContent, counted
 from dsconv_surgery.support.inputs import as_inputs
-from dsconv_surgery.support.latency import Stopwatch, measure_latency
+from dsconv_surgery.support.latency import Conditions, Stopwatch, measure_latency, timing_conditions
 from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.plotting import Curve, draw_curves
 from dsconv_surgery.support.progress import Progress
 from dsconv_surgery.support.records import JsonRecord, record
+from dsconv_surgery.support.runtimes import find_runtime
 
 MEASURE = "measure the result"  # a phase
 FRACTIONS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
@@ -52,6 +54,7 @@ class Sweep(JsonRecord, Displayed):
     measure: str
     points: tuple[Point, ...]
     synthetic: bool = False  # outputs were compared on synthetic images
+    conditions: Conditions | None = None  # of the milliseconds, if they were measured
 
     def __repr__(self) -> str:
         fractions = ", ".join(f"{point.fraction:g}" for point in self.points[1:])
@@ -63,7 +66,8 @@ class Sweep(JsonRecord, Displayed):
             milliseconds = f"{p.cost.latency:.2f}" if p.cost.latency else "-"
             qualities = ("-" if value is None else f"{value:.4f}" for value in (p.score, p.agreement, p.divergence, p.error))
             rows.append((f"{p.fraction:g}", f"{p.cost.params:,}", f"{p.cost.macs:,}", milliseconds, *qualities))
-        title = f"budgets on {self.measure}{', outputs compared on synthetic images' * self.synthetic}"
+        times = f", times for {self.conditions}" if self.conditions else ""
+        title = f"budgets on {self.measure}{', outputs compared on synthetic images' * self.synthetic}{times}"
         timed = all(point.cost.latency for point in self.points)
         return TableContent(title, COLUMNS, tuple(rows), () if timed else ("time was not measured: pareto(latency=True) measures it",))
 
@@ -126,7 +130,7 @@ def pareto(
         measure: "macs", "params" or "latency".
         evaluate: a function that gives a network's score, higher for better.
         data: images on which outputs are compared with the dense network's; the calibration images if not given.
-        latency: time every network, in turn with the dense one.
+        latency: time every network, in turn with the dense one, in the runtime of the settings.
 
     Returns:
         A `Sweep`: print it, or see `to_markdown()`, `to_json()` and `plot(path)`.
@@ -137,6 +141,9 @@ def pareto(
     Example:
         >>> print(pareto(model, torch.rand(1, 3, 32, 32), fractions=(0.5, 0.3), calibration=batches))
     """
+    runtime = find_runtime(settings.get("runtime", "eager"))
+    if latency and measure != "latency":  # the runtime is for the results alone
+        settings.pop("runtime", None)
     checked, budgets = sweep_settings(settings, fractions, measure)
     inputs = as_inputs(example_inputs, example_kwargs)
     images = None if calibration is None else images_for(model, calibration, inputs, prepare, output)
@@ -146,11 +153,13 @@ def pareto(
         planner.check(budget)
 
     watch = Stopwatch()
-    reference = measure_latency([model], inputs, stopwatch=watch)[0] if latency else 0.0
+    conditions = timing_conditions(inputs, runtime) if latency else None
+    timed = partial(measure_latency, inputs=inputs, stopwatch=watch, runtime=runtime)
+    reference = timed([model])[0] if latency else 0.0
 
     def point(fraction: float, network: nn.Module, cost: Cost, plan: Plan | None) -> Point:
         with planner.progress.bar(MEASURE, 1, "network"):
-            before, after = measure_latency([model, network], inputs, stopwatch=watch) if latency else (1.0, 0.0)
+            before, after = timed([model, network]) if latency else (1.0, 0.0)
             cost = replace(cost, latency=reference * after / before)  # the machine may be busier than at the first point
             score = None if evaluate is None else checked_score(evaluate, network)
             if compared is None:
@@ -165,7 +174,7 @@ def pareto(
         cut, plan = cut_to_budget(planner, budget)
         points.append(point(fraction, cut, plan.total_after, plan))
     watch.warn()
-    return Sweep(measure, tuple(points), compared is not None and compared.synthetic)
+    return Sweep(measure, tuple(points), compared is not None and compared.synthetic, conditions)
 
 
 def sweep_settings(settings: Mapping[str, Any], fractions: Sequence[float], measure: str) -> tuple[PlanSettings, list[Budget]]:

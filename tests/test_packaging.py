@@ -15,7 +15,10 @@ import pytest
 from dsconv_surgery.checkpoint import read_plan
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRA_MODULES = ("PIL", "hatchling", "hypothesis", "matplotlib", "mypy", "opt_einsum", "pytest", "timm", "torchvision")
+EXTRA_MODULES = (
+    "PIL", "hatchling", "hypothesis", "matplotlib", "mypy", "onnx", "onnxruntime", "onnxscript", "opt_einsum", "pytest", "timm",
+    "torchvision",
+)  # fmt: skip
 
 SMALL_NET = """\
 from torch import nn
@@ -78,7 +81,7 @@ def test_wheel_asks_for_its_dependencies_and_offers_the_extras(wheel: Path) -> N
     needed = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M)
     assert {"torch", "numpy", "scipy", "tensorly", "typer"} <= set(needed)
     assert not {"matplotlib", "pillow", "timm", "torchvision"} & set(needed)
-    assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M)) == {"examples", "plot", "test"}
+    assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M)) == {"examples", "onnx", "plot", "test"}
 
 
 def test_command_line_works_without_the_extras(bare: Path, tmp_path: Path) -> None:
@@ -118,6 +121,15 @@ except ValueError as error:
     (tmp_path / "draw.py").write_text(code)
     assert "matplotlib" in run(bare / "python", "draw.py", cwd=tmp_path).stdout
     assert not (tmp_path / "sweep.png").exists()
+
+
+def test_a_plan_for_onnxruntime_without_it_names_the_command(bare: Path, tmp_path: Path) -> None:
+    (tmp_path / "small_net.py").write_text(SMALL_NET)
+    words = ("small_net:build", "--input", "1,3,12,12", "--latency", "0.9", "--runtime", "onnxruntime", "--out", "small")
+    process = subprocess.run([bare / "dsconv-surgery", "compress", *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    assert process.stderr == "error: ONNX needs onnx: pip install 'dsconv_surgery[onnx]'.\n"
+    assert not (tmp_path / "small").exists()
 
 
 def test_help_does_not_import_torch() -> None:

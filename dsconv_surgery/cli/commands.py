@@ -68,10 +68,13 @@ def compress(
     _check_writable(out)
     dense, example = _load_model(model, weights, input, channels_last)
     batches = _load_calibration(calibration, example, images, mean, std)
+    runtime, budget = settings.get("runtime"), settings.get("budget")
+    if measure_latency and (budget is None or budget.latency is None):  # the runtime is for the report alone
+        settings.pop("runtime", None)
     plan_settings = dsconv_surgery.PlanSettings(**settings)
     announce(model, weights, dense, example, plan_settings, _describe(calibration, batches, mean, std), measure_latency)
     small = dsconv_surgery.compress(dense, example, calibration=batches, recover=recover, cache=cache, progress=progress, **settings)
-    _save_and_print(small, out, dense, example, measure_latency, json, None if calibration == "synthetic" else batches)
+    _save_and_print(small, out, dense, example, measure_latency, json, None if calibration == "synthetic" else batches, runtime)
 
 
 @app.command()
@@ -85,6 +88,7 @@ def report(
     mean: options.Mean = IMAGENET_MEAN,
     std: options.Std = IMAGENET_STD,
     measure_latency: options.MeasureLatency = False,
+    runtime: options.Runtime = None,
     channels_last: options.ChannelsLast = False,
     json: options.Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="print Markdown")] = False,
@@ -96,8 +100,8 @@ def report(
     dense, example = _load_model(model, weights, input, channels_last)
     batches = _load_images(data, example, images, mean, std)
     announce(model, weights, dense, example, timed=measure_latency)
-    cut = dsconv_surgery.load(dense, folder)
-    result = dsconv_surgery.compare(dense, cut, example, plan=read_plan(folder), latency=measure_latency, data=batches)
+    cut, plan = dsconv_surgery.load(dense, folder), read_plan(folder)
+    result = dsconv_surgery.compare(dense, cut, example, plan=plan, latency=measure_latency, runtime=runtime, data=batches)
     _print(result.to_json() if json else result.to_markdown() if markdown else str(result))
 
 
@@ -272,12 +276,20 @@ def _load_model(model: str, weights: str, shape: str, channels_last: bool) -> tu
 
 
 def _save_and_print(
-    small: Compressed, out: Path, dense: nn.Module, example: Tensor, latency: bool, json: bool, data: list[Tensor] | None = None
+    small: Compressed,
+    out: Path,
+    dense: nn.Module,
+    example: Tensor,
+    latency: bool,
+    json: bool,
+    data: list[Tensor] | None = None,
+    runtime: str | None = None,
 ) -> None:
     dsconv_surgery.save(small, out)
     result = small.report
     if latency or data:
-        result = dsconv_surgery.compare(dense, small.model, example, plan=small.plan, latency=latency, data=data)
+        runtime = runtime if latency else None
+        result = dsconv_surgery.compare(dense, small.model, example, plan=small.plan, latency=latency, runtime=runtime, data=data)
         result = replace(result, recovery=small.report.recovery)
     _print(result.to_json() if json else str(result))
     typer.echo(f"saved to {out}", err=True)

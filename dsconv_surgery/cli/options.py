@@ -13,11 +13,16 @@ import typer
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.planning.settings import PlanSettings
 from dsconv_surgery.support.records import json_schema
+from dsconv_surgery.support.runtimes import RUNTIME_NAMES
 
 Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or package.module:callable (called without arguments)")]
 Input = Annotated[str, typer.Option("--input", help="shape of the example input, batch first")]
 Weights = Annotated[str, typer.Option(help="none, DEFAULT (pretrained, downloaded) or a .safetensors or .pt state_dict")]
 MeasureLatency = Annotated[bool, typer.Option("--measure-latency", help="time both networks")]
+Runtime = Annotated[
+    str | None,
+    typer.Option("--runtime", help=f"where --measure-latency times them: {', '.join(RUNTIME_NAMES)} (the plan's, if not given)"),
+]
 CalibrationImages = Annotated[
     str | None,
     typer.Option(

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from dsconv_surgery.budget import Budget, BudgetError
@@ -18,6 +17,7 @@ from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.network.layers import check_finite_state
 from dsconv_surgery.network.untrained import warn_if_untrained
 from dsconv_surgery.plan import Cut, Plan
+from dsconv_surgery.planning.cut_latency import CutTimer, warn_of_missed_budget
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.layer_latency import LayerTimer
 from dsconv_surgery.planning.option_errors import OptionErrors
@@ -33,11 +33,11 @@ from dsconv_surgery.support.cache import Cache
 from dsconv_surgery.support.copies import model_device
 from dsconv_surgery.support.input_description import describe_inputs
 from dsconv_surgery.support.inputs import Inputs, as_inputs
-from dsconv_surgery.support.latency import ROUNDS, Latency, Stopwatch, measure_latency, timing_conditions
+from dsconv_surgery.support.latency import Stopwatch
 from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.progress import Progress
-from dsconv_surgery.support.random_state import preserve_random_state
-from dsconv_surgery.surgery import COMPUTE_FACTORS, build_cut_model
+from dsconv_surgery.support.runtimes import find_runtime
+from dsconv_surgery.surgery import COMPUTE_FACTORS
 
 LATENCY_TRIES, LATENCY_TOLERANCE = 4, 0.02  # plans tried to meet a latency budget, and by how much it may be missed
 TIME_LAYERS, JUDGE_OPTIONS, TIME_CUT = "time layers", "judge options", "time the cut network"  # phases
@@ -129,8 +129,10 @@ class Planner:
         store, timer = Cache(cache if distributed.process_and_world_size()[1] == 1 else False), None
         self._stopwatch = Stopwatch()
         if "latency" in settings.measures:
-            timer = LayerTimer(model, inputs, store, self._stopwatch)
-            self.total = replace(self.total, latency=self._measure_latency([model])[0])
+            runtime = find_runtime(settings.runtime)
+            timer = LayerTimer(model, inputs, store, self._stopwatch, runtime)
+            self._cut_timer = CutTimer(model, inputs, self._stopwatch, runtime)
+            self.total = replace(self.total, latency=self._cut_timer.dense)
         damages = self._damages = DamageEstimator(model, self._sites, images, store, self.progress)
         self._tables: dict[str, Table] = {}
         self._errors: dict[str, OptionErrors] = {}
@@ -231,25 +233,18 @@ class Planner:
             plan, factors = self._as_plan(budget, choice)
             saved = [option.cost.latency - self._tables[name].dense.latency for name, option in choice.items() if option]
             predicted = self.total.latency + sum(saved)
-            latency = self._time_cut(plan)
-            timing = Latency(self.total.latency, latency, timing_conditions(self.inputs), ROUNDS, predicted)
+            with self.progress.bar(TIME_CUT, 1, "network"):
+                timing = self._cut_timer.time(plan, predicted)
+            latency = timing.after
             too_slow = latency > (1 + LATENCY_TOLERANCE) * target
             tries.append((abs(latency - target) + target * too_slow, (replace(plan, timing=timing), factors)))
             if (target * (1 - LATENCY_TOLERANCE) <= latency and not too_slow) or not plan.cuts:
                 break
             allowed = {**allowed, "latency": max(allowed["latency"] + target - latency, smallest)}
-        return min(tries, key=lambda attempt: attempt[0])[1]
-
-    def _time_cut(self, plan: Plan) -> float:
-        """Milliseconds of the network cut by a plan, relative to the dense time that the budget was set by."""
-        with self.progress.bar(TIME_CUT, 1, "network"):
-            with preserve_random_state():
-                cut = _random_cut(self.model, plan)
-            dense, after = self._measure_latency([self.model, cut])
-        return after * self.total.latency / dense  # the machine may be busier than when the budget was set
-
-    def _measure_latency(self, models: list[nn.Module]) -> list[float]:
-        return [distributed.all_reduce_mean(ms) for ms in measure_latency(models, self.inputs, stopwatch=self._stopwatch)]
+        plan, factors = min(tries, key=lambda attempt: attempt[0])[1]
+        if plan.cuts and plan.timing:
+            warn_of_missed_budget(plan.timing, target / self.total.latency)
+        return plan, factors
 
     def _as_plan(self, budget: Budget | None, choice: Choice) -> tuple[Plan, FactorsByLayer]:
         cuts: list[Cut] = []
@@ -283,14 +278,3 @@ class Planner:
                 begin(name)
                 measured[name] = self._tables[name].measure(option)
         return {**choice, **measured}
-
-
-def _random_cut(model: nn.Module, plan: Plan) -> nn.Module:
-    """A network cut by a plan, with random weights in the new links."""
-    cut = build_cut_model(model, plan, "empty", {}, Progress(False), check_on=None)
-    for name in (c.name for c in plan.cuts):
-        for link in cut.get_submodule(name).children():
-            weight = link.get_parameter("weight")
-            with torch.no_grad():
-                weight.normal_(std=weight[0].numel() ** -0.5)
-    return cut

@@ -17,10 +17,12 @@ from dsconv_surgery.planning.rules import RULES
 from dsconv_surgery.support.formatting import did_you_mean
 from dsconv_surgery.support.patterns import first_match
 from dsconv_surgery.support.records import checked_record, quoted
+from dsconv_surgery.support.runtimes import RUNTIME_NAMES, check_runtime
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 LATENCY_MULTIPLE = 8  # channels; under a latency budget, ranks in between are no faster
+WIDE_MULTIPLE = 16  # channels; onnxruntime fills blocks of 16 with zeros where vectors have 512 bits
 
 
 def _budget(value: Any, info: ValidationInfo) -> Any:
@@ -86,8 +88,12 @@ class PlanSettings:
             and the last layer, because errors of their weights do not tell how much a cut would harm. They are cut with `exclude=()`,
             if `include` has their full names, if `ranks` names them, if they are more than a quarter of the cost, and if no other layer can
             be cut.
-        multiple: offer only ranks at which links have a multiple of so many channels; 8 under a latency budget, otherwise 1. Or
-            numbers by pattern, as in {"layer4": 16}; the first pattern that matches a layer counts.
+        multiple: offer only ranks at which links have a multiple of so many channels; 8 under a latency budget (16 in onnxruntime on
+            CPUs with AVX-512), otherwise 1. Or numbers by pattern, as in {"layer4": 16}; the first pattern that matches a layer counts.
+        runtime: what executes the network whose latency the budget limits: "eager", "compile" (torch.compile, which takes half a second
+            for each option that is timed), "onnxruntime" (on the CPU; needs the extra `onnx`), or a function `(module, inputs) ->
+            milliseconds` that measures `module(*inputs.args, **inputs.kwargs)` where it will run. The network's and single chains' times
+            are asked for; those of a function are not cached on disk.
 
     Raises:
         ValueError: an unknown setting, a value of the wrong type or range, or settings that contradict each other.
@@ -132,6 +138,13 @@ class PlanSettings:
         Positive | Annotated[dict[str, Positive], Field(min_length=1)] | None,
         Field(description="a number of channels, 1 or more, that links must have a multiple of"),
     ] = None
+    runtime: Annotated[
+        str | SkipJsonSchema[Callable[..., Any]],
+        Field(
+            description=f"one of {', '.join(RUNTIME_NAMES)}, where latency is measured, or in Python a function (module, inputs) -> "
+            "milliseconds"
+        ),
+    ] = "eager"
 
     def __post_init__(self) -> None:
         from dsconv_surgery.schemes import get_scheme  # here, as it imports torch
@@ -147,6 +160,10 @@ class PlanSettings:
                 raise ValueError(f"{rule.needs}= goes with rule={owner!r} and only with it; {actual}.")
         if self.budget is not None and not self._takes_budget:
             raise ValueError(f"rule {self.rule!r} takes no budget. Use rule='budget', or leave out budget=.")
+        check_runtime(self.runtime)
+        if self.runtime != "eager" and "latency" not in self.measures:
+            actual = f"found runtime={self.runtime!r}, {self.effective_budget or 'a rule that takes no budget'}"
+            raise ValueError(f"runtime= goes with a budget on latency, as in budget=Budget(latency=0.5); {actual}.")
         scheme = RULES[self.rule].scheme if isinstance(self.rule, str) else None
         if scheme is not None and scheme not in self.scheme_names:
             raise ValueError(
@@ -174,8 +191,15 @@ class PlanSettings:
 
     def multiple_for(self, names: Sequence[str]) -> int:
         """The number that links of a layer with these names must have a multiple of channels of."""
-        default = LATENCY_MULTIPLE if "latency" in self.measures else 1
+        default = self._latency_multiple if "latency" in self.measures else 1
         return first_match(self.multiple, names, default) if isinstance(self.multiple, dict) else self.multiple or default
+
+    @property
+    def _latency_multiple(self) -> int:
+        """The default of `multiple` under a latency budget."""
+        from torch.backends import cpu
+
+        return WIDE_MULTIPLE if self.runtime == "onnxruntime" and cpu.get_cpu_capability() == "AVX512" else LATENCY_MULTIPLE
 
     def preset_option(self, names: Sequence[str]) -> tuple[str, Rank] | None:
         """The scheme and rank that `ranks` has for a layer with these names, or None."""

@@ -124,3 +124,8 @@ def as_sentence(error: object) -> str:
     """The text of an error, behind its type if it is an exception, that ends with a full stop: another sentence may follow."""
     text = (f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)).strip().rstrip(":,;")
     return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: exporters and compilers add reports of hundreds of lines."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsconv_surgery.support.copies import evaluation_copy
 from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.modes import callers_precision
 from dsconv_surgery.support.random_state import preserve_random_state
 from dsconv_surgery.support.records import record
+from dsconv_surgery.support.runtimes import Call, Runtime, find_runtime
 
 ROUNDS = 15  # runs of each network
 ATTEMPTS = 3  # disturbed calls are timed again, for up to this many times the rounds
@@ -35,16 +35,20 @@ class Conditions:
     dtype: str
     device: str
     memory_format: str
+    runtime: str = "eager"
+    runtime_version: str = ""  # of eager mode, and of a user's function, none
 
     def __str__(self) -> str:
-        return f"batch {self.batch}, {self.threads} threads, {self.dtype}, {self.memory_format}, {self.device}"
+        runtime = f"{self.runtime} {self.runtime_version}".rstrip()
+        return f"batch {self.batch}, {self.threads} threads, {self.dtype}, {self.memory_format}, {self.device}, {runtime}"
 
 
 @record
 class Latency:
     """Milliseconds of the dense and the cut network, timed in turn, and the time that was predicted for the cut one.
 
-    They hold without interruptions by other programs, and come from the fastest quarter of at least so many rounds.
+    They hold without interruptions by other programs, and come from the fastest quarter of at least so many rounds; zero rounds if a
+    user's function measured them.
     """
 
     before: float
@@ -61,15 +65,16 @@ class Latency:
         return f"{self.before:.2f} -> {self.after:.2f} ms, {verdict} the dense network"
 
 
-def timing_conditions(inputs: Inputs) -> Conditions:
-    """The inputs' device, dtype, batch and memory format, and torch's current thread count."""
+def timing_conditions(inputs: Inputs, runtime: Runtime) -> Conditions:
+    """The inputs' device, dtype, batch and memory format, torch's current thread count, and the runtime."""
     first = next(iter(inputs.tensors), None)
     if first is None:
         raise ValueError("latency: the example inputs hold no tensor, so there is no batch to time. Pass the tensors of the network.")
     channels_last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
     batch, dtype = first.shape[0] if first.ndim else 1, str(first.dtype).removeprefix("torch.")
-    memory_format = "channels_last" if channels_last else "contiguous"
-    return Conditions(torch.get_num_threads(), batch, dtype, str(first.device), memory_format)
+    memory_format = "channels_last" if channels_last and runtime.name != "onnxruntime" else "contiguous"  # onnxruntime gets NCHW arrays
+    threads = torch.get_num_threads()
+    return Conditions(threads, batch, dtype, str(first.device), memory_format, runtime.name, runtime.version)
 
 
 @record
@@ -183,16 +188,34 @@ class Stopwatch:
         return Timing(1e3 * quartile / number / disturbance, disturbance)
 
 
-def measure_latency(models: Sequence[nn.Module], inputs: Inputs, rounds: int = ROUNDS, stopwatch: Stopwatch | None = None) -> list[float]:
+def time_in_runtime(
+    runtime: Runtime, prepared: Sequence[Call], device: torch.device | str, rounds: int, stopwatch: Stopwatch
+) -> list[Timing]:
+    """Time calls that a runtime prepared, in turn; a user's function measures each by itself."""
+    if runtime.measures:
+        with torch.no_grad():  # not inference_mode, as the function may export the network
+            return [Timing(call(), 1.0) for call in prepared]
+    with torch.inference_mode():
+        return stopwatch.time(prepared, device, rounds)
+
+
+def measure_latency(
+    models: Sequence[nn.Module],
+    inputs: Inputs,
+    rounds: int = ROUNDS,
+    stopwatch: Stopwatch | None = None,
+    runtime: Runtime | None = None,
+) -> list[float]:
     """Milliseconds of copies of networks, end to end in evaluation mode, timed in turn on torch's current thread count.
 
     Args:
         stopwatch: remembers disturbances, for one warning about several measurements. Without it, the warning is given here.
+        runtime: executes the copies; eager mode if not given. It keeps what it prepared for a network.
     """
-    watch, device = stopwatch or Stopwatch(), timing_conditions(inputs).device
-    calls = [partial(evaluation_copy(model), *inputs.args, **inputs.kwargs) for model in models]
-    with torch.inference_mode(), preserve_random_state(), callers_precision():
-        timings = watch.time(calls, device, rounds)
+    watch, runtime = stopwatch or Stopwatch(), runtime or find_runtime("eager")
+    device = timing_conditions(inputs, runtime).device
+    with preserve_random_state(), callers_precision():  # torch.export runs in no other
+        timings = time_in_runtime(runtime, [runtime.network_call(model, inputs) for model in models], device, rounds, watch)
     if stopwatch is None:
         watch.warn()
     return [timing.milliseconds for timing in timings]

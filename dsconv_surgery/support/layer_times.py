@@ -15,6 +15,7 @@ from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.latency import timing_conditions
 from dsconv_surgery.support.modes import callers_precision
 from dsconv_surgery.support.random_state import preserve_random_state
+from dsconv_surgery.support.runtimes import find_runtime
 
 WARM_UP, ROUNDS = 2, 9  # runs of the network: before any is timed, and timed
 
@@ -26,7 +27,7 @@ def measure_layer_times(model: nn.Module, names: Iterable[str], inputs: Inputs) 
         model: it runs as a copy in evaluation mode, eagerly, on torch's current thread count.
         names: layers. The few microseconds of the hooks that time them are part of their times.
     """
-    device = torch.device(timing_conditions(inputs).device)
+    device = torch.device(timing_conditions(inputs, find_runtime("eager")).device)
     network, runs = evaluation_copy(model), dict[str, list[float]]()
     moment: Callable[[], Any] = time.perf_counter if device.type == "cpu" else partial(_event, device)
     calls: list[tuple[str, Any, Any]] = []

@@ -49,6 +49,7 @@ from dsconv_surgery.support.cache import Cache
 from dsconv_surgery.support.copies import channels_last_copy
 from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.latency import Stopwatch, measure_latency
+from dsconv_surgery.support.runtimes import find_runtime
 
 RESULTS = Path(__file__).resolve().with_name("results")
 GOALS = {20: {"macs": (0.5, 0.4, 0.3), "params": (0.4, 0.25)}, 56: {"macs": (0.5, 0.4, 0.3)}}
@@ -306,7 +307,9 @@ def run_torchvision(options: argparse.Namespace, add: Add) -> None:
 
 def faster(model: nn.Module, example: Tensor, cut: Any) -> bool:
     """Whether a cut's chain is faster than its layer in a new measurement."""
-    dense, chain = LayerTimer(model, Inputs(example), Cache(False), Stopwatch()).time([{"dense": cut.spec}, cut.chain], cut.sizes)
+    dense, chain = LayerTimer(model, Inputs(example), Cache(False), Stopwatch(), find_runtime("eager")).time(
+        [{"dense": cut.spec}, cut.chain], cut.sizes
+    )
     return chain < dense
 
 

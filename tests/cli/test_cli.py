@@ -5,18 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure  # noqa: F401 - this and the others are imported before a fixture copies sys.modules
 import numpy as np
 import pytest
-import scipy.interpolate
-import scipy.optimize  # noqa: F401
-import tensorly  # noqa: F401
 import torch
-import torch._dynamo
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -53,14 +48,14 @@ INPUT = ["--input", "1,3,12,12"]
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A module in the current folder, as a user has one."""
     name = f"home_made_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(HOME_MADE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return name
+    yield name
+    sys.modules.pop(name, None)
 
 
 def run(*words: Any) -> str:
@@ -212,6 +207,25 @@ def test_json_and_markdown(home: str, tmp_path: Path) -> None:
     assert last.latency is not None
     assert last.latency.conditions.memory_format == "channels_last"
     assert (last.before, last.after) == (report.before, report.after)
+
+
+def test_a_runtime_for_plans_and_reports(home: str, tmp_path: Path, fails: Fails) -> None:
+    """Every command that measures takes it; without a measurement it is refused."""
+    start = ["compress", f"{home}:small", *INPUT, "--scheme", "channel", "--exclude", "", "--out", tmp_path / "out", "--json"]
+    run(*start, "--latency", 1.0, "--runtime", "onnxruntime")
+    timing = read_plan(tmp_path / "out").timing
+    assert timing is not None
+    assert timing.conditions.runtime == "onnxruntime"
+    timed = Report.from_json(run(*start, "--macs", 0.8, "--runtime", "onnxruntime", "--measure-latency")).latency
+    assert timed is not None
+    assert timed.conditions.runtime == "onnxruntime"
+    words = ("report", f"{home}:small", tmp_path / "out", *INPUT, "--runtime", "onnxruntime")
+    timed = Report.from_json(run(*words, "--measure-latency", "--json")).latency
+    assert timed is not None
+    assert timed.conditions.runtime == "onnxruntime"
+    assert "(--measure-latency), or leave runtime out" in fails(*words)
+    assert "runtime= goes with a budget on latency" in fails(*start, "--macs", 0.8, "--runtime", "onnxruntime")
+    assert "Did you mean 'onnxruntime'?" in fails(*start, "--latency", 0.8, "--runtime", "onnxruntim")
 
 
 def test_it_runs_as_a_module(home: str) -> None:

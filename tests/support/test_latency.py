@@ -24,6 +24,7 @@ from dsconv_surgery.support import latency
 from dsconv_surgery.support.cache import Cache
 from dsconv_surgery.support.inputs import Inputs
 from dsconv_surgery.support.latency import ATTEMPTS, ROUNDS, Clocks, Stopwatch, measure_latency
+from dsconv_surgery.support.runtimes import find_runtime
 
 Load = Callable[[float, float], tuple[float, float]]  # from the present and a call's CPU seconds to its wall seconds and CPU seconds
 LONG, SHORT = 0.04, 0.0003
@@ -259,9 +260,9 @@ def test_chains_are_scaled_to_a_reference_from_the_cache(machine: Machine, tmp_p
     """A machine that became twice as slow after the layer was timed: its chain is timed as if it had not."""
     spec = ConvSpec.of(nn.Conv2d(16, 16, 3))
     dense, chain = {"dense": spec}, {"first": ConvSpec.of(nn.Conv2d(16, 4, 1)), "last": ConvSpec.of(nn.Conv2d(4, 16, 3))}
-    timer = LayerTimer(Net(), Inputs(X), Cache(tmp_path), Stopwatch())
+    timer = LayerTimer(Net(), Inputs(X), Cache(tmp_path), Stopwatch(), find_runtime("eager"))
     sizes = [(1, 12, 12), (1, 24, 24)]
-    expected = LayerTimer(Net(), Inputs(X), Cache(False), Stopwatch()).time([dense, chain], sizes)
+    expected = LayerTimer(Net(), Inputs(X), Cache(False), Stopwatch(), find_runtime("eager")).time([dense, chain], sizes)
     assert expected[0] == pytest.approx(1e3 * SECONDS_PER_MAC * sum(spec.macs(size) for size in sizes), rel=1e-3)
     (reference,) = timer.time([dense], sizes)
     machine.load = lambda _now, seconds: (2 * seconds,) * 2

@@ -115,7 +115,7 @@ def test_the_log_of_a_time_budget(log: pytest.LogCaptureFixture, monkeypatch: py
     monkeypatch.setattr(
         "dsconv_surgery.planning.layer_latency.LayerTimer.time", lambda _timer, chains, _sizes: [1.0] + [0.5] * (len(chains) - 1)
     )
-    monkeypatch.setattr("dsconv_surgery.planning.planner.measure_latency", lambda models, *_, **__: [3.0, 2.0][: len(models)])
+    monkeypatch.setattr("dsconv_surgery.planning.cut_latency.measure_latency", lambda models, *_, **__: [3.0, 2.0][: len(models)])
     make_plan(a_network(), X, schemes="cp", budget=Budget(latency=2 / 3), exclude=())
     titles = [
         "1/4 time layers: 3 layers",
