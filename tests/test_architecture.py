@@ -37,6 +37,7 @@ WRITERS = {
     "calibration.image_folder",
     "checkpoint",
     "cli.commands",
+    "cli.export",
     "finetuning.training_checkpoint",
     "report",
     "support.atomic_files",

@@ -185,6 +185,20 @@ def run(
 
 
 @app.command()
+def export(
+    model: options.Model,
+    folder: Annotated[Path, typer.Argument(help="a folder that compress or run wrote")],
+    onnx: Annotated[Path, typer.Option("--onnx", help="the file to write")],
+    input: Annotated[str | None, typer.Option("--input", help="shape of the example input (the plan's, if not given)")] = None,  # noqa: A002
+) -> None:
+    """Write a saved network as ONNX for any batch size, with BatchNorms folded, after a check of its outputs in onnxruntime."""
+    from dsconv_surgery.cli.export import write_onnx
+
+    _check_writable(onnx.parent, "--onnx")
+    _print(write_onnx(model, folder, onnx, input))
+
+
+@app.command()
 def recipes(schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of a recipe's file")] = False) -> None:
     """List the recipes that come with the library."""
     recipe_type = dsconv_surgery.Recipe
@@ -230,12 +244,12 @@ def _native_output_to_stderr() -> Iterator[None]:
             sys.stdout = sys.__stdout__
 
 
-def _check_writable(folder: Path) -> None:
+def _check_writable(folder: Path, option: str = "--out") -> None:
     """Refuse a folder that cannot be written to, before anything is computed."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         problem = "is not writable" if existing.is_dir() else "is a file"
-        raise ValueError(f"--out {folder}: {existing} {problem}, expected a folder to write to.")
+        raise ValueError(f"{option} {folder}: {existing} {problem}, expected a folder to write to.")
 
 
 def _load_images(path: Path | None, example: Tensor, count: int, mean: str, std: str) -> list[Tensor] | None:

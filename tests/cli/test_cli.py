@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +24,8 @@ from dsconv_surgery.checkpoint import read_plan
 from dsconv_surgery.cli.commands import app, main
 from dsconv_surgery.cli.inputs import image_batches, named_model, shuffled
 from dsconv_surgery.report import Report
+from dsconv_surgery.support.inputs import Inputs
+from dsconv_surgery.support.onnx_export import session_call
 from dsconv_surgery.sweep import Sweep
 
 RESNET = ["torchvision:resnet18", "--input", "1,3,64,64"]
@@ -33,6 +36,9 @@ from torch import nn
 
 def small():
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1))
+
+def normed():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1))
 
 def five():
     return nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(5)))
@@ -226,6 +232,25 @@ def test_a_runtime_for_plans_and_reports(home: str, tmp_path: Path, fails: Fails
     assert "(--measure-latency), or leave runtime out" in fails(*words)
     assert "runtime= goes with a budget on latency" in fails(*start, "--macs", 0.8, "--runtime", "onnxruntime")
     assert "Did you mean 'onnxruntime'?" in fails(*start, "--latency", 0.8, "--runtime", "onnxruntim")
+
+
+def test_a_saved_network_is_exported(home: str, tmp_path: Path, fails: Fails) -> None:
+    """For any batch size, by default with the plan's input shape; what was in the file before is replaced, or kept after an error."""
+    network, folder, file = f"{home}:normed", tmp_path / "out", tmp_path / "small.onnx"
+    run("compress", network, *INPUT, "--scheme", "channel", "--out", folder, "--macs", 0.8, "--exclude", "")
+    file.write_text("old")
+    assert "--onnx" in fails("export", network, folder, "--onnx", file / "below.onnx")
+    assert "plan.json: not there" in fails("export", network, tmp_path / "none", "--onnx", file)
+    assert "does not run on the example inputs" in fails("export", network, folder, "--onnx", file, "--input", "1,3,12,12,1")
+    assert file.read_text() == "old"
+    text = run("export", network, folder, "--onnx", file)
+    assert text.startswith(f"{file}: 0.0 MB, input (batch, 3, 12, 12), outputs in onnxruntime equal to torch's")
+    loaded, x = load(named_model(network, "none"), folder), torch.rand(5, 3, 12, 12)
+    (result,) = session_call(file.read_bytes(), Inputs(x))()
+    assert torch.allclose(torch.from_numpy(result), loaded(x), atol=1e-5)
+    graph = onnx.load(file).graph
+    assert {node.op_type for node in graph.node} == {"Conv", "Relu"}  # no BatchNorm
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
 def test_it_runs_as_a_module(home: str) -> None:
