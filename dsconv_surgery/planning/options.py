@@ -71,7 +71,7 @@ def layer_options(
         depthwise = "it is already depthwise: " if site.spec.groups == site.spec.in_channels > 1 else ""
         reason = f"{depthwise}{least.scheme} at rank {least.rank} already {costs}"
         if timer is not None and _saves(least, dense, measures):
-            reason = f"no option is faster than the layer ({dense.latency:.3f} ms) on this machine."
+            reason = f"no option is faster than the layer ({dense.latency:.3f} ms in {timer.conditions.runtime})."
     return Skip(site.name, reason)
 
 

@@ -101,7 +101,7 @@ def allowed_costs(
         fractions = {m: min(math.ceil(1e4 * (least[m] + rest[m]) / getattr(total, m) + 1e-6) / 1e4, 1.0) for m in limits}
         reachable = ", ".join(f"{m}={fraction}" for m, fraction in fractions.items())
         more = f", {len(preset)} more as ranks= says" if preset else ""
-        tip = "; on CPUs, networks in torch.channels_last or with runtime='onnxruntime' may be faster" if "latency" in limits else ""
+        tip = "; another runtime, or in eager mode on CPUs torch.channels_last, may be faster" if "latency" in limits else ""
         raise BudgetError(
             f"{budget} is out of reach: with every layer at its cheapest option the network still keeps {reachable} "
             f"({counted(len(tables), 'layer')} can be cut{more}). Raise the budget, exclude fewer layers or allow more schemes{tip}."

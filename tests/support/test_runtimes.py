@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_surgery import Budget, Plan, PlanSettings, Recipe, compare, make_plan, pareto
+from dsconv_surgery.budget import BudgetError
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.planning.layer_latency import LayerTimer
 from dsconv_surgery.support.cache import Cache
@@ -106,6 +107,14 @@ def test_what_is_no_time_is_refused(net: nn.Module, result: Any) -> None:
 
     with pytest.raises(ValueError, match=r"runtime=callable phone: it returned .*, expected the milliseconds that module"):
         plan_for(net, phone)
+
+
+def test_where_nothing_is_faster_the_error_says_so(net: nn.Module) -> None:
+    def constant(module: nn.Module, inputs: Inputs) -> float:
+        return 2.0
+
+    with pytest.raises(BudgetError, match=r"latency=1.0 \(0 layers .*another runtime.*no option is faster .* in callable constant"):
+        plan_for(net, constant)
 
 
 def test_a_plan_that_a_function_timed_is_compared_with_this_function_or_with_another_runtime(net: nn.Module, device: Device) -> None:
