@@ -247,20 +247,17 @@ def compare(
     if latency:
         conditions = timing_conditions(inputs, executed_by)
         predicted = plan.timing.after if plan and plan.timing and plan.timing.conditions.runtime == conditions.runtime else None
-        times = measure_latency([before, after], inputs, runtime=executed_by)
-        timing = Latency(times[0], times[1], conditions, 0 if executed_by.measures else ROUNDS, predicted)
-        if conditions.runtime == "eager":
-            for model, survey in ((before, dense), (after, small)):
-                layer_times = measure_layer_times(model, survey.costs, inputs)
-                survey.costs.update({name: replace(survey.costs[name], latency=ms) for name, ms in layer_times.items()})
+        dense_ms, small_ms = measure_latency([before, after], inputs, runtime=executed_by)
+        timing = Latency(dense_ms, small_ms, conditions, 0 if executed_by.measures else ROUNDS, predicted)
+        for model, survey in ((before, dense), (after, small)) if conditions.runtime == "eager" else ():
+            for name, milliseconds in measure_layer_times(model, survey.costs, inputs).items():
+                survey.costs[name] = replace(survey.costs[name], latency=milliseconds)
     if data is not None:
         images = Images(drawn(before, data, inputs), inputs, prepare, output, same=False, argument="data")
         check_model_runs(evaluation_copy(before), images)
         last_links = {cut.name: f"{cut.name}.{list(cut.chain)[-1]}".removeprefix(".") for cut in cuts.values()}
-        fidelity = measure_fidelity(before, after, images, images.select_outputs, last_links)
-        fidelity = replace(fidelity, synthetic=images.synthetic)
-    skips = (*(plan.skips if plan else ()), *(layer for layer in dense.layers if isinstance(layer, Skip)))
-    reasons = {skip.name: skip.reason for skip in skips}
+        fidelity = replace(measure_fidelity(before, after, images, images.select_outputs, last_links), synthetic=images.synthetic)
+    reasons = {layer.name: layer.reason for layer in (*(plan.skips if plan else ()), *dense.layers) if isinstance(layer, Skip)}
     rows: list[Row] = []
     for name, cost in dense.costs.items():
         costs = cost, _cost_under(name, small.costs)

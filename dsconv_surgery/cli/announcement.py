@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import typer
 from torch import Tensor, nn
 
@@ -57,3 +60,11 @@ def _weights(model: str, weights: str) -> str:
     if model.startswith(("torchvision:", "timm:")):
         return "none: RANDOM. Errors and ranks for random weights say nothing about trained ones (see --weights)."
     return f"none: those that {model} makes (see --weights)"
+
+
+def describe_images(name: str | None, batches: Any, mean: str, std: str) -> str | None:
+    """The calibration images in words."""
+    if name is None or name == "synthetic":
+        return name
+    scale = f", values from 0 to 1 normalised by mean {mean} and std {std}" if Path(name).is_dir() else ", used as they are"
+    return f"{sum(map(len, batches)):,} from {name}{scale}"

@@ -63,16 +63,16 @@ def compress(
     json: options.Json = False,
 ) -> None:
     """Cut a network, save it with its plan, and print what that saves."""
-    from dsconv_surgery.cli.announcement import announce
+    from dsconv_surgery.cli.announcement import announce, describe_images
 
-    _check_writable(out)
+    options.check_writable(out)
     dense, example = _load_model(model, weights, input, channels_last)
     batches = _load_calibration(calibration, example, images, mean, std)
     runtime, budget = settings.get("runtime"), settings.get("budget")
     if measure_latency and (budget is None or budget.latency is None):  # the runtime is for the report alone
         settings.pop("runtime", None)
     plan_settings = dsconv_surgery.PlanSettings(**settings)
-    announce(model, weights, dense, example, plan_settings, _describe(calibration, batches, mean, std), measure_latency)
+    announce(model, weights, dense, example, plan_settings, describe_images(calibration, batches, mean, std), measure_latency)
     small = dsconv_surgery.compress(dense, example, calibration=batches, recover=recover, cache=cache, progress=progress, **settings)
     _save_and_print(small, out, dense, example, measure_latency, json, None if calibration == "synthetic" else batches, runtime)
 
@@ -126,15 +126,15 @@ def sweep(
     progress: options.Progress = None,
 ) -> None:
     """Cut a network to several budgets and print what each costs and how close its outputs are."""
-    from dsconv_surgery.cli.announcement import announce
+    from dsconv_surgery.cli.announcement import announce, describe_images
     from dsconv_surgery.sweep import FRACTIONS, sweep_settings
 
-    _check_writable(out)
+    options.check_writable(out)
     dense, example = _load_model(model, weights, input, channels_last)
     compared, batches = _load_images(data, example, images, mean, std), _load_calibration(calibration, example, images, mean, std)
     fractions = keep or FRACTIONS
     plan_settings = sweep_settings(settings, fractions, measure)[0]
-    announce(model, weights, dense, example, plan_settings, _describe(calibration, batches, mean, std), measure_latency)
+    announce(model, weights, dense, example, plan_settings, describe_images(calibration, batches, mean, std), measure_latency)
     settings |= {"fractions": fractions, "measure": measure, "latency": measure_latency, "cache": cache, "progress": progress}
     result = dsconv_surgery.pareto(dense, example, data=compared, calibration=batches, **settings)
     out.mkdir(parents=True, exist_ok=True)
@@ -164,10 +164,10 @@ def run(
     json: options.Json = False,
 ) -> None:
     """Compress a network as a recipe says, fine-tune it towards the dense network if it says so, and save it."""
-    from dsconv_surgery.cli.announcement import announce
+    from dsconv_surgery.cli.announcement import announce, describe_images
     from dsconv_surgery.cli.inputs import shuffled
 
-    _check_writable(out)
+    options.check_writable(out)
     loaded = dsconv_surgery.Recipe.load(recipe)
     if loaded.max_drop is not None:
         raise ValueError(f"recipe {recipe!r} has max_drop, which needs a score. Run it in Python: Recipe.load(...).run(..., evaluate=...).")
@@ -176,7 +176,7 @@ def run(
     dense, example = _load_model(model or loaded.model, weights, ",".join(map(str, loaded.input)), loaded.channels_last)
     batches = _load_calibration(calibration, example, loaded.calibration.images if loaded.calibration else 1, mean, std)
     tuning = _load_images(train, example, sys.maxsize, mean, std)
-    announce(model or loaded.model, weights, dense, example, loaded, _describe(calibration, batches, mean, std), measure_latency)
+    announce(model or loaded.model, weights, dense, example, loaded, describe_images(calibration, batches, mean, std), measure_latency)
     loader = None if tuning is None else shuffled(tuning)
     small = loaded.run(dense, example, calibration=batches, train=loader, cache=cache, progress=progress)
     for history in small.tuned:
@@ -194,7 +194,7 @@ def export(
     """Write a saved network as ONNX for any batch size, with BatchNorms folded, after a check of its outputs in onnxruntime."""
     from dsconv_surgery.cli.export import write_onnx
 
-    _check_writable(onnx.parent, "--onnx")
+    options.check_writable(onnx.parent, "--onnx")
     _print(write_onnx(model, folder, onnx, input))
 
 
@@ -244,14 +244,6 @@ def _native_output_to_stderr() -> Iterator[None]:
             sys.stdout = sys.__stdout__
 
 
-def _check_writable(folder: Path, option: str = "--out") -> None:
-    """Refuse a folder that cannot be written to, before anything is computed."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        problem = "is not writable" if existing.is_dir() else "is a file"
-        raise ValueError(f"{option} {folder}: {existing} {problem}, expected a folder to write to.")
-
-
 def _load_images(path: Path | None, example: Tensor, count: int, mean: str, std: str) -> list[Tensor] | None:
     from dsconv_surgery.cli.inputs import image_batches
 
@@ -267,14 +259,6 @@ def _load_calibration(name: str | None, example: Tensor, count: int, mean: str, 
     texts = ("--mean", mean), ("--std", std)
     scale = [numbers(option, text, example.shape[1]) if example.ndim == 4 else None for option, text in texts]
     return dsconv_surgery.Calibration.synthetic(count, mean=scale[0], std=scale[1])
-
-
-def _describe(name: str | None, batches: Any, mean: str, std: str) -> str | None:
-    """The calibration images in words."""
-    if name is None or name == "synthetic":
-        return name
-    scale = f", values from 0 to 1 normalised by mean {mean} and std {std}" if Path(name).is_dir() else ", used as they are"
-    return f"{sum(map(len, batches)):,} from {name}{scale}"
 
 
 def _load_model(model: str, weights: str, shape: str, channels_last: bool) -> tuple[nn.Module, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -162,3 +163,11 @@ def _multiple(option: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"{option} {text!r}: expected one whole number, {BY_PATTERN['multiple']}.") from None
+
+
+def check_writable(folder: Path, option: str = "--out") -> None:
+    """Refuse a folder that cannot be written to, before anything is computed."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "is not writable" if existing.is_dir() else "is a file"
+        raise ValueError(f"{option} {folder}: {existing} {problem}, expected a folder to write to.")
