@@ -230,7 +230,7 @@ def test_a_runtime_for_plans_and_reports(home: str, tmp_path: Path, fails: Fails
     assert timed is not None
     assert timed.conditions.runtime == "onnxruntime"
     assert "(--measure-latency), or leave runtime out" in fails(*words)
-    assert "runtime= goes with a budget on latency" in fails(*start, "--macs", 0.8, "--runtime", "onnxruntime")
+    assert "--runtime goes with a budget on latency" in fails(*start, "--macs", 0.8, "--runtime", "onnxruntime")
     assert "Did you mean 'onnxruntime'?" in fails(*start, "--latency", 0.8, "--runtime", "onnxruntim")
 
 
