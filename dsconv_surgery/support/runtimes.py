@@ -123,8 +123,10 @@ def _session_call(to_onnx: Callable[[nn.Module, Inputs], bytes], module: nn.Modu
     from dsconv_surgery.support.onnx_export import session_call
 
     if devices := {str(tensor.device) for tensor in inputs.tensors} - {"cpu"}:
-        found = f"found inputs on {', '.join(sorted(devices))}"
-        raise ValueError(f"runtime='onnxruntime' times on the CPU; {found}. Move the model and the inputs to the CPU, or pass a function.")
+        problem = f"found inputs on {', '.join(sorted(devices))}"
+        raise ValueError(
+            f"runtime='onnxruntime' times on the CPU; {problem}. Move the model and the inputs to the CPU, or pass a function."
+        )
     try:
         call = session_call(to_onnx(module, inputs), inputs)
         call()
