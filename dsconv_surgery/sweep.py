@@ -141,10 +141,8 @@ def pareto(
     Example:
         >>> print(pareto(model, torch.rand(1, 3, 32, 32), fractions=(0.5, 0.3), calibration=batches))
     """
+    checked, budgets = sweep_settings(settings, fractions, measure, latency)
     runtime = find_runtime(settings.get("runtime", "eager"))
-    if latency and measure != "latency":  # the runtime is for the results alone
-        settings.pop("runtime", None)
-    checked, budgets = sweep_settings(settings, fractions, measure)
     inputs = as_inputs(example_inputs, example_kwargs)
     images = None if calibration is None else images_for(model, calibration, inputs, prepare, output)
     compared = images if data is None else images_for(model, data, inputs, prepare, output, same=False, argument="data")
@@ -177,8 +175,12 @@ def pareto(
     return Sweep(measure, tuple(points), compared is not None and compared.synthetic, conditions)
 
 
-def sweep_settings(settings: Mapping[str, Any], fractions: Sequence[float], measure: str) -> tuple[PlanSettings, list[Budget]]:
+def sweep_settings(
+    settings: Mapping[str, Any], fractions: Sequence[float], measure: str, latency: bool
+) -> tuple[PlanSettings, list[Budget]]:
     """The plan settings of a sweep, for its smallest budget, and its budgets, the largest first; ValueError as `pareto`."""
+    if latency and measure != "latency":  # the runtime is for the results alone
+        settings = {name: value for name, value in settings.items() if name != "runtime"}
     if measure not in ("macs", "params", "latency"):
         raise ValueError(f"measure={measure!r}: expected 'macs', 'params' or 'latency'.")
     if not fractions:

@@ -133,7 +133,7 @@ def sweep(
     dense, example = _load_model(model, weights, input, channels_last)
     compared, batches = _load_images(data, example, images, mean, std), _load_calibration(calibration, example, images, mean, std)
     fractions = keep or FRACTIONS
-    plan_settings = sweep_settings(settings, fractions, measure)[0]
+    plan_settings = sweep_settings(settings, fractions, measure, measure_latency)[0]
     announce(model, weights, dense, example, plan_settings, describe_images(calibration, batches, mean, std), measure_latency)
     settings |= {"fractions": fractions, "measure": measure, "latency": measure_latency, "cache": cache, "progress": progress}
     result = dsconv_surgery.pareto(dense, example, data=compared, calibration=batches, **settings)

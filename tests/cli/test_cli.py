@@ -225,6 +225,9 @@ def test_a_runtime_for_plans_and_reports(home: str, tmp_path: Path, fails: Fails
     timed = Report.from_json(run(*start, "--macs", 0.8, "--runtime", "onnxruntime", "--measure-latency")).latency
     assert timed is not None
     assert timed.conditions.runtime == "onnxruntime"
+    words = ("sweep", f"{home}:small", *INPUT, "--scheme", "channel", "--exclude", "", "--keep", 0.8, "--runtime", "onnxruntime")
+    run(*words, "--measure-latency", "--out", tmp_path / "sweep")
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["conditions"]["runtime"] == "onnxruntime"
     words = ("report", f"{home}:small", tmp_path / "out", *INPUT, "--runtime", "onnxruntime")
     timed = Report.from_json(run(*words, "--measure-latency", "--json")).latency
     assert timed is not None
