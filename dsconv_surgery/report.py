@@ -81,6 +81,11 @@ class Try:
     dense_score: float
     max_drop: float
 
+    def __str__(self) -> str:
+        drop = f"drop {self.dense_score - self.score:.4g} {'within' if self.within else 'beyond'} max_drop {self.max_drop:g}"
+        costs = f"parameters {self.cost.params:,}, MACs {self.cost.macs:,}"
+        return f"tried {self.budget}: {costs}, score {self.dense_score:g} -> {self.score:g}, {drop}"
+
 
 @record
 class Report(JsonRecord, Displayed):
@@ -131,11 +136,7 @@ class Report(JsonRecord, Displayed):
         groups = [row.scheme or "cut" if row.changed else None for row in rows]
         names = dict.fromkeys((*schemes.scheme_names(), *filter(None, groups)))
         bars: list[Bars] = []
-        for measure, name, scale, unit in (
-            ("params", "parameters", 1, ""),
-            ("macs", "MACs", 1, ""),
-            ("latency", "time in layers", 1e-3, "s"),
-        ):
+        for measure, name, scale, unit in (*((m, text, 1, "") for m, text in MEASURES.items()), ("latency", "time in layers", 1e-3, "s")):
             before, after = (
                 [scale * getattr(cost, measure) for cost in side] for side in zip(*((r.before, r.after) for r in rows), strict=True)
             )
@@ -165,33 +166,16 @@ class Report(JsonRecord, Displayed):
         for measure, name in MEASURES.items():
             before, after = getattr(self.before, measure), getattr(self.after, measure)
             lines.append(f"{name} {before:,} -> {after:,} ({percent(before, after)})")
-        if self.outside_before.macs or self.outside_after.macs:
-            lines.append(
-                f"MACs outside layers {self.outside_before.macs:,} -> {self.outside_after.macs:,}, not part of the whole network's"
-            )
-        degeneracies = {row.name: row.degeneracy for row in self.rows if row.degeneracy is not None}
-        if degeneracies:
+        if any(outside := (self.outside_before.macs, self.outside_after.macs)):
+            lines.append("MACs outside layers {:,} -> {:,}, not part of the whole network's".format(*outside))
+        if degeneracies := {row.name: row.degeneracy for row in self.rows if row.degeneracy is not None}:
             name = max(degeneracies, key=degeneracies.__getitem__)
             lines.append(f"largest CP degeneracy {degeneracies[name]:.2f}, in {name}: squared norms of terms / squared norm of the kernel")
         if self.synthetic:
             lines.append("calibrated on synthetic images: measure the accuracy on real ones")
-        if self.recovery:
-            lines.append(str(self.recovery))
-        if f := self.fidelity:
-            agreement = f", same top class {100 * f.agreement:.2f} %" if f.agreement is not None else ""
-            divergence = f", divergence {f.divergence:.4f} nats" if f.divergence is not None else ""
-            lines.append(
-                f"outputs on {f.images:,} {'synthetic ' * f.synthetic}images: squared relative error {f.error:.4f}{agreement}{divergence}"
-            )
-        for t in self.tries:
-            drop = f"drop {t.dense_score - t.score:.4g} {'within' if t.within else 'beyond'} max_drop {t.max_drop:g}"
-            lines.append(
-                f"tried {t.budget}: parameters {t.cost.params:,}, MACs {t.cost.macs:,}, score {t.dense_score:g} -> {t.score:g}, {drop}"
-            )
-        if ms := self.latency:
-            predicted = "" if ms.predicted is None else f", predicted {ms.predicted:.2f} ms"
-            conditions = f"fastest quarter of at least {ms.rounds} rounds, {ms.conditions}" if ms.rounds else str(ms.conditions)
-            lines.append(f"latency {ms}{predicted} ({conditions})")
+        lines += [str(result) for result in (self.recovery, self.fidelity, *self.tries) if result]
+        if self.latency:
+            lines.append(self.latency.with_conditions())
         elif ms := self.planned_latency:
             lines.append(f"latency {ms} when it was planned, with random weights ({ms.conditions})")
         else:

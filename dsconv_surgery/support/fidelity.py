@@ -134,6 +134,12 @@ class Fidelity:
     layer_errors: dict[str, float]  # squared relative error of layers' outputs, each channel about its mean
     synthetic: bool = False  # the images were synthetic
 
+    def __str__(self) -> str:
+        agreement = "" if self.agreement is None else f", same top class {100 * self.agreement:.2f} %"
+        divergence = "" if self.divergence is None else f", divergence {self.divergence:.4f} nats"
+        images = f"{self.images:,} {'synthetic ' * self.synthetic}images"
+        return f"outputs on {images}: squared relative error {self.error:.4f}{agreement}{divergence}"
+
 
 @record
 class Recovery:

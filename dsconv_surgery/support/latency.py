@@ -64,6 +64,12 @@ class Latency:
         verdict = "as fast as" if ratio == "1.00" else f"{ratio}x slower than" if slower else f"{ratio}x faster than"
         return f"{self.before:.2f} -> {self.after:.2f} ms, {verdict} the dense network"
 
+    def with_conditions(self) -> str:
+        """A line with the times, the predicted one, and what they hold for."""
+        predicted = "" if self.predicted is None else f", predicted {self.predicted:.2f} ms"
+        rounds = f"fastest quarter of at least {self.rounds} rounds, " if self.rounds else ""
+        return f"latency {self}{predicted} ({rounds}{self.conditions})"
+
 
 def timing_conditions(inputs: Inputs, runtime: Runtime) -> Conditions:
     """The inputs' device, dtype, batch and memory format, torch's current thread count, and the runtime."""
