@@ -12,7 +12,7 @@ from torch import nn
 from dsconv_surgery import schemes
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.calibration.images import Calibration, Images, check_model_runs, drawn
-from dsconv_surgery.network.batchnorm_folding import has_folded_batchnorm
+from dsconv_surgery.network.batchnorm_folding import folded_for_timing, has_folded_batchnorm
 from dsconv_surgery.network.discovery import Skip, survey_model
 from dsconv_surgery.network.geometry import Cost, Rank
 from dsconv_surgery.network.layers import check_network, check_not_quantized
@@ -204,7 +204,8 @@ def compare(
         before, after: the dense network and the cut one.
         example_inputs, example_kwargs: the arguments of both.
         plan: how `after` was cut. Adds schemes, ranks, errors of weights, and reasons for skips.
-        latency: measure the latency of both, in turn, in evaluation mode, on the inputs' device and torch's current thread count.
+        latency: measure the latency of both, in turn, in evaluation mode, on the inputs' device and torch's current thread count. In copies
+            of both, BatchNorms are folded, as by `fold_batchnorm`, if it can fold both networks.
         runtime: what executes both where latency is measured, as for `make_plan`; if not given, the one that the plan was timed in.
         data: batches of images; labels after them are ignored. Adds output errors of the cut layers and of the network.
         prepare, output: as for `make_plan`.
@@ -229,11 +230,12 @@ def compare(
     cuts = {cut.name: cut for cut in plan.cuts} if plan else {}
     timing = fidelity = None
     if latency:
-        conditions = timing_conditions(inputs, executed_by)
+        networks = folded_for_timing([before, after], inputs)
+        conditions = timing_conditions(inputs, executed_by, networks[0] is not before)
         predicted = plan.timing.after if plan and plan.timing and plan.timing.conditions.runtime == conditions.runtime else None
-        dense_ms, small_ms = measure_latency([before, after], inputs, runtime=executed_by)
+        dense_ms, small_ms = measure_latency(networks, inputs, runtime=executed_by)
         timing = Latency(dense_ms, small_ms, conditions, 0 if executed_by.measures else ROUNDS, predicted)
-        for model, survey in ((before, dense), (after, small)) if conditions.runtime == "eager" else ():
+        for model, survey in zip(networks, (dense, small), strict=True) if conditions.runtime == "eager" else ():
             for name, milliseconds in measure_layer_times(model, survey.costs, inputs).items():
                 survey.costs[name] = replace(survey.costs[name], latency=milliseconds)
     if data is not None:

@@ -13,6 +13,7 @@ from torch import nn
 from dsconv_surgery.budget import Budget
 from dsconv_surgery.calibration.images import Calibration, images_for
 from dsconv_surgery.compression import compression_phases, cut_to_budget
+from dsconv_surgery.network.batchnorm_folding import folded_for_timing
 from dsconv_surgery.network.geometry import Cost
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.planning.planner import Planner
@@ -130,7 +131,7 @@ def pareto(
         measure: "macs", "params" or "latency".
         evaluate: a function that gives a network's score, higher for better.
         data: images on which outputs are compared with the dense network's; the calibration images if not given.
-        latency: time every network, in turn with the dense one, in the runtime of the settings.
+        latency: time every network, in turn with the dense one, in the runtime of the settings, with BatchNorms folded as in `compare`.
 
     Returns:
         A `Sweep`: print it, or see `to_markdown()`, `to_json()` and `plot(path)`.
@@ -151,13 +152,14 @@ def pareto(
         planner.check(budget)
 
     watch = Stopwatch()
-    conditions = timing_conditions(inputs, runtime) if latency else None
+    (dense,) = folded_for_timing([model], inputs) if latency else [model]
+    conditions = timing_conditions(inputs, runtime, dense is not model) if latency else None
     timed = partial(measure_latency, inputs=inputs, stopwatch=watch, runtime=runtime)
-    reference = timed([model])[0] if latency else 0.0
+    reference = timed([dense])[0] if latency else 0.0
 
     def point(fraction: float, network: nn.Module, cost: Cost, plan: Plan | None) -> Point:
         with planner.progress.bar(MEASURE, 1, "network"):
-            before, after = timed([model, network]) if latency else (1.0, 0.0)
+            before, after = timed([dense, *folded_for_timing([network], inputs)]) if latency else (1.0, 0.0)
             cost = replace(cost, latency=reference * after / before)  # the machine may be busier than at the first point
             score = None if evaluate is None else checked_score(evaluate, network)
             if compared is None:

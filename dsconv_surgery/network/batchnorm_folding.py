@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -98,6 +98,18 @@ def _check_result(model: nn.Module, folded: nn.Module, expected: Any, inputs: In
         ) from error
     message = "the outputs differ by more than is usual for rounding, but in float64 they are equal. Measure the accuracy of the result."
     warnings.warn(f"fold_batchnorm: {message}", stacklevel=4)
+
+
+def folded_for_timing(models: Sequence[nn.Module], inputs: Inputs) -> list[nn.Module]:
+    """Copies of networks with BatchNorms folded, as they are deployed; the networks themselves if one of them cannot be folded."""
+    if not any(_is_foldable(module) for model in models for module in model.modules()):
+        return list(models)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of rounding, as outputs do not matter here
+            return [fold_batchnorm(evaluation_copy(model), *inputs.args, example_kwargs=inputs.kwargs) for model in models]
+    except (ValueError, TypeError):
+        return list(models)
 
 
 def has_folded_batchnorm(layer: nn.Module) -> bool:

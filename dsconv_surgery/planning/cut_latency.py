@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from dsconv_surgery.network.batchnorm_folding import folded_for_timing
+from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.plan import Plan
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.inputs import Inputs
@@ -20,7 +23,7 @@ MISSED = 1.05  # a plan that takes more than this factor of its budget is warned
 
 
 class CutTimer:
-    """Times a network and the networks that plans cut from it, end to end.
+    """Times a network and the networks that plans cut from it, end to end, with BatchNorms folded.
 
     Args:
         stopwatch: remembers disturbances, for one warning.
@@ -28,8 +31,10 @@ class CutTimer:
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, stopwatch: Stopwatch, runtime: Runtime) -> None:
-        self._model, self._inputs, self._stopwatch, self._runtime = model, inputs, stopwatch, runtime
-        (self.dense,) = self._measure([model])  # milliseconds
+        self._inputs, self._stopwatch, self._runtime = inputs, stopwatch, runtime
+        (self._model,) = folded_for_timing([model], inputs)
+        self._conditions = timing_conditions(inputs, runtime, self._model is not model)
+        (self.dense,) = self._measure([self._model])  # milliseconds
 
     def time(self, plan: Plan, predicted: float) -> Latency:
         """The latency of the network cut by a plan, relative to the dense time that the budget was set by."""
@@ -38,7 +43,7 @@ class CutTimer:
         dense, after = self._measure([self._model, cut])
         after *= self.dense / dense  # the machine may be busier than when the budget was set
         rounds = 0 if self._runtime.measures else ROUNDS
-        return Latency(self.dense, after, timing_conditions(self._inputs, self._runtime), rounds, predicted)
+        return Latency(self.dense, after, self._conditions, rounds, predicted)
 
     def _measure(self, models: list[nn.Module]) -> list[float]:
         times = measure_latency(models, self._inputs, stopwatch=self._stopwatch, runtime=self._runtime)
@@ -60,8 +65,9 @@ def warn_of_missed_budget(timing: Latency, fraction: float) -> None:
 
 
 def _random_cut(model: nn.Module, plan: Plan) -> nn.Module:
-    """A network cut by a plan, with random weights in the new links."""
-    cut = build_cut_model(model, plan, "empty", {}, Progress(False), check_on=None)
+    """A network cut by a plan, with random weights in the new links; layers may have the biases of folded BatchNorms."""
+    cuts = tuple(replace(c, spec=ConvSpec.of(model.get_submodule(c.name))) for c in plan.cuts)
+    cut = build_cut_model(model, replace(plan, cuts=cuts), "empty", {}, Progress(False), check_on=None)
     for name in (c.name for c in plan.cuts):
         for link in cut.get_submodule(name).children():
             weight = link.get_parameter("weight")

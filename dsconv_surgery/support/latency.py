@@ -37,9 +37,10 @@ class Conditions:
     memory_format: str
     runtime: str = "eager"
     runtime_version: str = ""  # of eager mode, and of a user's function, none
+    batchnorm_folded: bool = False  # before the networks were timed
 
     def __str__(self) -> str:
-        runtime = f"{self.runtime} {self.runtime_version}".rstrip()
+        runtime = f"{self.runtime} {self.runtime_version}".rstrip() + ", BatchNorms folded" * self.batchnorm_folded
         return f"batch {self.batch}, {self.threads} threads, {self.dtype}, {self.memory_format}, {self.device}, {runtime}"
 
 
@@ -71,7 +72,7 @@ class Latency:
         return f"latency {self}{predicted} ({rounds}{self.conditions})"
 
 
-def timing_conditions(inputs: Inputs, runtime: Runtime) -> Conditions:
+def timing_conditions(inputs: Inputs, runtime: Runtime, batchnorm_folded: bool = False) -> Conditions:
     """The inputs' device, dtype, batch and memory format, torch's current thread count, and the runtime."""
     first = next(iter(inputs.tensors), None)
     if first is None:
@@ -80,7 +81,7 @@ def timing_conditions(inputs: Inputs, runtime: Runtime) -> Conditions:
     batch, dtype = first.shape[0] if first.ndim else 1, str(first.dtype).removeprefix("torch.")
     memory_format = "channels_last" if channels_last and runtime.name != "onnxruntime" else "contiguous"  # onnxruntime gets NCHW arrays
     threads = torch.get_num_threads()
-    return Conditions(threads, batch, dtype, str(first.device), memory_format, runtime.name, runtime.version)
+    return Conditions(threads, batch, dtype, str(first.device), memory_format, runtime.name, runtime.version, batchnorm_folded)
 
 
 @record

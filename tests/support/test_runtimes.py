@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsconv_surgery import Budget, Plan, PlanSettings, Recipe, compare, make_plan, pareto
+from dsconv_surgery import Budget, Plan, PlanSettings, Recipe, compare, fold_batchnorm, make_plan, pareto
 from dsconv_surgery.budget import BudgetError
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.planning.layer_latency import LayerTimer
@@ -38,6 +38,10 @@ class Net(nn.Module):
         return self.c(self.b(self.a(self.first(x)))).mean((2, 3))
 
 
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 class Device:
     """Another device, on which time is the number of parameters in thousands. It counts its measurements."""
 
@@ -49,7 +53,7 @@ class Device:
         assert not torch.is_grad_enabled()
         module(*inputs.args, **inputs.kwargs)
         self.modules.append(module)
-        return sum(parameter.numel() for parameter in module.parameters()) / 1000
+        return parameters(module) / 1000
 
 
 @pytest.fixture
@@ -73,14 +77,14 @@ def test_a_function_measures_layers_and_networks(net: nn.Module, device: Device)
     """Its times are taken as they are, the plan meets its budget by them, and plan and report record the function."""
     plan = plan_for(net, device)
     cut = apply_plan(net, plan)
-    dense_time, cut_time = (sum(parameter.numel() for parameter in model.parameters()) / 1000 for model in (net, cut))
+    dense_time, cut_time = (parameters(fold_batchnorm(model, X)) / 1000 for model in (net, cut))
     assert plan.timing is not None
     assert (plan.timing.before, plan.timing.after) == pytest.approx((dense_time, cut_time))
     assert plan.timing.predicted == pytest.approx(cut_time)
     assert cut_time <= 0.62 * dense_time
     assert plan.timing.conditions.runtime == "callable Device"
     assert Plan.from_json(plan.to_json()) == plan
-    assert "float32, contiguous, cpu, callable Device)" in str(plan)
+    assert "float32, contiguous, cpu, callable Device, BatchNorms folded)" in str(plan)
     report = compare(net, cut, X, plan=plan, latency=True, runtime=device)
     assert report.latency is not None
     assert report.latency.before == pytest.approx(dense_time)
@@ -135,7 +139,9 @@ def test_a_sweep_is_timed_in_the_runtime(net: nn.Module, device: Device) -> None
     assert sweep.conditions is not None
     assert sweep.conditions.runtime == "callable Device"
     assert "times for batch 2" in str(sweep)
-    assert [point.cost.latency for point in sweep.points] == pytest.approx([point.cost.params / 1000 for point in sweep.points])
+    folded = parameters(net) - parameters(fold_batchnorm(net, X))
+    assert folded > 0
+    assert [point.cost.latency for point in sweep.points] == pytest.approx([(point.cost.params - folded) / 1000 for point in sweep.points])
     sweep = pareto(net, X, fractions=(0.7,), measure="latency", runtime=device, schemes="channel", exclude=())
     timing = sweep.points[1].plan.timing  # type: ignore[union-attr]
     assert timing is not None
