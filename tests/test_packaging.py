@@ -93,7 +93,7 @@ def test_command_line_works_without_the_extras(bare: Path, tmp_path: Path) -> No
     assert "compress" in run(command, "--help", cwd=tmp_path).stdout
     assert "resnet20-cifar10-macs-50" in run(command, "recipes", cwd=tmp_path).stdout
     assert "3x3 8 -> 12" in run(command, "inspect", *network, cwd=tmp_path).stdout
-    settings = ("--macs", "0.6", "--scheme", "channel", "--rule", "uniform", "--out", "small")
+    settings = ("--macs", "0.6", "--schemes", "channel", "--rule", "uniform", "--out", "small")
     assert "MACs" in run(command, "compress", *network, *settings, cwd=tmp_path).stdout
     assert read_plan(tmp_path / "small").cuts
 

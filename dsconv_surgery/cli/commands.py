@@ -111,8 +111,8 @@ def sweep(
     model: options.Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for sweep.json, sweep.md and, with matplotlib, sweep.png")],
     settings: dict[str, Any],
-    keep: Annotated[list[float] | None, typer.Option(help="a fraction to keep (0.7 to 0.2 if not given); may be repeated")] = None,
-    measure: Annotated[str, typer.Option(help="the measure that --keep is a fraction of: macs, params or latency")] = "macs",
+    fractions: options.Fractions = None,
+    measure: options.Measure = "macs",
     input: options.Input = DEFAULT_INPUT,  # noqa: A002
     weights: options.Weights = "none",
     calibration: options.CalibrationImages = None,
@@ -132,10 +132,10 @@ def sweep(
     options.check_writable(out)
     dense, example = _load_model(model, weights, input, channels_last)
     compared, batches = _load_images(data, example, images, mean, std), _load_calibration(calibration, example, images, mean, std)
-    fractions = keep or FRACTIONS
-    plan_settings = sweep_settings(settings, fractions, measure, measure_latency)[0]
+    values = options.numbers_in("--fractions", fractions) if fractions else FRACTIONS
+    plan_settings = sweep_settings(settings, values, measure, measure_latency)[0]
     announce(model, weights, dense, example, plan_settings, describe_images(calibration, batches, mean, std), measure_latency)
-    settings |= {"fractions": fractions, "measure": measure, "latency": measure_latency, "cache": cache, "progress": progress}
+    settings |= {"fractions": values, "measure": measure, "latency": measure_latency, "cache": cache, "progress": progress}
     result = dsconv_surgery.pareto(dense, example, data=compared, calibration=batches, **settings)
     out.mkdir(parents=True, exist_ok=True)
     (out / "sweep.json").write_text(result.to_json())

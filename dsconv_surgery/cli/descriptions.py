@@ -23,7 +23,7 @@ def planning_epilog() -> str:
         'PATTERN is the name of a layer or module, which also means everything below it ("layer1"), or a name with wildcards '
         '("layer*.conv1"); for --include and --exclude also a type ("nn.Linear"). The first pattern that matches a layer counts.'
     )
-    return f"{_list('Schemes (--scheme):', SCHEMES)}\n\n{_list('Rules (--rule):', rules)}\n\n{patterns}"
+    return f"{_list('Schemes (--schemes):', SCHEMES)}\n\n{_list('Rules (--rule):', rules)}\n\n{patterns}"
 
 
 def _list(title: str, lines: dict[str, str]) -> str:

@@ -16,6 +16,8 @@ from dsconv_surgery.planning.settings import PlanSettings
 from dsconv_surgery.support.records import json_schema
 from dsconv_surgery.support.runtimes import RUNTIME_NAMES
 
+FORMER_NAMES = {"schemes": "--scheme", "fractions": "--keep"}  # of options that are now named as in Python
+
 Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or package.module:callable (called without arguments)")]
 Input = Annotated[str, typer.Option("--input", help="shape of the example input, batch first")]
 Weights = Annotated[str, typer.Option(help="none, DEFAULT (pretrained, downloaded) or a .safetensors or .pt state_dict")]
@@ -41,12 +43,16 @@ Progress = Annotated[
     bool | None,
     typer.Option("--progress/--no-progress", show_default=False, help="show bars of progress (in a terminal only, if not given)"),
 ]
+Fractions = Annotated[
+    list[str] | None,
+    typer.Option("--fractions", FORMER_NAMES["fractions"], help="fractions to keep, as in 0.5,0.3 (0.7 to 0.2 if not given)"),
+]
+Measure = Annotated[str, typer.Option(help="the measure that --fractions are of: macs, params or latency")]
 Recover = Annotated[
     bool, typer.Option("--recover", help="train the cut network on the calibration images, and keep the result if held-out images improve")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
-OPTION_NAMES = {"schemes": "--scheme"}  # an option that is repeated has a singular name
 # Settings that may differ between layers: how the shell writes them.
 BY_PATTERN = {
     "schemes": "or PATTERN=SCHEME,... for some layers, PATTERN= to keep them dense",
@@ -107,14 +113,15 @@ def _plan_options() -> dict[str, Any]:
         repeated = name in BY_PATTERN or {"array", "string"} <= kinds
         value_type: Any = list[str] if repeated else str if "array" in kinds else TYPES[(kinds & TYPES.keys()).pop()]
         text = schema["description"].partition(", as in ")[0] + (f", {BY_PATTERN[name]}" if name in BY_PATTERN else "")
-        text += "; may be repeated" * repeated + ", or '' for none" * (name == "exclude")
-        options[name] = Annotated[value_type | None, typer.Option(option_name(name), help=text)]
+        text += "; may be repeated" * repeated + ", or have commas" * (name == "schemes") + ", or '' for none" * (name == "exclude")
+        options[name] = Annotated[value_type | None, typer.Option(*option_names(name), help=text)]
     return options
 
 
-def option_name(setting: str) -> str:
-    """The option for a setting."""
-    return OPTION_NAMES.get(setting, f"--{setting.replace('_', '-')}")
+def option_names(setting: str) -> tuple[str, ...]:
+    """The option for a setting or an argument, named as in Python, and its former name if it has one."""
+    name = f"--{setting.replace('_', '-')}"
+    return (name, FORMER_NAMES[setting]) if setting in FORMER_NAMES else (name,)
 
 
 def name_options(message: str) -> str:
@@ -123,8 +130,15 @@ def name_options(message: str) -> str:
     name, separator, rest = message.partition(":") if ":" in message.split("=")[0] else message.partition("=")
     if not separator or name not in settings:
         return message
-    option = "--keep" if name == "fractions" else option_name(name)
-    return f"{option}{separator if rest[:1].strip() or separator == ':' else ''}{rest}"
+    return f"{option_names(name)[0]}{separator if rest[:1].strip() or separator == ':' else ''}{rest}"
+
+
+def numbers_in(option: str, texts: list[str]) -> tuple[float, ...]:
+    """The numbers of an option that may be repeated, each with others after commas."""
+    try:
+        return tuple(float(part) for text in texts for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} {','.join(texts)!r}: expected numbers with commas between, as in {option} 0.5,0.3.") from None
 
 
 def _rank(option: str, text: str) -> int | tuple[int, ...]:
@@ -138,10 +152,11 @@ def _rank(option: str, text: str) -> int | tuple[int, ...]:
 
 def _by_pattern(name: str, texts: list[str]) -> Any:
     """The value of a setting for all layers, or its values by pattern."""
-    option, example = option_name(name), BY_PATTERN[name]
+    option, example = option_names(name)[0], BY_PATTERN[name]
     pairs = [text.partition("=") for text in texts]
     if not any(separator for _, separator, _ in pairs) and name != "ranks":
-        return texts if name == "schemes" else _multiple(option, ",".join(texts))
+        listed = ",".join(texts)
+        return listed.split(",") if name == "schemes" else _multiple(option, listed)
     if wrong := [text for text in texts if not text.partition("=")[0] or "=" not in text]:
         raise ValueError(f"{option} {wrong[0]!r}: expected a pattern of layer names before '=', {example}.")
     values: dict[str, Any] = {}

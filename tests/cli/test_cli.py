@@ -120,7 +120,7 @@ def test_compress_and_report_a_network_of_torchvision(tmp_path: Path) -> None:
 
     out = tmp_path / "cut"
     torch.manual_seed(1)
-    said = Report.from_json(run("compress", *RESNET, "-o", out, "--macs", 0.6, "--scheme", "channel", "--exclude", "conv1", "--json"))
+    said = Report.from_json(run("compress", *RESNET, "-o", out, "--macs", 0.6, "--schemes", "channel", "--exclude", "conv1", "--json"))
     assert said.after.macs <= 0.6 * said.before.macs
     plan = read_plan(out)
     assert {cut.scheme for cut in plan.cuts} == {"channel"}
@@ -139,7 +139,7 @@ def test_a_network_of_timm(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     words = ["timm:lcnet_035", "--input", "1,3,64,64"]
     assert "conv_stem" in run("inspect", *words)
-    text = run("compress", *words, "--out", tmp_path, "--rule", "energy", "--energy", 0.8, "--scheme", "bottleneck")
+    text = run("compress", *words, "--out", tmp_path, "--rule", "energy", "--energy", 0.8, "--schemes", "bottleneck")
     assert "bottleneck" in text
     assert "whole network" in run("report", words[0], tmp_path, *words[1:])
 
@@ -156,7 +156,7 @@ def test_a_callable_of_ones_own(home: str, tmp_path: Path) -> None:
 def test_the_first_and_the_last_layer_stay_dense_without_images(home: str, tmp_path: Path) -> None:
     """Not if --exclude is empty or has another name, if --include names them, or with images."""
     torch.save(torch.rand(8, 3, 12, 12), images := tmp_path / "images.pt")
-    words = ["compress", f"{home}:five", *INPUT, "--rule", "fixed", "--rank", 1, "--scheme", "channel", "--no-cache", "--out"]
+    words = ["compress", f"{home}:five", *INPUT, "--rule", "fixed", "--rank", 1, "--schemes", "channel", "--no-cache", "--out"]
     for index, (more, expected) in enumerate(
         [
             ([], "123"),
@@ -183,7 +183,7 @@ def test_weights_from_a_file(suffix: str, home: str, tmp_path: Path) -> None:
         save_file(model.state_dict(), path)
     words = [*INPUT, "--weights", path]
     said = Report.from_json(
-        run("compress", f"{home}:small", *words, "--out", tmp_path / "out", "--macs", 0.6, "--scheme", "channel", "--json")
+        run("compress", f"{home}:small", *words, "--out", tmp_path / "out", "--macs", 0.6, "--schemes", "channel", "--json")
     )
     expected = compress(model, torch.zeros(1, 3, 12, 12), schemes="channel", budget=Budget(macs=0.6))
     assert said == expected.report
@@ -217,7 +217,7 @@ def test_json_and_markdown(home: str, tmp_path: Path) -> None:
 
 def test_a_runtime_for_plans_and_reports(home: str, tmp_path: Path, fails: Fails) -> None:
     """Every command that measures takes it; without a measurement it is refused."""
-    start = ["compress", f"{home}:small", *INPUT, "--scheme", "channel", "--exclude", "", "--out", tmp_path / "out", "--json"]
+    start = ["compress", f"{home}:small", *INPUT, "--schemes", "channel", "--exclude", "", "--out", tmp_path / "out", "--json"]
     run(*start, "--latency", 1.0, "--runtime", "onnxruntime")
     timing = read_plan(tmp_path / "out").timing
     assert timing is not None
@@ -225,7 +225,7 @@ def test_a_runtime_for_plans_and_reports(home: str, tmp_path: Path, fails: Fails
     timed = Report.from_json(run(*start, "--macs", 0.8, "--runtime", "onnxruntime", "--measure-latency")).latency
     assert timed is not None
     assert timed.conditions.runtime == "onnxruntime"
-    words = ("sweep", f"{home}:small", *INPUT, "--scheme", "channel", "--exclude", "", "--keep", 0.8, "--runtime", "onnxruntime")
+    words = ("sweep", f"{home}:small", *INPUT, "--schemes", "channel", "--exclude", "", "--fractions", 0.8, "--runtime", "onnxruntime")
     run(*words, "--measure-latency", "--out", tmp_path / "sweep")
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["conditions"]["runtime"] == "onnxruntime"
     words = ("report", f"{home}:small", tmp_path / "out", *INPUT, "--runtime", "onnxruntime")
@@ -240,7 +240,7 @@ def test_a_runtime_for_plans_and_reports(home: str, tmp_path: Path, fails: Fails
 def test_a_saved_network_is_exported(home: str, tmp_path: Path, fails: Fails) -> None:
     """For any batch size, by default with the plan's input shape; what was in the file before is replaced, or kept after an error."""
     network, folder, file = f"{home}:normed", tmp_path / "out", tmp_path / "small.onnx"
-    run("compress", network, *INPUT, "--scheme", "channel", "--out", folder, "--macs", 0.8, "--exclude", "")
+    run("compress", network, *INPUT, "--schemes", "channel", "--out", folder, "--macs", 0.8, "--exclude", "")
     file.write_text("old")
     assert "--onnx" in fails("export", network, folder, "--onnx", file / "below.onnx")
     assert "plan.json: not there" in fails("export", network, tmp_path / "none", "--onnx", file)
@@ -295,7 +295,7 @@ def test_settings_that_are_wrong(fails: Fails, home: str, tmp_path: Path) -> Non
     """Each message is the library's own; nothing is written."""
     start = ["compress", f"{home}:small", *INPUT, "--out", tmp_path / "out"]
     for words, message in (
-        (["--scheme", "chanel"], "unknown scheme 'chanel'. Did you mean 'channel'?"),
+        (["--schemes", "chanel"], "unknown scheme 'chanel'. Did you mean 'channel'?"),
         (["--macs", 1.5], "error: --macs=1.5: expected the fraction to keep, in (0, 1]"),
         (["--params", 0], "params=0.0: expected the fraction to keep, in (0, 1]"),
         (["--macs", 0.001], "is out of reach: with every layer at its cheapest"),
@@ -329,7 +329,7 @@ def test_weights_that_do_not_fit(fails: Fails, home: str, tmp_path: Path) -> Non
 def test_folders_that_are_wrong(fails: Fails, home: str, tmp_path: Path) -> None:
     """Nothing there, another network's, and a file where a folder should be made."""
     assert "plan.json: not there" in fails("report", f"{home}:small", tmp_path / "none", *INPUT)
-    run("compress", f"{home}:small", *INPUT, "--out", tmp_path / "out", "--scheme", "channel")
+    run("compress", f"{home}:small", *INPUT, "--out", tmp_path / "out", "--schemes", "channel")
     assert "the plan was made for another network" in fails("report", f"{home}:Wide", tmp_path / "out", *INPUT)
     (tmp_path / "file").write_text("in the way")
     for command in ("compress", "sweep"):  # before anything is computed
@@ -370,7 +370,7 @@ def pictures(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_compress_calibrates(home: str, pictures: Path) -> None:
     """The plan says so, errors of outputs are shown, and the saved network can be compared on images."""
     words = ("--calibration", pictures, "--images", 16)
-    printed = run("compress", f"{home}:small", *INPUT, "--scheme", "cp", "--macs", 0.6, "--out", "out", *words)
+    printed = run("compress", f"{home}:small", *INPUT, "--schemes", "cp", "--macs", 0.6, "--out", "out", *words)
     assert "outputs on 16 images: squared relative error" in printed
     assert read_plan("out").calibrated
     again = run("report", f"{home}:small", "out", *INPUT, "--data", pictures, "--images", 7)
@@ -380,7 +380,7 @@ def test_compress_calibrates(home: str, pictures: Path) -> None:
 def test_compress_recovers(home: str, tmp_path: Path) -> None:
     """The report keeps the line when the outputs are compared, and JSON holds it."""
     torch.save(torch.rand(20, 3, 12, 12), tmp_path / "images.pt")
-    words = (f"{home}:small", *INPUT, "--scheme", "cp", "--macs", 0.6, "--calibration", "images.pt", "--recover")
+    words = (f"{home}:small", *INPUT, "--schemes", "cp", "--macs", 0.6, "--calibration", "images.pt", "--recover")
     assert "recovered on 15 calibration images: squared relative error on 5 others" in run("compress", *words, "--out", "out")
     assert Report.from_json(run("compress", *words, "--out", "again", "--json")).recovery is not None
 
@@ -388,11 +388,13 @@ def test_compress_recovers(home: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*the network has no BatchNorm statistics")
 def test_synthetic_images(home: str, tmp_path: Path) -> None:
     """By this name, with --mean, --std and --images; a folder of this name is ./synthetic."""
-    words = (f"{home}:small", *INPUT, "--scheme", "cp", "--macs", 0.6, "--calibration")
+    words = (f"{home}:small", *INPUT, "--schemes", "cp", "--macs", 0.6, "--calibration")
     printed = run("compress", *words, "synthetic", "--images", 16, "--out", "out")
     assert "calibrated on synthetic images" in printed
     assert read_plan("out").calibrated == "synthetic"
-    assert "outputs compared on synthetic images" in run("sweep", *words[:-3], *words[-1:], "synthetic", "--keep", 0.8, "--out", "swept")
+    assert "outputs compared on synthetic images" in run(
+        "sweep", *words[:-3], *words[-1:], "synthetic", "--fractions", 0.8, "--out", "swept"
+    )
     (tmp_path / "synthetic").mkdir()
     Image.fromarray(np.zeros((12, 12, 3), dtype=np.uint8)).save(tmp_path / "synthetic" / "black.png")
     assert "outputs on 1 images" in run("compress", *words, "./synthetic", "--out", "real")
@@ -433,7 +435,7 @@ def test_sweep_writes_a_table_and_a_plot(home: str, tmp_path: Path) -> None:
     """JSON, Markdown and a picture of every budget asked for; images compare outputs."""
     torch.save(torch.rand(20, 3, 12, 12), tmp_path / "images.pt")
     out = tmp_path / "swept"
-    words = ("--keep", 0.8, "--keep", 0.6, "--calibration", tmp_path / "images.pt", "--scheme", "channel", "--measure", "params")
+    words = ("--fractions", "0.8,0.6", "--calibration", tmp_path / "images.pt", "--schemes", "channel", "--measure", "params")
     printed = run("sweep", f"{home}:small", *INPUT, *words, "--out", out)
     assert "budgets on params" in printed
     points = Sweep.from_json((out / "sweep.json").read_text()).points

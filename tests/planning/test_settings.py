@@ -42,8 +42,8 @@ def test_every_setting_is_a_key_of_recipes_and_an_option_of_the_commands() -> No
     for command in ("compress", "sweep"):
         text = CliRunner().invoke(app, [command, "--help"]).output
         for name in NAMES:
-            options = ("--keep", "--measure") if (name, command) == ("budget", "sweep") else ("--macs", "--params", "--latency")
-            for option in options if name == "budget" else (f"--{name.removesuffix('s').replace('_', '-')}",):
+            options = ("--fractions", "--measure") if (name, command) == ("budget", "sweep") else ("--macs", "--params", "--latency")
+            for option in options if name == "budget" else (f"--{name.replace('_', '-')}",):
                 assert option in text, f"{command} has no {option}"
 
 
