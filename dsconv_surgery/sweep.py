@@ -193,5 +193,8 @@ def sweep_settings(
     if isinstance(rule, str) and rule in RULES and RULES[rule].needs != "budget":
         names = ", ".join(name for name, item in RULES.items() if item.needs == "budget")
         raise ValueError(f"rule {rule!r} takes no budget, but pareto cuts to budgets. Use one of {names}, or a function.")
-    budgets = [Budget(**{measure: fraction}) for fraction in sorted(fractions, reverse=True)]
+    try:
+        budgets = [Budget(**{measure: fraction}) for fraction in sorted(fractions, reverse=True)]
+    except ValueError as error:
+        raise ValueError(f"fractions: {error}") from None
     return PlanSettings(**{**settings, "budget": budgets[-1]}), budgets
