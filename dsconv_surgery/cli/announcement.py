@@ -8,9 +8,9 @@ from typing import Any
 import typer
 from torch import Tensor, nn
 
-import dsconv_surgery
-from dsconv_surgery.network.discovery import ConvSite
+from dsconv_surgery.network.discovery import survey_model
 from dsconv_surgery.planning.settings import PlanSettings
+from dsconv_surgery.support.inputs import Inputs
 
 WIDTH = 9  # of the first column
 
@@ -31,9 +31,9 @@ def announce(
         images: what is known of the calibration images; None where there are none.
         timed: the result is timed.
     """
-    layers = dsconv_surgery.find_convs(network, example)
-    sites, total, shape = sum(isinstance(layer, ConvSite) for layer in layers), layers.total, "x".join(map(str, example.shape))
-    counts = f"{len(layers)} layers, {sites} can be cut, {total.params:,} parameters, {total.macs:,} MACs for input {shape}"
+    survey = survey_model(network, Inputs(example), replaceable=False)  # which layers can be cut takes far longer, and the plan says it
+    total, shape = survey.total, "x".join(map(str, example.shape))
+    counts = f"{len(survey.layers)} layers, {total.params:,} parameters, {total.macs:,} MACs for input {shape}"
     lines = {"network": f"{model}, {type(network).__name__}: {counts}", "weights": _weights(model, weights)}
     if settings is not None:
         lines["images"] = images or "none: layers are judged by the error of their weights (see --calibration)"
