@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -35,6 +34,7 @@ from dsconv_surgery.support.inputs import Inputs, as_inputs
 from dsconv_surgery.support.modes import standard_modes
 from dsconv_surgery.support.progress import Progress
 from dsconv_surgery.support.random_state import seeded
+from dsconv_surgery.support.user_warning import warn_user
 
 COMPUTE_FACTORS = "compute factors"  # a phase
 
@@ -168,7 +168,7 @@ def _check_on_random_inputs(model: nn.Module, result: nn.Module, plan: Plan) -> 
             inputs = plan.inputs.rebuild(model_device(model), dtype)
         check_computes_same(model, result, _last_links(plan), inputs)
     except (InputsNotKeptError, DenseRunError) as error:
-        warnings.warn(f"apply_plan: the cut network was not checked, because {error}", stacklevel=4)
+        warn_user(f"apply_plan: the cut network was not checked, because {error}")
 
 
 @standard_modes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from dsconv_surgery.calibration.batchnorm_moments import BatchNormMoments
 from dsconv_surgery.calibration.dead_leaves import dead_leaves
 from dsconv_surgery.support import distributed
 from dsconv_surgery.support.inputs import Inputs
+from dsconv_surgery.support.user_warning import warn_user
 
 BATCH = 32
 PIXELS, FEWEST, MOST = 2**21, 256, 512  # images in all by default: so many pixels, within these numbers of images
@@ -90,7 +90,7 @@ def synthetic_batches(model: nn.Module, example: Inputs, settings: Synthetic) ->
     count = settings.count or min(MOST, max(FEWEST, PIXELS // pixels))
     size = min(LARGEST_POOL * count, max(SMALLEST_POOL * count, POOL_PIXELS // pixels)) if trained else count
     if channels == 1:
-        warnings.warn(f"{SYNTHETIC}: inputs of one channel may be anything, so it is unknown whether {RESEMBLE}", stacklevel=2)
+        warn_user(f"{SYNTHETIC}: inputs of one channel may be anything, so it is unknown whether {RESEMBLE}")
     stated = settings.stated_range(channels)
     known = stated or (None if trained else _example_range(example))  # a mistake is found before images are drawn
     pool = torch.from_numpy(dead_leaves(size, *shape, np.random.default_rng(settings.seed)))
@@ -105,7 +105,7 @@ def synthetic_batches(model: nn.Module, example: Inputs, settings: Synthetic) ->
         _warn_if_far(moments.distance((len(batch), _as_inputs(example, batch)) for batch in images.split(BATCH)))
         images = _refined(moments, images, example, min(MOST_STEPS, max(FEWEST_STEPS, STEP_PIXELS // (count * pixels))))
     else:
-        warnings.warn(f"{SYNTHETIC}: the network has no BatchNorm statistics, so it is unknown whether {RESEMBLE}", stacklevel=2)
+        warn_user(f"{SYNTHETIC}: the network has no BatchNorm statistics, so it is unknown whether {RESEMBLE}")
     return SyntheticBatches(_as_inputs(example, batch) for batch in images.split(BATCH))
 
 
@@ -222,10 +222,9 @@ def _refined(moments: BatchNormMoments, images: Tensor, example: Inputs, steps: 
 
 def _warn_if_far(distance: float) -> None:
     if distance > FAR:
-        warnings.warn(
+        warn_user(
             f"{SYNTHETIC}: the images are {distance:.2f} nats from the network's BatchNorm statistics, expected at most {FAR}; it is "
             f"doubtful whether {RESEMBLE}",
-            stacklevel=3,
         )
 
 

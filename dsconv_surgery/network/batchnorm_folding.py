@@ -21,6 +21,7 @@ from dsconv_surgery.support.copies import copy_model, evaluation_copy, run_model
 from dsconv_surgery.support.formatting import as_sentence
 from dsconv_surgery.support.inputs import Inputs, as_inputs
 from dsconv_surgery.support.modes import standard_modes
+from dsconv_surgery.support.user_warning import warn_user
 
 _MARK = "batchnorm_folded"  # an attribute of a layer that has taken over a BatchNorm; a chain in the layer's place inherits it
 
@@ -97,7 +98,7 @@ def _check_result(model: nn.Module, folded: nn.Module, expected: Any, inputs: In
             "them somewhere else. Deploy it with its BatchNorms."
         ) from error
     message = "the outputs differ by more than is usual for rounding, but in float64 they are equal. Measure the accuracy of the result."
-    warnings.warn(f"fold_batchnorm: {message}", stacklevel=4)
+    warn_user(f"fold_batchnorm: {message}")
 
 
 def folded_for_timing(models: Sequence[nn.Module], inputs: Inputs) -> list[nn.Module]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv_surgery.network.layers import is_layer, is_plain_tensor
+from dsconv_surgery.support.user_warning import warn_user
 
 FULL_SHARE, SPREAD = 0.98, 0.05  # how close the largest weight is to the bound of the draw, and its spread to that of a uniform one
 ENOUGH = 200  # weights; fewer may look uniform by chance
@@ -18,10 +18,9 @@ ENOUGH = 200  # weights; fewer may look uniform by chance
 def warn_if_untrained(model: nn.Module) -> None:
     """Warn if the weights of a network look as they were initialised."""
     if reason := untrained_reason(model):
-        warnings.warn(
+        warn_user(
             f"the network's weights look untrained: {reason}. Errors and ranks for random weights say nothing about trained ones. Load the "
             "trained weights first.",
-            stacklevel=2,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import torch
@@ -17,6 +16,7 @@ from dsconv_surgery.support.latency import ROUNDS, Latency, Stopwatch, measure_l
 from dsconv_surgery.support.progress import Progress
 from dsconv_surgery.support.random_state import preserve_random_state
 from dsconv_surgery.support.runtimes import Runtime
+from dsconv_surgery.support.user_warning import warn_user
 from dsconv_surgery.surgery import build_cut_model
 
 MISSED = 1.05  # a plan that takes more than this factor of its budget is warned of
@@ -56,11 +56,10 @@ def warn_of_missed_budget(timing: Latency, fraction: float) -> None:
     if actual <= MISSED * fraction:
         return
     slower = "No plan that was tried is faster than the dense network. " if actual >= 1 else ""
-    warnings.warn(
+    warn_user(
         f"latency: the budget keeps {fraction:g} of the time, but the best plan takes {actual:.2f} of it ({timing.before:.3g} -> "
         f"{timing.after:.3g} ms in {runtime}), as times of single layers do not add up to the network's. {slower}Raise the budget, allow "
         "more schemes, or compare other runtimes.",
-        stacklevel=4,
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 from dsconv_surgery.network.discovery import ConvSite, Skip, Survey
 from dsconv_surgery.planning.settings import PlanSettings
 from dsconv_surgery.support.formatting import count_reasons
 from dsconv_surgery.support.patterns import check_patterns, matches
+from dsconv_surgery.support.user_warning import warn_user
 
 SMALL_SHARE = 0.25  # of a network's cost: the first and the last layer stay dense without images if they cost no more
 DENSE_END = "without images, the first convolution and the last layer stay dense (exclude=() cuts them)."  # the reason of a skip
@@ -36,10 +36,9 @@ def warn_of_cost_outside(survey: Survey, measures: Sequence[str]) -> None:
     names = {"macs": "MACs", "params": "parameters"}
     for measure, share in shares.items():
         if measure in measures and share > NOTABLE_SHARE:
-            warnings.warn(
+            warn_user(
                 f"{100 * share:.0f} % of the network's {names[measure]} are outside of its layers (functional calls, attention, LSTMs, "
                 "layers in plain lists). The budget counts the layers only; plan and report show the rest as 'outside layers'.",
-                stacklevel=2,
             )
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from dsconv_surgery.network.geometry import ConvSpec, chain_cost
 from dsconv_surgery.plan import Cut, Plan
+from dsconv_surgery.support.user_warning import warn_user
 
 # Time of a MAC on CPUs in eager mode, relative to one of other convolutions: of depthwise links with one kernel per channel, and with
 # several. Medians of layers with 16 to 512 channels, see link_times.py in tests/benchmarks.
@@ -25,11 +24,10 @@ def warn_if_slow(plan: Plan) -> bool:
     is_slow = bool(slow) and expected_time(plan) > NO_GAIN
     if is_slow:
         names = ", ".join(sorted({cut.scheme for cut in slow}))
-        warnings.warn(
+        warn_user(
             f"the plan's chains are known to be slow on CPUs: a MAC of a depthwise link takes {ONE_KERNEL} to {SEVERAL_KERNELS} times as "
             f"long as one of other convolutions, so {len(slow)} of {len(plan.cuts)} layers may become slower ({names}). Limit the time "
             "with Budget(latency=...), choose from other schemes, or measure it with compare(latency=True).",
-            stacklevel=2,
         )
     return is_slow
 

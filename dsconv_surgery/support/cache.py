@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dsconv_surgery.support.atomic_files import atomic_write, read_file
+from dsconv_surgery.support.user_warning import warn_user
 
 FOLDER_VARIABLE = "DSCONV_SURGERY_CACHE"
 
@@ -54,7 +54,7 @@ class Cache:
                     return entry["value"]
                 raise ValueError("the checksum differs")
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            warnings.warn(f"{path}: a damaged cache entry. Its value is computed again.", stacklevel=2)
+            warn_user(f"{path}: a damaged cache entry. Its value is computed again.")
         return None
 
     def write(self, kind: str, key: Any, value: Any) -> None:
@@ -67,7 +67,7 @@ class Cache:
             with atomic_write(path, durable=False) as temporary:
                 temporary.write_text(json.dumps({"value": value, "sha256": json_sha256([key, value])}))
         except (OSError, ValueError) as error:
-            warnings.warn(f"{path}: cannot be written ({error}). Nothing more is stored in the cache.", stacklevel=2)
+            warn_user(f"{path}: cannot be written ({error}). Nothing more is stored in the cache.")
             self.folder = None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from dsconv_surgery.support.modes import callers_precision
 from dsconv_surgery.support.random_state import preserve_random_state
 from dsconv_surgery.support.records import record
 from dsconv_surgery.support.runtimes import Call, Runtime, find_runtime
+from dsconv_surgery.support.user_warning import warn_user
 
 ROUNDS = 15  # runs of each network
 ATTEMPTS = 3  # disturbed calls are timed again, for up to this many times the rounds
@@ -150,10 +150,9 @@ class Stopwatch:
         """Warn, with the figure, if anything timed since the last warning was disturbed too much."""
         disturbance, self.disturbance = self.disturbance, 1.0
         if disturbance > TOLERANCE:
-            warnings.warn(
+            warn_user(
                 f"latency: the machine was too busy to measure it well. Interruptions made runs {disturbance:.2f} times as long. Times are "
                 "corrected, but may be wrong by up to this factor. Close other programs and run this again.",
-                stacklevel=3,
             )
 
     def _run(self, device: torch.device, call: Callable[[], Any], number: int) -> tuple[float, float]:
