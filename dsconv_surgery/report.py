@@ -29,9 +29,10 @@ from dsconv_surgery.support.records import JsonRecord, record
 from dsconv_surgery.support.runtimes import RUNTIME_NAMES, Runtime, RuntimeChoice, find_runtime
 from dsconv_surgery.surgery import chain_factors, check_cut
 
-COLUMNS = ("layer", "scheme", "rank", *COST_COLUMNS, "ms", "-> ms", "weight error", "output error", "not cut because")
-OPTIONAL = ("ms", "-> ms", "output error")  # columns that are shown if something was measured
+COLUMNS = ("layer", "scheme", "rank", *COST_COLUMNS, "ms", "-> ms", "weight error", "output error", "degeneracy", "not cut because")
+OPTIONAL = ("ms", "-> ms", "output error", "degeneracy")  # columns that are shown if they have something to show
 OUTSIDE = "outside layers"
+HIGH_DEGENERACY = 30  # above it, int8 loses points of accuracy (tests/benchmarks/degeneracy.py); cuts of this library reach 20
 
 
 @record
@@ -59,7 +60,8 @@ class Row:
         rank = "" if self.rank is None else str(self.rank)
         errors = ("" if error is None else f"{error:.4f}" for error in (self.error, self.output_error))
         times = (f"{cost.latency:.3f}" if cost.latency else "" for cost in (self.before, self.after))
-        return (self.name, scheme, rank, *cost_cells(self.before, self.after), *times, *errors, self.skipped or "")
+        degeneracy = f"{self.degeneracy:.0f}" if (self.degeneracy or 0) > HIGH_DEGENERACY else ""
+        return (self.name, scheme, rank, *cost_cells(self.before, self.after), *times, *errors, degeneracy, self.skipped or "")
 
     @property
     def changed(self) -> bool:
@@ -169,8 +171,7 @@ class Report(JsonRecord, Displayed):
         if any(outside := (self.outside_before.macs, self.outside_after.macs)):
             lines.append("MACs outside layers {:,} -> {:,}, not part of the whole network's".format(*outside))
         if degeneracies := {row.name: row.degeneracy for row in self.rows if row.degeneracy is not None}:
-            name = max(degeneracies, key=degeneracies.__getitem__)
-            lines.append(f"largest CP degeneracy {degeneracies[name]:.2f}, in {name}: squared norms of terms / squared norm of the kernel")
+            lines.append(_degeneracy_line(degeneracies))
         if self.synthetic:
             lines.append("calibrated on synthetic images: measure the accuracy on real ones")
         lines += [str(result) for result in (self.recovery, self.fidelity, *self.tries) if result]
@@ -256,6 +257,18 @@ def compare(
     synthetic = plan is not None and plan.calibrated == "synthetic"
     totals = dense.total, small.total, dense.outside, small.outside
     return Report(tuple(rows), *totals, timing, plan.timing if plan else None, fidelity, synthetic=synthetic)
+
+
+def _degeneracy_line(degeneracies: dict[str, float]) -> str:
+    """The largest degeneracy; where it is high, what this means and what to do."""
+    name = max(degeneracies, key=degeneracies.__getitem__)
+    text = f"largest CP degeneracy {degeneracies[name]:.2f}, in {name}: squared norms of terms / squared norm of the kernel"
+    if degeneracies[name] <= HIGH_DEGENERACY:
+        return text
+    return (
+        f"{text}. Above {HIGH_DEGENERACY}, terms cancel each other, so rounding to int8 costs points of accuracy. Measure the accuracy in "
+        "int8, or cut these layers again, with calibration images or another scheme."
+    )
 
 
 def _runtime(plan: Plan | None, latency: bool, choice: RuntimeChoice | None) -> Runtime:

@@ -75,6 +75,26 @@ def test_the_list_of_layers_is_a_list_and_a_table(model: nn.Module) -> None:
     assert lines[-1].split()[-2:] == [f"{layers.total.params:,}", f"{layers.total.macs:,}"]
 
 
+# ---- degeneracy
+
+
+def test_a_high_degeneracy_is_explained() -> None:
+    """In a column that is not there otherwise, for each such layer, and in a line that says why it matters and what to do."""
+    high, normal = (Row("conv2", Cost(300, 3000), Cost(150, 900), "cp", 4, 0.1, None, None, value) for value in (259.6, 29.0))
+    other = Row("conv3", Cost(300, 3000), Cost(150, 900), "cp_split", 4, 0.1, None, None, 41.2)
+    text = str(replace(REPORT, rows=(*ROWS, high, other, replace(normal, name="conv4"))))
+    columns, *lines = (line.split() for line in text.splitlines())
+    assert "degeneracy" in columns
+    assert [line[-1] for line in lines if line[0] in ("conv2", "conv3", "conv4")] == ["0.1000", "260", "41", "0.1000"]
+    assert "largest CP degeneracy 259.60, in conv2: squared norms of terms / squared norm of the kernel. Above 30, terms cancel" in text
+    assert "rounding to int8 costs points of accuracy. Measure the accuracy in int8, or cut these layers again, with" in text
+    text = str(replace(REPORT, rows=(*ROWS, normal)))
+    assert "largest CP degeneracy 29.00, in conv2: squared norms of terms / squared norm of the kernel\n" in text
+    assert "Above" not in text
+    assert "degeneracy" not in text.splitlines()[0]
+    assert "degeneracy" not in str(REPORT)
+
+
 # ---- time
 
 
