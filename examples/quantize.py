@@ -1,11 +1,12 @@
-"""Cut a ResNet-20 and quantize it to int8: accuracy and time in onnxruntime.
+"""Cut a ResNet-20 and quantize it to int8: accuracy and time in onnxruntime, and compiled by torch.
 
 python examples/quantize.py                               the network and images in examples/assets
 python examples/quantize.py --data FOLDER [--json FILE]   all test images of CIFAR-10, and weights/resnet20_cifar10.safetensors
 
-The network is cut to 40 % of its parameters by CP: from the weights alone, calibrated, and fine-tuned. Each network is exported with
-BatchNorms folded and quantized by onnxruntime: weights per output channel, activations by their range on 256 training images.
-It needs `pip install "dsconv_surgery[onnx]"`.
+The network is cut to 40 % of its parameters by CP: from the weights alone, calibrated, and fine-tuned. BatchNorms are folded. Weights
+are quantized per output channel, activations by their range on 256 training images: by onnxruntime (`pip install "dsconv_surgery[onnx]"`)
+and, where it is installed (`pip install torchao`), by the pt2e of torchao for x86 CPUs. torch.compile, which needs a C++ compiler, then
+makes torch's networks fast. All times are for one thread.
 """
 
 import argparse
@@ -13,7 +14,8 @@ import copy
 import json
 import tempfile
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,21 @@ from cifar import Batches, cifar10, demo_images, demo_resnet20, load_resnet, to_
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 from dsconv_surgery import Budget, FineTune, compress, fine_tune, fold_batchnorm
 
-BUDGET, SCHEME, BATCH, ROUNDS = Budget(params=0.4), "cp", 64, 15
+try:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+except ImportError as error:
+    print(f"torchao is left out: {error}. See pip install torchao.")
+    x86 = None
+
+BUDGET, SCHEME, BATCH, RANGES, ROUNDS = Budget(params=0.4), "cp", 64, 256, 15
+ANY_BATCH = {0: torch.export.Dim("batch", min=1, max=4096)}
+COLUMNS = ("float32", "int8", "torchao_int8", "float32_ms", "int8_ms", "compiled_ms", "torchao_int8_ms")
+Call = Callable[[Tensor], Tensor]
 
 
 class Reader(CalibrationDataReader):
@@ -40,52 +53,82 @@ class Reader(CalibrationDataReader):
         return None if batch is None else {"x": batch.numpy()}
 
 
-def export(model: nn.Module, images: Tensor, folder: Path) -> tuple[Path, Path]:
-    """ONNX files of a network, in float32 and in int8."""
-    dense, prepared, quantized = (folder / f"{name}.onnx" for name in ("float32", "prepared", "int8"))
-    batch = {0: torch.export.Dim("batch", min=1, max=4096)}
-    folded = fold_batchnorm(model, images[:1])
-    torch.onnx.export(folded, (images[:2],), dense, input_names=["x"], dynamic_shapes=(batch,), dynamo=True, verbose=False)
-    quant_pre_process(str(dense), str(prepared))
-    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-    quantize_static(prepared, quantized, Reader(images.split(BATCH)), quant_format=QuantFormat.QDQ, per_channel=True, **types)
-    return dense, quantized
+def in_onnxruntime(folded: nn.Module, images: Tensor) -> tuple[Call, Call]:
+    """A network in float32 and in int8, in onnxruntime."""
+    with tempfile.TemporaryDirectory() as folder:
+        dense, prepared, quantized = (Path(folder) / f"{name}.onnx" for name in ("float32", "prepared", "int8"))
+        torch.onnx.export(folded, (images[:2],), dense, input_names=["x"], dynamic_shapes=(ANY_BATCH,), dynamo=True, verbose=False)
+        quant_pre_process(str(dense), str(prepared))
+        types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(prepared, quantized, Reader(images.split(BATCH)), quant_format=QuantFormat.QDQ, per_channel=True, **types)
+        return session(dense), session(quantized)
 
 
-def session(file: Path) -> onnxruntime.InferenceSession:
+def session(file: Path) -> Call:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    network = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return lambda batch: torch.from_numpy(network.run(None, {"x": batch.numpy()})[0])
 
 
-def accuracy(file: Path, images: Tensor, labels: Tensor) -> float:
+def in_torch(folded: nn.Module, images: Tensor) -> tuple[Call, Call]:
+    """A network in float32, and quantized by torchao in int8, both compiled."""
+    exported = torch.export.export(folded, (images[:2],), dynamic_shapes=(ANY_BATCH,))
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(exported.module(), quantizer)
+    for batch in images.split(BATCH):
+        prepared(batch)
+    inductor.freezing = True  # weights are packed once
+    return torch.compile(exported.module(), dynamic=True), torch.compile(convert_pt2e(prepared), dynamic=True)
+
+
+def accuracy(network: Call, images: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy in percent."""
-    network = session(file)
-    outputs = [torch.from_numpy(network.run(None, {"x": batch.numpy()})[0]) for batch in images.split(500)]
+    outputs = [network(batch) for batch in images.split(500)]
     return round(100 * float((torch.cat(outputs).argmax(1) == labels).double().mean()), 2)
 
 
-def milliseconds(files: list[Path], batch: Tensor) -> list[float]:
-    """The least time of each network for a batch, on one thread, measured in turn."""
-    networks, times = [session(file) for file in files], [[] for _ in files]
+def milliseconds(networks: Iterable[Call], batch: Tensor) -> list[float]:
+    """The least time of each network for a batch, measured in turn."""
+    samples: list[list[float]] = [[] for _ in networks]
     for _ in range(ROUNDS):
-        for network, samples in zip(networks, times, strict=True):
+        for network, times in zip(networks, samples, strict=True):
             start = time.perf_counter()
-            network.run(None, {"x": batch.numpy()})
-            samples.append(1e3 * (time.perf_counter() - start))
-    return [round(min(samples), 2) for samples in times]
+            network(batch)
+            times.append(1e3 * (time.perf_counter() - start))
+    return [round(min(times), 2) for times in samples]
 
 
-def networks(dense: nn.Module, images: Tensor, calibration: int, epochs: int) -> dict[str, nn.Module]:
+def cut_networks(dense: nn.Module, images: Tensor, options: argparse.Namespace) -> dict[str, nn.Module]:
     """The dense network, and three cut ones; two without fine-tuning."""
-    batches, x = images[:calibration].split(64), images[:1]
+    batches, x = images[: options.calibration].split(64), images[:1]
     free = compress(dense, x, budget=BUDGET, schemes=SCHEME).model
     calibrated = compress(dense, x, budget=BUDGET, schemes=SCHEME, calibration=batches).model
     models = {"dense": dense, "cut, weights alone": free, "cut, calibrated": calibrated}
-    if epochs:
+    if options.epochs:
         models["cut, fine-tuned"] = tuned = copy.deepcopy(calibrated)
-        fine_tune(tuned, Batches(images), teacher=dense, settings=FineTune(epochs=epochs))
+        settings = FineTune(epochs=options.epochs, lr=options.lr, mix=0.0)  # mixed images need more epochs
+        fine_tune(tuned, Batches(images[: options.train_images]), teacher=dense, settings=settings)
     return models
+
+
+@torch.no_grad()
+def quantized(models: dict[str, nn.Module], images: Tensor, test: Tensor, labels: Tensor) -> dict[str, dict[str, float]]:
+    """The accuracy and the time of each network in each runtime and precision."""
+    torch.set_num_threads(1)
+    calls: dict[tuple[str, str], Call] = {}
+    for name, model in models.items():
+        folded = fold_batchnorm(model, images[:1])
+        calls[name, "float32"], calls[name, "int8"] = in_onnxruntime(folded, images[:RANGES])
+        if x86:
+            calls[name, "compiled"], calls[name, "torchao_int8"] = in_torch(folded, images[:RANGES])
+    rows: dict[str, dict[str, float]] = {name: {} for name in models}
+    for (name, kind), call in calls.items():
+        if kind != "compiled":  # which computes the same as float32
+            rows[name][kind] = accuracy(call, test, labels)
+    for (name, kind), time_of_call in zip(calls, milliseconds(calls.values(), test[:BATCH]), strict=True):
+        rows[name][f"{kind}_ms"] = time_of_call
+    return rows
 
 
 def main() -> None:
@@ -93,6 +136,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a folder with cifar10/ and weights/")
     parser.add_argument("--calibration", type=int, default=1024, help="number of calibration images")
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning; 0 for none")
+    parser.add_argument("--train-images", type=int, default=10_000, help="largest number of images to fine-tune on")
+    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of fine-tuning")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -102,23 +147,18 @@ def main() -> None:
         images, test, labels = to_input(train), to_input(pixels), torch.from_numpy(numbers)
     else:
         dense, (images, _), (test, labels) = demo_resnet20(), demo_images("train"), demo_images("test")
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        files: list[Path] = []
-        models = networks(dense, images, options.calibration, options.epochs)
-        for index, model in enumerate(models.values()):
-            place = Path(folder) / str(index)
-            place.mkdir()
-            files += export(model, images[:256], place)
-        times = milliseconds(files, test[:BATCH])
-        print(f"{'network':20} {'float32 %':>10} {'int8 %':>8} {'float32 ms':>11} {'int8 ms':>8}   ({BATCH} images, one thread)")
-        for index, name in enumerate(models):
-            single, quantized = (accuracy(file, test, labels) for file in files[2 * index : 2 * index + 2])
-            single_ms, int8_ms = times[2 * index : 2 * index + 2]
-            print(f"{name:20} {single:10.2f} {quantized:8.2f} {single_ms:11.2f} {int8_ms:8.2f}")
-            rows.append({"network": name, "float32": single, "int8": quantized, "float32_ms": single_ms, "int8_ms": int8_ms})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning)  # of torch.compile about itself
+        rows = quantized(cut_networks(dense, images, options), images, test, labels)
+    columns = [name for name in COLUMNS if name in rows["dense"]]
+    print(f"{len(test):,} test images in percent; milliseconds for {BATCH} images on one thread")
+    print(f"{'network':18}", *(f"{name:>15}" for name in columns))
+    for name, row in rows.items():
+        print(f"{name:18}", *(f"{row[column]:15.2f}" for column in columns))
     if options.json:
-        options.json.write_text(json.dumps({"test_images": len(test), "epochs": options.epochs, "rows": rows}, indent=1) + "\n")
+        settings = {"test_images": len(test), "epochs": options.epochs, "train_images": options.train_images, "lr": options.lr}
+        table = [{"network": name, **row} for name, row in rows.items()]
+        options.json.write_text(json.dumps({**settings, "rows": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

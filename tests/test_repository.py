@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -164,11 +165,15 @@ def test_deployment_example(tmp_path: Path) -> None:
 
 def test_quantization_example(tmp_path: Path) -> None:
     """The cut network keeps in int8 what it has in float32, to five points: without the penalty on terms it would lose thirty."""
-    run(sys.executable, "examples/quantize.py", "--calibration", "64", "--epochs", "0", "--json", str(tmp_path / "out.json"))
+    words = ("--calibration", "64", "--train-images", "256", "--json", str(tmp_path / "out.json"))
+    printed = run(sys.executable, "examples/quantize.py", *words)
+    with_torchao = importlib.util.find_spec("torchao") is not None
+    assert ("torchao is left out: No module named 'torchao'" in printed) != with_torchao
     rows = {row["network"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
-    assert list(rows) == ["dense", "cut, weights alone", "cut, calibrated"]
+    assert list(rows) == ["dense", "cut, weights alone", "cut, calibrated", "cut, fine-tuned"]
     for row in rows.values():
         assert row["float32"] - row["int8"] < 5
+        assert not with_torchao or row["float32"] - row["torchao_int8"] < 5
         assert row["float32"] > 80
 
 
