@@ -21,7 +21,7 @@ from dsconv_surgery.support.outputs import OutputSelector
 
 HELD_OUT_EVERY = 4  # one image of four is held out
 MIN_TO_HOLD_OUT = 4 * HELD_OUT_EVERY  # no image is held out of fewer
-PROBE_IMAGES, PROBE_VALUES = 128, 2**22  # limits of images and of their values for measurements that repeat
+PROBE_IMAGES, PROBE_VALUES = 128, 2**23  # limits of images and of their values for measurements that repeat
 CHUNK_IMAGES, CHUNK_VALUES = 128, 2**21  # limits of images and of their values for one forward pass
 
 
@@ -145,12 +145,16 @@ class Images:
             first_of_batch += count
 
     def probe_batches(self) -> Iterator[tuple[int, int, Inputs]]:
-        """The first images only: few enough to run a network on them many times."""
+        """Few images, to run a network on them many times: the first held-out ones, or just the first if none are held out."""
+        every = HELD_OUT_EVERY if self.count >= MIN_TO_HOLD_OUT else 1
         for first_image, count, inputs in self:
-            limit = max(1, min(PROBE_IMAGES, PROBE_VALUES // self.structure.values_per_image(inputs))) - first_image
-            if limit <= 0:
+            limit = every * max(1, min(PROBE_IMAGES, PROBE_VALUES // self.structure.values_per_image(inputs)))
+            if first_image >= limit:
                 return
-            yield first_image, min(count, limit), self.structure.select(inputs, slice(0, limit))
+            mask = held_out(first_image, count) if every > 1 else torch.ones(count, dtype=torch.bool, device="cpu")
+            mask[max(limit - first_image, 0) :] = False
+            if bool(mask.any()):
+                yield first_image, int(mask.sum()), self.structure.select(inputs, mask)
 
     def _checked_batches(self) -> Iterator[tuple[int, Inputs]]:
         number = -1

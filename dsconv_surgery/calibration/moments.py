@@ -26,7 +26,6 @@ from dsconv_surgery.support.progress import Progress
 CHUNK_VALUES = 2**24  # patch values processed at a time (64 MiB in float32)
 BLOCK = 512  # side of the blocks in which symmetric products are summed
 PLAN_VALUES = 2**23  # values of patches that a layer's errors are measured on before a plan
-MANY = 8  # patches for each of a patch's values: with fewer, errors are measured on other patches than those that are fitted to
 DOUBLE_LENGTH = 640  # fits run in float64 for patches up to this length, in float32 for longer ones
 FOLDS = {"fit": slice(0, 1), "held": slice(1, 2), "all": slice(0, 2)}
 
@@ -201,13 +200,12 @@ class _Centred:
 def moments_for(spec: ConvSpec, weight: Tensor, sizes: Iterable[Size], images: Images, values: int | None = None) -> Moments:
     """Empty moments for a layer that a plan's example input calls with these sizes; images are held out if there are enough.
 
-    With `values`, patches are drawn that have about so many values together, and images are held out only if these are few patches.
+    With `values`, patches are drawn that have about so many values together.
     """
     positions = -(-positions_of(spec, sizes) * images.count // images.example)
     length, patches, hold = weight.numel() // weight.shape[1], images.settings.patches, images.count >= MIN_TO_HOLD_OUT
     if values is not None:
         patches = max(1, min(patches, values // length))
-        hold = hold and min(patches, positions) < MANY * length
     return Moments(spec, weight, positions, patches, images.settings.seed, hold)
 
 
@@ -255,7 +253,7 @@ def layer_moments(
     """A function from a layer's name to its objectives `E |(W - V) p|^2` on calibration images: to fit to, and to measure errors by.
 
     The first call gathers the moments of all layers in one pass of the dense network. Moments are centred where the layer has a bias
-    or a BatchNorm follows, which take up the mean of the error. Layers with few patches are measured on held-out images.
+    or a BatchNorm follows, which take up the mean of the error. Errors are measured on held-out images, if there are enough images.
     """
     names = [site.name for site in sites]
 

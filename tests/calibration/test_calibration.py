@@ -631,3 +631,12 @@ def test_a_network_without_finite_gradients_is_fitted_without_their_metric() -> 
     cut = apply_plan(model, plan, calibration=[x])
     without_root = apply_plan(model, plan, calibration=[x], output=lambda y: y.detach())  # nothing to differentiate: no metric either
     torch.testing.assert_close(cut(x), without_root(x))
+
+
+@pytest.mark.parametrize(("count", "expected"), [(100, list(range(3, 100, 4))), (12, list(range(12))), (2000, list(range(3, 512, 4)))])
+def test_probes_see_held_out_images_only(count: int, expected: list[int]) -> None:
+    """Of 16 images or more; options are fitted to the other images, and would look better on these than they are."""
+    batches = torch.arange(count, dtype=torch.float32).reshape(count, 1, 1, 1).split(30)
+    probes = list(Images(batches, Inputs(torch.zeros(1, 1, 1, 1))).probe_batches())
+    assert torch.cat([inputs.args[0] for _, _, inputs in probes]).flatten().tolist() == expected
+    assert [number for _, number, _ in probes] == [len(inputs.args[0]) for _, _, inputs in probes]
