@@ -41,6 +41,11 @@ class Table:
     options: Mapping[str, Sequence[Option]] = field(repr=False)
     errors: OptionErrors = field(repr=False)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether errors and damages are measured on calibration images."""
+        return self.errors.calibrated
+
     def measure(self, option: Option) -> Option:
         """The option with its error, of factors made for it: not interpolated."""
         return replace(option, error=self.errors.measure(option.scheme, option.rank))

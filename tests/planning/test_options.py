@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
+from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.network.discovery import ConvSite, Skip
 from dsconv_surgery.network.geometry import ConvSpec
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.options import layer_options
 from dsconv_surgery.support.cache import Cache
+from dsconv_surgery.support.inputs import Inputs
 
 
 def offered(conv: nn.Conv2d, *names: str) -> set[str]:
@@ -39,3 +42,19 @@ def test_a_scheme_without_its_general_form_is_offered() -> None:
     conv = nn.Conv2d(48, 48, 3, padding=1)
     assert offered(conv, "cp_split") == {"cp_split"}
     assert offered(conv, "cp_split", "spatial") == {"cp_split", "spatial"}
+
+
+@pytest.mark.parametrize("scheme", ["cp", "tucker"])
+def test_estimates_in_wide_layers_are_those_of_a_whole_fit(scheme: str) -> None:
+    """A fit of the last link alone overestimates errors, and more so for tucker: each scheme's gain is measured there."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(128, 32, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 128, 1), nn.ReLU(), conv, nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 10)).eval()
+    images = torch.randn(128, 3, 8, 8)
+    site = ConvSite("2", (), ConvSpec.of(conv), ((1, 8, 8),))
+    estimator = DamageEstimator(model, [site], Images(images.split(32), Inputs(images[:1])), Cache(False))
+    result = layer_options(site, conv, [scheme], ("macs",), estimator)
+    assert not isinstance(result, Skip)
+    errors = result[1]
+    rank = errors._sample_ranks[scheme][2]
+    assert errors.estimate(scheme, [rank])[0] == pytest.approx(errors.measure(scheme, rank), rel=0.1)
