@@ -28,7 +28,7 @@ CALIBRATE = "calibrate"  # a phase
 # error on held-out images falls; without held-out images the first is used.
 RIDGES = (1.0, 0.1, 0.01)
 WIDE_LENGTH = 1024  # layers with longer patches are wide: a fit takes long
-TRIAL, WIDE_TRIAL = 30, 6  # iterations of a fit that held-out images judge; wide layers take WIDE_TRIAL in their last fit, too
+TRIAL, WIDE_TRIAL, WIDE_FINAL = 30, 12, 20  # iterations of a fit that held-out images judge, and of the last fit of a wide layer
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _LayerFit:
         ridge, factors = self._choose_ridge(start, held)
         if self.following.relu and held is not None and factors is not None:
             factors = self._fit_behind_relu(pair, ridge, factors)
-        iterations = WIDE_TRIAL if self.wide and held is not None else None
+        iterations = WIDE_FINAL if self.wide and held is not None else None
         factors = self._fit(self.moments.objective("all", self.centred), ridge, factors, iterations)
         bias, chain = self._bias(factors), schemes.build(self.cut.chain, self.layer, factors)
         batchnorm = None if self.cut.spec.bias else copy.deepcopy(self.batchnorm)

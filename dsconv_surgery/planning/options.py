@@ -119,7 +119,7 @@ def _saves(option: Option, dense: Cost, measures: Sequence[str]) -> bool:
 
 
 def _has_multiple(option: Option, site: ConvSite, multiple: int) -> bool:
-    links = list(schemes.chain_of(schemes.get_scheme(option.scheme), site.spec, option.rank).values())
+    links = [] if multiple == 1 else list(schemes.chain_of(schemes.get_scheme(option.scheme), site.spec, option.rank).values())
     return all(link.out_channels % multiple == 0 for link in links[:-1])
 
 
