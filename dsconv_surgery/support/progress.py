@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm import TqdmWarning
 
 from dsconv_surgery.support import distributed
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", TqdmWarning)  # in a notebook without ipywidgets, bars are text
+    from tqdm.auto import tqdm
 
 LAYER_FORMAT = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"  # without numbers of layers, because these are weighted
 _LOGGER = logging.getLogger("dsconv_surgery")
