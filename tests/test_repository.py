@@ -202,6 +202,83 @@ def test_torchvision_example_takes_trained_weights(shared: Path, tmp_path: Path)
     assert "same outputs: True" in printed
 
 
+DETECTION = (
+    *("detection.py", "--name", "ssdlite320_mobilenet_v3_large", "--size", "96", "--count", "4", "--macs", "0.8"),
+    *("--schemes", "bottleneck", "--include", "detector.head", "detector.backbone.extra"),
+)
+
+
+@pytest.mark.usefixtures("nms")
+def test_detection_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal boxes at full rank, then the MACs that were asked for. It runs in this process, for its non-maximum suppression."""
+    import detection
+
+    monkeypatch.setattr(sys, "argv", [*DETECTION, "--out", str(tmp_path)])
+    detection.main()
+    printed = capsys.readouterr().out
+    difference = re.search(r"(\d+) layers cut at full rank: largest difference of boxes (\S+) pixels", printed)
+    assert difference is not None
+    assert int(difference[1]) > 10
+    assert 0 < float(difference[2]) < 0.01
+    before, after = (int(text.replace(",", "")) for text in re.findall(r"^MACs ([\d,]+) -> ([\d,]+)", printed, re.M)[0])
+    assert 0.75 < after / before < 0.8
+    assert re.search(r"outputs on 4 images: squared relative error 0\.\d+", printed)
+    assert re.search(r"latency [\d.]+ -> [\d.]+ ms", printed)
+    assert re.search(r"finds [1-9]\d* boxes", printed)
+    assert (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.usefixtures("nms")
+def test_detection_example_notices_other_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import detection
+
+    monkeypatch.setattr(sys, "argv", [*DETECTION])
+    monkeypatch.setattr(detection, "at_full_rank", lambda plan: plan)
+    with pytest.raises(SystemExit, match="boxes differ"):
+        detection.main()
+
+
+def psnr(printed: str) -> list[float]:
+    """Of the noisy images, the dense network and the cut one."""
+    return [float(text) for text in re.findall(r"([\d.]+) dB", printed)]
+
+
+def test_denoising_example() -> None:
+    """It learns to remove noise in a few steps, and the cut network still does."""
+    printed = run(sys.executable, "examples/denoising.py", "--steps", "60", "--crops", "16")
+    noisy, dense, cut = psnr(printed)
+    assert dense > noisy + 2
+    assert cut > dense - 0.5
+    assert "(-50." in printed
+
+
+def test_denoising_example_takes_weights_and_images(tmp_path: Path) -> None:
+    import torch
+    from denoising import DnCNN, small_images
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    save_file(DnCNN(depth=4, width=8).state_dict(), tmp_path / "dncnn.safetensors")
+    for name in ("calibration", "set12"):
+        (tmp_path / name).mkdir()
+        for index, rows in enumerate(small_images("test")[:18].view(2, 3, 3, 32, 32)):
+            pixels = (255 * rows.permute(0, 2, 1, 3).reshape(96, 96)).to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(tmp_path / name / f"{index}.png")
+    data = ("--weights", str(tmp_path / "dncnn.safetensors"), "--data", str(tmp_path))
+    printed = run(sys.executable, "examples/denoising.py", *data, "--crops", "4")
+    assert "PSNR on 2 images" in printed
+    assert "body.6" in printed
+
+
+@pytest.mark.slow
+def test_denoising_example_with_trained_weights(shared: Path) -> None:
+    """DnCNN at half of its MACs loses less than 0.2 dB on Set12."""
+    data = ("--weights", str(shared / "weights" / "dncnn_gray_sigma25.safetensors"), "--data", str(shared / "denoising"))
+    _, dense, cut = psnr(run(sys.executable, "examples/denoising.py", *data))
+    assert dense == pytest.approx(30.43, abs=0.01)
+    assert cut > dense - 0.2
+
+
 def test_training_example_learns(tmp_path: Path) -> None:
     """Two epochs on the 5,000 images of this repository are far better than chance, and the checkpoint loads."""
     from cifar import accuracy, demo_images, load_resnet
