@@ -233,7 +233,7 @@ def compare(
     if latency:
         networks = folded_for_timing([before, after], inputs)
         conditions = timing_conditions(inputs, executed_by, networks[0] is not before)
-        predicted = plan.timing.after if plan and plan.timing and plan.timing.conditions.runtime == conditions.runtime else None
+        predicted = plan.timing.after if plan and plan.timing and plan.timing.conditions.comparable(conditions) else None
         dense_ms, small_ms = measure_latency(networks, inputs, runtime=executed_by)
         timing = Latency(dense_ms, small_ms, conditions, 0 if executed_by.measures else ROUNDS, predicted)
         for model, survey in zip(networks, (dense, small), strict=True) if conditions.runtime == "eager" else ():
@@ -266,8 +266,8 @@ def _degeneracy_line(degeneracies: dict[str, float]) -> str:
     if degeneracies[name] <= HIGH_DEGENERACY:
         return text
     return (
-        f"{text}. Above {HIGH_DEGENERACY}, terms cancel each other, so rounding to int8 costs points of accuracy. Measure the accuracy in "
-        "int8, or cut these layers again, with calibration images or another scheme."
+        f"{text}. Above {HIGH_DEGENERACY}, terms cancel each other, so rounding to int8 may cost points of accuracy. Measure it in int8, "
+        "or cut the layers with a degeneracy in the table again, with calibration images or another scheme."
     )
 
 

@@ -152,14 +152,15 @@ def pareto(
         planner.check(budget)
 
     watch = Stopwatch()
-    (dense,) = folded_for_timing([model], inputs) if latency else [model]
-    conditions = timing_conditions(inputs, runtime, dense is not model) if latency else None
+    folded: list[bool] = []  # of each point, whether BatchNorms were
     timed = partial(measure_latency, inputs=inputs, stopwatch=watch, runtime=runtime)
-    reference = timed([dense])[0] if latency else 0.0
+    reference = timed(folded_for_timing([model], inputs))[0] if latency else 0.0
 
     def point(fraction: float, network: nn.Module, cost: Cost, plan: Plan | None) -> Point:
         with planner.progress.bar(MEASURE, 1, "network"):
-            before, after = timed([dense, *folded_for_timing([network], inputs)]) if latency else (1.0, 0.0)
+            pair = folded_for_timing([model, network], inputs) if latency else []
+            before, after = timed(pair) if latency else (1.0, 0.0)
+            folded.append(bool(pair) and pair[0] is not model)
             cost = replace(cost, latency=reference * after / before)  # the machine may be busier than at the first point
             score = None if evaluate is None else checked_score(evaluate, network)
             if compared is None:
@@ -174,6 +175,7 @@ def pareto(
         cut, plan = cut_to_budget(planner, budget)
         points.append(point(fraction, cut, plan.total_after, plan))
     watch.warn()
+    conditions = timing_conditions(inputs, runtime, all(folded)) if latency else None
     return Sweep(measure, tuple(points), compared is not None and compared.synthetic, conditions)
 
 

@@ -1,4 +1,4 @@
-"""Calibration images: checked in the first pass, given to the networks a few at a time, the first ones also to probe with."""
+"""Calibration images: checked in the first pass, given to the networks a few at a time, some of them also to probe with."""
 
 from __future__ import annotations
 
@@ -124,6 +124,7 @@ class Images:
             raise ValueError(f"{argument}: found an iterator, which yields its batches only once. Pass a list, list(...), or a DataLoader.")
         self.synthetic = isinstance(batches, SyntheticBatches)
         self._fingerprints: list[str] = []  # of the first pass
+        self._probes: list[tuple[int, int, Inputs]] | None = None  # at most PROBE_VALUES values
         self.count = 0  # until the first pass ends
         self.count = sum(count for count, _ in self._checked_batches())
         if not self.count:
@@ -146,6 +147,11 @@ class Images:
 
     def probe_batches(self) -> Iterator[tuple[int, int, Inputs]]:
         """Few images, to run a network on them many times: the first held-out ones, or just the first if none are held out."""
+        if self._probes is None:
+            self._probes = list(self._selected_probes())
+        return iter(self._probes)
+
+    def _selected_probes(self) -> Iterator[tuple[int, int, Inputs]]:
         every = HELD_OUT_EVERY if self.count >= MIN_TO_HOLD_OUT else 1
         for first_image, count, inputs in self:
             limit = every * max(1, min(PROBE_IMAGES, PROBE_VALUES // self.structure.values_per_image(inputs)))

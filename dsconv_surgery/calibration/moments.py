@@ -249,11 +249,12 @@ def _merged(rows: Tensor) -> Tensor:
 
 def layer_moments(
     model: nn.Module, images: Images, sites: Sequence[ConvSite], progress: Progress
-) -> Callable[[str], tuple[Objective, Objective]]:
-    """A function from a layer's name to its objectives `E |(W - V) p|^2` on calibration images: to fit to, and to measure errors by.
+) -> Callable[[str], tuple[Objective, Objective, Tensor]]:
+    """A function from a layer's name to its objectives `E |(W - V) p|^2` on calibration images, and the mean of its patches, (g, n).
 
-    The first call gathers the moments of all layers in one pass of the dense network. Moments are centred where the layer has a bias
-    or a BatchNorm follows, which take up the mean of the error. Errors are measured on held-out images, if there are enough images.
+    The first objective is to fit to, the second to measure errors by, on held-out images if there are enough images; the mean is of the
+    images to fit to. The first call gathers the moments of all layers in one pass of the dense network. Moments are centred where the
+    layer has a bias or a BatchNorm follows, which take up the mean of the error.
     """
     names = [site.name for site in sites]
 
@@ -279,11 +280,13 @@ def layer_moments(
             moments.all_reduce()
         return result
 
-    def objectives(name: str) -> tuple[Objective, Objective]:
+    def objectives(name: str) -> tuple[Objective, Objective, Tensor]:
         moments, centred = gather()[name]
         with naming_layer(name):
             if min(map(moments.count, ("fit", "held"))) > 0:
-                return moments.objective("fit", centred, exact=True), moments.objective("held", centred, exact=True)
-            return (moments.objective("all", centred, exact=True),) * 2
+                fit, judge = (moments.objective(fold, centred, exact=True) for fold in ("fit", "held"))
+                return fit, judge, moments.means("fit")[0]
+            objective = moments.objective("all", centred, exact=True)
+            return objective, objective, moments.means()[0]
 
     return objectives

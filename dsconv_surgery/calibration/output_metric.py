@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.support import distributed
-from dsconv_surgery.support.copies import copy_model, run_model, to_device
+from dsconv_surgery.support.copies import copy_model, model_device, run_model, to_device
 
 
 def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> dict[str, Tensor]:
@@ -38,6 +38,7 @@ def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> di
 
     for name in names:
         probe.get_submodule(name).register_forward_hook(partial(watch, name))
+    refused = False
     with torch.enable_grad():
         for first_image, _, inputs in images.probe_batches():
             try:
@@ -50,9 +51,11 @@ def output_metrics(model: nn.Module, images: Images, names: Sequence[str]) -> di
                 raise
             except RuntimeError:  # torch refuses operations in place on values that a gradient needs
                 outputs = []
-            if not outputs:
-                return {}
+            if refused := not outputs:
+                break
             probe.zero_grad(set_to_none=True)
+    if float(distributed.all_reduce_sum(torch.tensor(float(refused), device=model_device(probe)))):  # in any process
+        return {}
     metrics = {name: total.all_reduced().shrunk() for name, total in sums.items()}
     # The root of zero has no finite gradient, and unused outputs have none.
     return {name: metric for name, metric in metrics.items() if bool(metric.isfinite().all()) and bool(metric.any())}

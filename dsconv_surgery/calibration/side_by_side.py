@@ -42,7 +42,7 @@ class SideBySide:
     """A traced dense network and the network cut so far, run node by node over all images: one pass for all layers.
 
     A value lives from the node that computes it to the last node that uses it. With `probe`, there is the dense network alone, and it
-    runs on the first images: `outputs` tells what it computes if a layer is replaced.
+    runs on few images: `outputs` tells what it computes if a layer is replaced.
     """
 
     def __init__(self, model: nn.Module, graph: fx.GraphModule, images: Images, names: Sequence[str], probe: bool = False) -> None:

@@ -44,12 +44,15 @@ class DamageEstimator:
         self._select = OutputSelector() if images is None else images.select_outputs
         self._objectives = None if images is None else layer_moments(model, images, sites, progress or Progress(False))
 
-    def objectives(self, name: str) -> tuple[Objective, Objective]:
-        """The error of a layer's outputs on the dense network's inputs, with a ridge towards the weights, to fit to; and to judge by."""
+    def objectives(self, name: str) -> tuple[Objective, Objective, Tensor]:
+        """The error of a layer's outputs on the dense network's inputs, to fit to (with a ridge towards the weights) and to judge by.
+
+        The third is the mean of the layer's patches, (g, n).
+        """
         if self._objectives is None:
             raise ValueError(f"{name}: errors of outputs need calibration images, and none were passed. Pass calibration=.")
-        fit, judge = self._objectives(name)
-        return fit.ridged(RIDGE * fit.scale), judge
+        fit, judge, mean = self._objectives(name)
+        return fit.ridged(RIDGE * fit.scale), judge, mean
 
     @cached_property
     def digest(self) -> str:
@@ -72,12 +75,12 @@ class DamageEstimator:
                 parts.append(digest(*(leaf if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)))
         return digest(*parts)
 
-    def divergence(self, name: str, chain: nn.Module, centred: bool) -> float:
-        """How far the network's outputs move if a chain replaces one layer; `centred` corrects its mean error, as a bias will.
+    def divergence(self, name: str, chain: nn.Module, shift: Tensor | None = None) -> float:
+        """How far the network's outputs move if a chain replaces one layer; `shift`, (out,), is added to its output, as a bias will be.
 
         For a classifier the Kullback-Leibler divergence from the dense network, in nats; otherwise the squared relative error.
         """
-        targets, replacement = self._targets, _Replaced(self._dense.get_submodule(name), chain.eval(), centred)
+        targets, replacement = self._targets, _Shifted(chain.eval(), self._dense.get_submodule(name), shift)
         if self._pair is not None:
             if name not in self._pair.following:
                 return 0.0  # no image reaches it
@@ -131,20 +134,17 @@ class DamageEstimator:
                 yield run_model(self._dense, inputs, first_image)
 
 
-class _Replaced(nn.Module):
-    """A chain in the place of a layer; with `centred`, each channel's mean error on the images of a call is taken away."""
+class _Shifted(nn.Module):
+    """A chain in the place of a layer, with a value added to each output channel."""
 
-    def __init__(self, layer: nn.Module, chain: nn.Module, centred: bool) -> None:
+    def __init__(self, chain: nn.Module, layer: nn.Module, shift: Tensor | None) -> None:
         super().__init__()
-        self.layer, self.chain, self.centred = layer, chain, centred
+        per_channel = (-1,) if isinstance(layer, nn.Linear) else (-1, 1, 1)
+        self.chain, self.shift = chain, 0.0 if shift is None else shift.to(layer.get_parameter("weight")).reshape(per_channel)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.replace(self.layer, args, kwargs, self.layer(*args, **kwargs) if self.centred else None)
+        return self.chain(*args, **kwargs) + self.shift
 
-    def replace(self, _layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
+    def replace(self, _layer: nn.Module, args: Any, kwargs: Any, _output: Any) -> Tensor:
         """The output of a forward hook."""
-        result = self.chain(*args, **kwargs)
-        if not self.centred:
-            return result
-        error = output - result
-        return result + (error.mean((0, 2, 3), keepdim=True) if error.ndim == 4 else error.flatten(0, -2).mean(0))
+        return self.forward(*args, **kwargs)

@@ -186,12 +186,12 @@ class OptionErrors:
             return Curves(errors, [])
         promising = [sample for sample in errors if not self._is_beaten(sample, errors, SKIP_RATIO)]
         rough = {s: self._cached("outputs", s[0], [s[1]], partial(fits.output_error, *s, ranks[s[0]])) for s in promising}
-        errors = {}
+        errors = dict(rough)
         for name in {name: None for name, _ in promising}:
-            samples = [sample for sample in promising if sample[0] == name]
-            middle = samples[len(samples) // 2]
-            gain = self._cached("gain", name, [middle[1]], partial(fits.gain, *middle, ranks[name]))
-            errors |= {sample: gain * rough[sample] for sample in samples}
+            if fitted := [sample for sample in promising if sample[0] == name and not fits.last_solve_is_slow(*sample)]:
+                middle = fitted[len(fitted) // 2]
+                gain = self._cached("gain", name, [middle[1]], partial(fits.gain, *middle, ranks[name]))
+                errors |= {sample: gain * rough[sample] for sample in fitted}
         candidates = [sample for sample in errors if not self._is_beaten(sample, errors, DAMAGE_SKIP_RATIO)]
         chosen = {min(candidates, key=lambda s: abs(np.log(max(rough[s], TINY) / target))): None for target in DAMAGE_ERRORS}
         damages = [self._cached("damage", s[0], [s[1]], partial(fits.damage, *s, ranks[s[0]])) for s in chosen]
@@ -228,7 +228,7 @@ class _Fits:
         self._factors: dict[Sample, Factors] = {}  # with the last link fitted
 
     @cached_property
-    def _objectives(self) -> tuple[schemes.Objective, schemes.Objective]:
+    def _objectives(self) -> tuple[schemes.Objective, schemes.Objective, Tensor]:
         return self._estimator.objectives(self._site.name)
 
     def factorize(self, name: str, rank: Rank) -> tuple[float, Factors]:
@@ -241,7 +241,7 @@ class _Fits:
         """The error of factors fitted to the images, and the factors."""
         if iterations is None:
             iterations = WIDE_ITERATIONS if self._is_wide else ITERATIONS
-        scheme, (fit, judge) = schemes.get_scheme(name), self._objectives
+        scheme, (fit, judge, _) = schemes.get_scheme(name), self._objectives
         with schemes.naming_layer(self._site.name):
             factors = schemes.fit(scheme, self._spec, self._weight, rank, fit, start=start, iterations=iterations)
         return judge.value(scheme.kernel(self._spec.one_group(), factors)), factors
@@ -250,11 +250,11 @@ class _Fits:
     def _is_wide(self) -> bool:
         return self._weight[0].numel() > WIDE
 
-    def _last_solve_is_slow(self, factors: Factors) -> bool:
+    def last_solve_is_slow(self, name: str, rank: Rank) -> bool:
         """In a wide layer: whether the last link combines more features than twice the input channels, or other ones for each output."""
-        *_, last = factors.values()
-        many = last.shape[2] > 2 * self._spec.in_channels // self._spec.groups
-        return self._is_wide and (many or not schemes.last_is_shared(factors))
+        *_, last = schemes.chain_of(schemes.get_scheme(name), self._spec, rank).values()
+        many = last.in_channels // last.groups > 2 * self._spec.in_channels // self._spec.groups
+        return self._is_wide and (many or last.groups > self._spec.groups)
 
     def weight_errors(self, name: str, ranks: Sequence[Rank]) -> list[float]:
         """The errors of rough factors of the weights at a scheme's sampled ranks."""
@@ -269,21 +269,19 @@ class _Fits:
         if (name, rank) not in self._starts:  # the factors depend on the smaller ranks, so all are computed
             self.weight_errors(name, ranks)
         scheme, start = schemes.get_scheme(name), self._starts[name, rank]
-        if self._last_solve_is_slow(start):
+        if self.last_solve_is_slow(name, rank):
             self._factors[name, rank] = start
             return self._objectives[1].value(scheme.kernel(self._spec.one_group(), start))
         error, self._factors[name, rank] = self.fit(name, rank, start, 1 if schemes.has_optimum(scheme) else 0)
         return error
 
     def gain(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> float:
-        """What a fit of all links makes of the error that `output_error` gives for one of the sampled ranks, as a factor."""
+        """What a fit of all links makes of the error with a fitted last link, as a factor."""
         if schemes.has_optimum(schemes.get_scheme(name)):
             return 1.0
         if not self._is_wide:
             return FIT_GAIN
         error = self.output_error(name, rank, ranks)
-        if self._last_solve_is_slow(self._starts[name, rank]):
-            return 1.0
         fitted, _ = self.fit(name, rank, self._factors[name, rank])
         return min(1.0, LONGER_FIT_GAIN * fitted / error) if error > TINY else 1.0
 
@@ -291,6 +289,9 @@ class _Fits:
         """The damage of the factors with a fitted last link, at one of the sampled ranks."""
         if (name, rank) not in self._factors:
             self.output_error(name, rank, ranks)
-        chain = schemes.chain_of(schemes.get_scheme(name), self._spec, rank)
-        links = schemes.build(chain, self._layer, self._factors[name, rank])
-        return self._estimator.divergence(self._site.name, links, self._objectives[1].centred)
+        scheme, factors, (_, judge, mean) = schemes.get_scheme(name), self._factors[name, rank], self._objectives
+        links, shift = schemes.build(schemes.chain_of(scheme, self._spec, rank), self._layer, factors), None
+        if judge.centred:  # a bias or a BatchNorm will take up the mean of the error
+            kernel = scheme.kernel(self._spec.one_group(), factors).flatten(2)
+            shift = ((judge.weight.double() - kernel.double()) @ mean.unsqueeze(2)).flatten()
+        return self._estimator.divergence(self._site.name, links, shift)

@@ -21,19 +21,19 @@ Tables = Mapping[str, Table]
 Allowed = Mapping[str, float]  # total cost of the layers with tables, by measure
 Damage = Callable[[Table, Sequence[float]], Sequence[float]]  # a table and errors of its layer -> damage of each
 # Damages of single layers add up to more than their sum, as the outputs' divergence grows faster than the errors behind it (log damage
-# over log error has a slope of 1.75). A power below 1 spreads the damage over more layers: 1 / 1.75 if errors added up exactly.
+# over log error has a slope of 1.75). A power below 1 favours few layers with much damage: 1 / 1.75 if errors added up exactly.
 DAMAGE_POWER = 0.75
 
 
 def least_damage(tables: Tables, allowed: Allowed, damage: Damage | None = None) -> Choice:
     """The choice of least total damage within the allowed costs: a multiple-choice knapsack, in which every layer may stay dense.
 
-    With calibration images `sum_l damage_l^0.75` over layers l is the least; without them, the sum of the errors of weights.
+    With calibration images, it minimises `sum_l damage_l^0.75` over layers l; without them, the sum of the errors of weights.
 
     Args:
         tables: by layer.
         allowed: total cost of these layers, by measure.
-        damage: maps errors of a layer to what is summed instead.
+        damage: maps errors of a layer to damages, whose plain sum is minimised instead.
 
     Raises:
         BudgetError: no choice meets all limits at once, though each limit alone can be met.

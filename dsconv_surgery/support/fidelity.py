@@ -91,6 +91,7 @@ class OutputComparison:
         """Sum over all processes."""
         *sums, images = distributed.all_reduce_sum(torch.cat([self._sums, self._sums.new_tensor([self.images])]))
         self._sums, self.images = torch.stack(sums), int(images)
+        self.classification = self.classification and float(self._sums[4]) > 0  # a process without images does not know
 
     @property
     def error(self) -> float:

@@ -39,6 +39,10 @@ class Conditions:
     runtime_version: str = ""  # of eager mode, and of a user's function, none
     batchnorm_folded: bool = False  # before the networks were timed
 
+    def comparable(self, other: Conditions) -> bool:
+        """Whether networks were timed in the same way."""
+        return (self.runtime, self.batchnorm_folded) == (other.runtime, other.batchnorm_folded)
+
     def __str__(self) -> str:
         runtime = f"{self.runtime} {self.runtime_version}".rstrip() + ", BatchNorms folded" * self.batchnorm_folded
         return f"batch {self.batch}, {self.threads} threads, {self.dtype}, {self.memory_format}, {self.device}, {runtime}"

@@ -6,7 +6,7 @@ import sys
 import warnings
 
 # Packages between the user's call and the warning: this one, and the decorators that it uses.
-INNER = {"dsconv_surgery", "torch", "contextlib"}
+INNER = {"dsconv_surgery", "torch", "contextlib", "functools"}
 
 
 def warn_user(message: str) -> None:

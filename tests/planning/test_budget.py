@@ -855,13 +855,31 @@ def test_running_the_rest_of_the_network_gives_the_divergence_of_the_whole(
         if not traced:
             monkeypatch.setattr("dsconv_surgery.planning.damage.checked_trace", lambda *_: None)
         assert (estimator._pair is not None) == traced
-        others = [estimator.divergence(other, nn.Sequential(net.get_submodule(other)), True) for other in ("grouped", "stem")]
+        others = [estimator.divergence(other, nn.Sequential(net.get_submodule(other))) for other in ("grouped", "stem")]
         assert others == pytest.approx([0.0, 0.0], abs=1e-9)
-        results += [estimator.divergence(name, chain, centred) for centred in (True, False)]
+        shift = torch.full(layer.weight.shape[:1], 0.5)
+        results += [estimator.divergence(name, chain, added) for added in (shift, None)]
     assert results[:2] == pytest.approx(results[2:], rel=1e-4)
     assert results[0] > 1e-7
     if name != "head":
-        assert results[0] != pytest.approx(results[1], rel=1e-2)  # the mean of the error is corrected, or not
+        assert results[0] != pytest.approx(results[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("layer", ["3", "6"])
+def test_the_damage_of_a_layer_does_not_depend_on_the_size_of_batches(layer: str) -> None:
+    """Also where a layer has one position in each image: a mean over the images of a batch would be its whole error."""
+    torch.manual_seed(0)
+    pooled = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 32, 1), nn.ReLU()]
+    net = nn.Sequential(*pooled, nn.Flatten(), nn.Linear(32, 10)).eval()
+    x = torch.randn(64, 3, 8, 8)
+    damages = []
+    for size in (64, 4):
+        images = Images(x.split(size), Inputs(x[:1]))
+        decision = Planner(net, Inputs(x[:1]), PlanSettings(include=[layer]), images, cache=False)
+        (table,) = decision._tables.values()
+        damages.append(table.damage([0.01, 0.1]))
+    assert damages[0] == pytest.approx(damages[1], rel=1e-3)
+    assert damages[0][0] > 1e-7
 
 
 def test_planning_leaves_no_temporary_files(net: Net, x: Tensor, batches: list[Tensor], tmp_path: Path, monkeypatch: Any) -> None:
@@ -876,7 +894,7 @@ def test_planning_leaves_no_temporary_files(net: Net, x: Tensor, batches: list[T
     chain = nn.Sequential(copy.deepcopy(net.wide))
     with torch.no_grad():
         chain[0].weight.mul_(0.7)
-    again = decision._damages.divergence("wide", chain, True)
+    again = decision._damages.divergence("wide", chain)
     assert again > 0
     decision._damages.close()
     assert list(tmp_path.glob("dsconv-surgery-*")) == []
