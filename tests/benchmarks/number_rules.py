@@ -1,0 +1,221 @@
+"""Which numbers check_numbers.py leaves out, each with a reason, and which are computed from several records."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from statistics import fmean
+from typing import Any
+
+from result_values import RESULTS, row, rows, values_of
+
+MAIN, RECIPES, BENCHMARKS = DOCUMENTS = ("README.md", "recipes/README.md", "tests/benchmarks/README.md")
+
+# Sections of recipes/README.md that show arguments and defaults.
+NO_MEASUREMENTS = ("Run a recipe", "Write a recipe")
+
+# Sections, and paragraphs by their first words, that are not checked yet.
+NOT_YET_CHECKED: dict[str, tuple[str, ...]] = {
+    MAIN: ("**How long it takes**",),
+    RECIPES: (),
+    BENCHMARKS: ("planning.py", "planning_profile.py", "scaling.py", "time_budget.py"),
+}
+
+# The keys of the table in README.md.
+MAIN_KEYS = {"dense", "cut", "tuned", "drop", "dense_ms", "cut_ms"}
+
+# Columns whose numbers are arguments, counts or versions.
+ARGUMENT_COLUMNS = {"epochs", "images", "kept", "library", "measured on", "network", "penalty", "training"}
+
+# Arguments in texts: budgets, sizes and versions.
+ARGUMENTS = re.compile(
+    r"[-+]?\d[\d.]* % of (?:the |their |its )?(?:whole )?(?:MACs|parameters|network|time)|-\d+ %|-\d+ to -?\d+ %|batch \d+"
+    r"|\d+ iterations|\([\d,]+ images\)|(?:Python|torch|torchao) \d[\d.]*\d"
+)
+
+# Numbers that are in no result file: the phrase, with {} for each number, and the reason.
+LEFT_OUT: dict[str, dict[str, str]] = {
+    MAIN: {},
+    RECIPES: {},
+    BENCHMARKS: {
+        "its cheapest options leave {} %) and for resnet50 at batch 16 ({} %)": "from error messages, as the text says",
+        "The noise of an accuracy is about {} (an estimate": "an estimate, as the text says",
+        "it refuses {} of the time": "a budget",
+        "densenet121 missed its {} %": "the budget of the recipe",
+        "ALDS reports a loss of {} points": "from the paper",
+        "Eager mode reaches {} % of its time with neither network: its plans, for {} % and {} %": "budgets",
+        "Plans for onnxruntime meet {} % and {} %": "budgets",
+        "to take more than {} % of the layer's time, counting depthwise MACs {}- and {}-fold": "constants of the planner",
+    },
+}
+
+
+def lost(rule: str) -> list[float]:
+    """Points lost by ResNet-56 for the three budgets on MACs."""
+    return [row["drop"] for row in rows("budget_rivals", network="ResNet-56", measure="macs", rule=rule)]
+
+
+def mean_and_lead() -> list[float]:
+    """Mean points lost by ResNet-56 for MACs: ours, uniform fractions and equal errors; and our largest distance from the best."""
+    ours, uniform, equal = (lost(rule) for rule in ("ours", "uniform fraction", "equal relative error (ALDS)"))
+    return [fmean(ours), fmean(uniform), fmean(equal), max(a - min(b, c) for a, b, c in zip(ours, uniform, equal, strict=True))]
+
+
+def lead_of_uniform() -> list[float]:
+    """The largest lead of uniform fractions over our rule, for ResNet-56 and budgets on MACs."""
+    return [max(a - b for a, b in zip(lost("ours"), lost("uniform fraction"), strict=True))]
+
+
+def quantized() -> list[float]:
+    """Accuracies in int8: of the dense network, of the calibrated cut, and the difference."""
+    dense, cut = (row("quantize", network=name)["int8"] for name in ("dense", "cut, calibrated"))
+    return [dense, cut, dense - cut]
+
+
+def lost_in_int8() -> list[float]:
+    """Points that int8 costs the three cut networks, least and largest: in onnxruntime, and by torchao."""
+    cut = [row for row in rows("quantize") if row["network"] != "dense"]
+    losses = [[row["float32"] - row[key] for row in cut] for key in ("int8", "torchao_int8")]
+    return [bound for numbers in losses for bound in (min(numbers), max(numbers))]
+
+
+def lost_by_tuning() -> list[float]:
+    """Points that the short fine-tuning costs, in float32 and in int8."""
+    before, after = (row("quantize", network=name) for name in ("cut, calibrated", "cut, fine-tuned"))
+    return [before[key] - after[key] for key in ("float32", "int8")]
+
+
+def lost_by_degeneracy() -> list[float]:
+    """Points that int8 costs at degeneracies of 7 to 13, least and largest, and at 41 and 252; with these degeneracies."""
+    losses = sorted((row["degeneracy"], row["float32"] - row["int8"]) for row in rows("degeneracy") if "degeneracy" in row)
+    small = [loss for degeneracy, loss in losses if degeneracy < 20]
+    return [min(small), max(small), losses[0][0], losses[len(small) - 1][0], *losses[len(small)][::-1], *losses[-1][::-1]]
+
+
+def starts() -> list[float]:
+    """Points on the test images by which calibrated factors lead those of the weights alone, and random ones."""
+    tests = {row["start"]: row["test"] for row in rows("finetune_starts")}
+    return [tests["calibrated factors"] - tests[start] for start in ("data-free factors", "random factors")]
+
+
+def power_of_ten(numbers: Iterable[float]) -> float:
+    """The least power of ten above all numbers."""
+    return 10.0 ** math.ceil(math.log10(max(numbers)))
+
+
+def bound_of_error() -> list[float]:
+    """A bound of the differences from the rivals' errors."""
+    schemes = json.loads((RESULTS / "factorize.json").read_text())["schemes"].values()
+    return [power_of_ten(scheme["worst_error_excess"] for scheme in schemes)]
+
+
+def bound_of_folding() -> list[float]:
+    """A bound of the differences of folded networks in float32: all cut ones, and the dense ones but for the three in the table."""
+    dense, cut = ([row[kind]["folded_minus_dense"] for row in rows("fold_batchnorm")] for kind in ("dense", "cut"))
+    return [power_of_ten([*cut, *sorted(dense)[:-3]])]
+
+
+def means_of_layers() -> list[float]:
+    """Percent by which calibration lowers the error of a layer on average, with `channel` and with `depthwise`."""
+    return [100 - 100 * fmean(row["ratio"] for row in rows("calibrated_layers", scheme=scheme)) for scheme in ("channel", "depthwise")]
+
+
+def raised_by_calibration() -> list[float]:
+    """Accuracies of CP at 40 % of the parameters, without and with images: ResNet-20, then ResNet-56."""
+    result = []
+    for network in ("ResNet-20", "ResNet-56"):
+        result.append(row("data_free", network=network, scheme="cp", common=0.1)["cut"])
+        result.append(fmean(row["cut"] for row in rows("calibrated_accuracy", network=network, scheme="cp", setting="params 0.4")))
+    return result
+
+
+def largest_lag() -> list[float]:
+    """The most points that our rule loses more than another, for ResNet-20."""
+    ours = {(r["measure"], r["keep"]): r["drop"] for r in rows("budget_rivals", network="ResNet-20", rule="ours")}
+    return [max(ours[r["measure"], r["keep"]] - r["drop"] for r in rows("budget_rivals", network="ResNet-20"))]
+
+
+def misprediction() -> list[float]:
+    """The largest difference of a measured time from the predicted one, in percent, in the contiguous format."""
+    timed = [row for row in rows("budget_torchvision", memory_format="contiguous") if "measured_over_predicted" in row]
+    return [max(abs(100 * row["measured_over_predicted"] - 100) for row in timed)]
+
+
+def missed() -> list[float]:
+    """The time that densenet121 keeps, in percent."""
+    return [100 / row("budget_torchvision", recipe="densenet121-latency-80", memory_format="channels_last")["faster"]]
+
+
+def by_seed() -> list[float]:
+    """Points lost with the settings of the recipe, with seeds 0 and 1."""
+    return [row("finetune_accuracy", case="resnet20-alds", seed=seed, changed=None)["drop"] for seed in (0, 1)]
+
+
+def one_epoch() -> list[float]:
+    """Accuracy, loss and divergence after an epoch with the defaults."""
+    (result,) = (r for r in rows("finetune_ablation", case="resnet20-alds", change="defaults") if r["epochs"] == 1)
+    return [result[key] for key in ("tuned", "held_out_loss", "divergence")]
+
+
+def folded() -> list[float]:
+    """The largest difference of folded from dense networks in float64."""
+    return [max(row[kind]["folded_minus_dense_float64"] for row in rows("fold_batchnorm") for kind in ("dense", "cut"))]
+
+
+def gpu_values(key: str, network: str = "") -> list[float]:
+    """All values of a key in cuda.json, or those of a network, sorted."""
+    values = [value for value in values_of(RESULTS / "cuda.json") if value.name == key]
+    return sorted(value.number for value in values if not network or ("network", network) in value.tags)
+
+
+def record(name: str, *keys: str) -> Callable[[], list[float]]:
+    """Numbers of the only record of a result file."""
+
+    def numbers() -> list[float]:
+        node: Any = json.loads((RESULTS / f"{name}.json").read_text())
+        values = node.get("summary") or node["rows"][0]
+        return [values[key] for key in keys]
+
+    return numbers
+
+
+# Numbers that are computed from several records, and tables of a single one: the phrase, with {} for each number, and the values.
+CLAIMS: dict[str, dict[str, Callable[[], list[float]]]] = {
+    MAIN: {
+        "loses up to {} points less": lead_of_uniform,
+        "int8, CIFAR-10 | 40 % of the parameters | none | {} % | {} % | {} |": quantized,
+    },
+    RECIPES: {},
+    BENCHMARKS: {
+        "equal to {} |": bound_of_error,
+        "(mean {} against {}) and equal errors ({}), most at -70 %, by {} points": mean_and_lead,
+        "end {} points above factors of the weights alone, and {} points above random ones": starts,
+        "| plain, AdamW | {} ms |": record("finetune_cost", "plain_ms"),
+        "| `fine_tune`, AdamW | {} ms | {} |": record("finetune_cost", "fine_tune_ms", "ratio"),
+        "| `fine_tune`, SOAP (default) | {} ms | {} |": record("finetune_cost", "with_soap_ms", "ratio_with_soap"),
+        "-fold | {} | {} |": record("link_times", "warned", "warned_and_slower"),
+        "| the others | {} | {} |": record("link_times", "others", "others_and_slower"),
+        "raises CP from {} % to {} % (ResNet-20) and from {} % to {} % (ResNet-56)": raised_by_calibration,
+        "by {} % (channel) to {} % (depthwise) on average": means_of_layers,
+        "nowhere behind by more than {}.": largest_lag,
+        "within {} % of the predicted ones": misprediction,
+        "({} % measured)": missed,
+        "(recipe: {} with seed 0, {} with seed 1)": by_seed,
+        "dense {} % on them": lambda: [rows("finetune_ablation")[0]["dense"]],
+        "SOAP costs {} %": lambda: [100 * rows("finetune_cost")[0]["ratio_with_soap"] - 100],
+        "{} of {} runs killed": record("finetune_kills", "identical", "runs"),
+        "gives {} % (loss {}, divergence {})": one_epoch,
+        "takes {} to {} times as long as a plain loop": lambda: [gpu_values("ratio")[i] for i in (0, -1)],
+        "with {} and {} the least in reach for resnet18 and resnet50": lambda: gpu_values("least_latency")[:2],
+        "took {} % of ResNet-20's cut": lambda: [100 * gpu_values("lbfgs_share_of_cut", "resnet20")[0]],
+        "took {} to {} % of the plans": lambda: [100 * gpu_values("seeds_share_of_plan")[i] for i in (0, -1)],
+        "the difference is at most {} of the largest output": bound_of_folding,
+        "In float64, outputs are equal to {}": folded,
+        "have reached {} (": lambda: [max(row["worst_degeneracy"] for row in rows("calibrated_accuracy"))],
+        "({} to {} in onnxruntime, {} to {} by torchao)": lost_in_int8,
+        "loses {} points in float32 and {} in int8": lost_by_tuning,
+        "int8 loses {} to {} points at {} to {}, {} points at {}, and {} points at {}": lost_by_degeneracy,
+    },
+}
