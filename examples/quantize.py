@@ -33,7 +33,7 @@ try:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 except ImportError as error:
-    print(f"torchao is left out: {error}. See pip install torchao.")
+    print(f"torchao is left out: {error}. Install it with pip install torchao.")
     x86 = None
 
 BUDGET, SCHEME, BATCH, RANGES, ROUNDS = Budget(params=0.4), "cp", 64, 256, 15

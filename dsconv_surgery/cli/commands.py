@@ -130,9 +130,9 @@ def sweep(
     from dsconv_surgery.sweep import FRACTIONS, sweep_settings
 
     options.check_writable(out)
+    values = options.numbers_in("--fractions", fractions) if fractions else FRACTIONS
     dense, example = _load_model(model, weights, input, channels_last)
     compared, batches = _load_images(data, example, images, mean, std), _load_calibration(calibration, example, images, mean, std)
-    values = options.numbers_in("--fractions", fractions) if fractions else FRACTIONS
     plan_settings = sweep_settings(settings, values, measure, measure_latency)[0]
     announce(model, weights, dense, example, plan_settings, describe_images(calibration, batches, mean, std), measure_latency)
     settings |= {"fractions": values, "measure": measure, "latency": measure_latency, "cache": cache, "progress": progress}

@@ -51,7 +51,7 @@ def main() -> None:
     for name, penalties in PENALTIES.items():
         als.PENALTY = fitting.PENALTY = penalties[0]
         batches = images.split(64) if name == "calibrated" else None
-        plan = make_plan(dense, images[:1], budget=BUDGET, schemes=SCHEME, calibration=batches)
+        plan = make_plan(dense, images[:1], budget=BUDGET, schemes=SCHEME, calibration=batches, cache=False)
         for penalty in penalties:
             als.PENALTY = fitting.PENALTY = penalty
             cut = apply_plan(dense, plan, images[:1], calibration=batches)
