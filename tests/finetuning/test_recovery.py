@@ -48,7 +48,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 @pytest.mark.parametrize("dense_prediction", [False, True])
 def test_outputs_on_other_images_come_closer(dense_prediction: bool) -> None:
     """The distance falls on images that neither the fit nor the training saw; the report and the history say so."""
-    model, x = network(dense_prediction), images()
+    model, x = network(dense_prediction), images(192)
     weights = copy.deepcopy(model.state_dict())
     cut = compress(model, x[:1], calibration=x.split(24), **SETTINGS)
     small = compress(model, x[:1], calibration=x.split(24), recover=SHORT, **SETTINGS)
@@ -58,10 +58,10 @@ def test_outputs_on_other_images_come_closer(dense_prediction: bool) -> None:
     assert after < 0.98 * before
     recovery = small.report.recovery
     assert recovery is not None
-    assert (recovery.images, recovery.held_out) == (72, 24)
+    assert (recovery.images, recovery.held_out) == (144, 48)
     assert recovery.after < recovery.before
     assert recovery.measure == ("squared relative error" if dense_prediction else "divergence")
-    assert f"recovered on 72 calibration images: {recovery.measure} on 24 others {recovery.before:.4f} -> {recovery.after:.4f}" in str(
+    assert f"recovered on 144 calibration images: {recovery.measure} on 48 others {recovery.before:.4f} -> {recovery.after:.4f}" in str(
         small.report
     )
     (history,) = small.tuned
