@@ -152,12 +152,12 @@ class Images:
         return iter(self._probes)
 
     def _selected_probes(self) -> Iterator[tuple[int, int, Inputs]]:
-        every = HELD_OUT_EVERY if self.count >= MIN_TO_HOLD_OUT else 1
+        spacing = HELD_OUT_EVERY if self.count >= MIN_TO_HOLD_OUT else 1
         for first_image, count, inputs in self:
-            limit = every * max(1, min(PROBE_IMAGES, PROBE_VALUES // self.structure.values_per_image(inputs)))
+            limit = spacing * max(1, min(PROBE_IMAGES, PROBE_VALUES // self.structure.values_per_image(inputs)))
             if first_image >= limit:
                 return
-            mask = held_out(first_image, count) if every > 1 else torch.ones(count, dtype=torch.bool, device="cpu")
+            mask = held_out(first_image, count) if spacing > 1 else torch.ones(count, dtype=torch.bool, device="cpu")
             mask[max(limit - first_image, 0) :] = False
             if bool(mask.any()):
                 yield first_image, int(mask.sum()), self.structure.select(inputs, mask)

@@ -120,17 +120,17 @@ def test_compress_and_report_a_network_of_torchvision(tmp_path: Path) -> None:
 
     out = tmp_path / "cut"
     torch.manual_seed(1)
-    said = Report.from_json(run("compress", *RESNET, "-o", out, "--macs", 0.6, "--schemes", "channel", "--exclude", "conv1", "--json"))
-    assert said.after.macs <= 0.6 * said.before.macs
+    result = Report.from_json(run("compress", *RESNET, "-o", out, "--macs", 0.6, "--schemes", "channel", "--exclude", "conv1", "--json"))
+    assert result.after.macs <= 0.6 * result.before.macs
     plan = read_plan(out)
     assert {cut.scheme for cut in plan.cuts} == {"channel"}
     assert "excluded by 'conv1'." in {skip.reason for skip in plan.skips}
     small = load(torchvision.models.resnet18(), out)
-    assert sum(p.numel() for p in small.parameters()) == said.after.params
+    assert sum(p.numel() for p in small.parameters()) == result.after.params
     torch.manual_seed(1)  # the same random weights, so that the errors agree as well
     again = Report.from_json(run("report", *RESNET[:1], out, *RESNET[1:], "--json"))
-    assert (again.before, again.after) == (said.before, said.after)
-    for row, other in zip(again.rows, said.rows, strict=True):
+    assert (again.before, again.after) == (result.before, result.after)
+    for row, other in zip(again.rows, result.rows, strict=True):
         assert (row.name, row.scheme, row.rank, row.skipped) == (other.name, other.scheme, other.rank, other.skipped)
         assert row.error == (None if other.error is None else pytest.approx(other.error, abs=1e-6))
 
@@ -182,17 +182,17 @@ def test_weights_from_a_file(suffix: str, home: str, tmp_path: Path) -> None:
     else:
         save_file(model.state_dict(), path)
     words = [*INPUT, "--weights", path]
-    said = Report.from_json(
+    result = Report.from_json(
         run("compress", f"{home}:small", *words, "--out", tmp_path / "out", "--macs", 0.6, "--schemes", "channel", "--json")
     )
     expected = compress(model, torch.zeros(1, 3, 12, 12), schemes="channel", budget=Budget(macs=0.6))
-    assert said == expected.report
+    assert result == expected.report
     x = torch.rand(1, 3, 12, 12)
     assert torch.equal(load(named_model(f"{home}:small", "none"), tmp_path / "out")(x), expected.model(x))
     again = Report.from_json(run("report", f"{home}:small", tmp_path / "out", *words, "--json"))
-    assert again == said
+    assert again == result
     other = Report.from_json(run("report", f"{home}:small", tmp_path / "out", *INPUT, "--json"))
-    assert other.after == said.after
+    assert other.after == result.after
     assert any(row.error is not None and row.error > 0.5 for row in other.rows)  # other, random weights: nothing to do with these
 
 
