@@ -17,7 +17,7 @@ from dsconv_surgery import Budget, FineTune, apply_plan, compare, compress, find
 from dsconv_surgery.calibration import reconstruct
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.calibration.output_metric import output_metrics
-from dsconv_surgery.planning import option_errors
+from dsconv_surgery.planning import option_fits
 from dsconv_surgery.schemes import als, fitting, scheme_names
 from dsconv_surgery.support import distributed, modes, random_state
 from dsconv_surgery.support.copies import own_copy, to_device
@@ -36,7 +36,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedDevice]:
     monkeypatch.setattr(fitting, "ITERATIONS", 1)
     monkeypatch.setattr(als, "SWEEPS", 1)
     monkeypatch.setattr(reconstruct, "TRIAL", 1)
-    monkeypatch.setattr(option_errors, "ITERATIONS", 1)
+    monkeypatch.setattr(option_fits, "ITERATIONS", 1)
     device = SimulatedDevice()
     with device.active():
         yield device

@@ -141,9 +141,9 @@ class Moments:
             gram = (rows - mean.unsqueeze(1) if centred else rows) / math.sqrt(self.count(fold))
         else:
             gram = self._average(self._patch_sums["gram"], fold)
-            squares = gram.diagonal(dim1=1, dim2=2)
+            squares = gram.diagonal(dim1=1, dim2=2).clone()
             if centred:
-                gram = gram - mean.unsqueeze(2) * mean.unsqueeze(1)
+                gram.baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
         size = float((self.weight.square().sum(1) * squares).sum())  # of the terms that outputs are sums of
         if exact:
             cross = (self.weight @ gram.mT) @ gram if self.as_rows else self.weight @ gram
@@ -165,7 +165,7 @@ class Moments:
         return self._average(self._patch_sums["mean"], fold), self._average(self.target_sums["mean"], fold)
 
     def _average(self, sums: Tensor, fold: str) -> Tensor:
-        return sums[FOLDS[fold]].sum(0) / self.count(fold)
+        return sums[FOLDS[fold]].sum(0).div_(self.count(fold))
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,17 @@ from dsconv_surgery.network.discovery import ConvSite
 from dsconv_surgery.network.geometry import Rank, chain_cost
 from dsconv_surgery.planning.curves import TINY, abscissa, damage_curve, interpolate, truncation_errors
 from dsconv_surgery.planning.damage import DamageEstimator
+from dsconv_surgery.planning.option_fits import OptionFits, Sample, is_wide
 from dsconv_surgery.schemes import Factors
 from dsconv_surgery.support.cache import Cache, digest
 
-SAMPLE_FRACTIONS = (0.1, 0.3, 0.7)  # of a layer's MACs: errors are measured at ranks near them, and at the cheapest rank
+SAMPLE_FRACTIONS = (0.1, 0.3, 0.5, 0.7)  # of a layer's MACs: errors are measured at ranks near them, and at the cheapest rank
+WIDE_SAMPLE_FRACTIONS = (0.1, 0.3, 0.7)  # the same in wide layers
 CLOSED_FRACTIONS = tuple(k / 16 for k in range(1, 16))  # the same for closed forms in layers that are not wide: they cost little
-ITERATIONS, WIDE_ITERATIONS, WIDE = 10, 5, 1024  # of a fit, and of one in layers with more weights per output channel than WIDE
-# What a fit of all links makes of the error of a fitted last link: 0.78 to 0.84 in the schemes' means on ResNet-20. In wide layers it
-# is measured, as it is 0.73 to 0.99 for CP and 0.82 to 1.03 for Tucker there; a longer fit than the measured one gains a little more.
-FIT_GAIN, LONGER_FIT_GAIN = 0.82, 0.95
-SKIP_RATIO = 1.5  # options whose weights' error is this many times that of others that cost no more are not fitted
+# Options whose weights' error is this many times that of others that cost no more are not fitted; in wide layers fits take long.
+SKIP_RATIO, WIDE_SKIP_RATIO = 6.0, 1.5
 DAMAGE_SKIP_RATIO = 1.3  # the same for measurements of damage, with errors of outputs
 DAMAGE_ERRORS = (0.35, 0.1, 0.03, 0.01, 0.004)  # damage is measured for options with errors near these
-Sample = tuple[str, Rank]  # a scheme at a sampled rank
 Unfolding = tuple[list[float], tuple[int, int]]  # a matrix's singular values, and its shape
 
 
@@ -63,7 +61,7 @@ class OptionErrors:
         if (name, rank) not in self._errors:
             self._require_weights()
             self.on_measure()
-            fits = _Fits(self._site, self._layer, self._estimator)
+            fits = OptionFits(self._site, self._layer, self._estimator)
             self._errors[name, rank], factors = fits.fit(name, rank) if self.calibrated else fits.factorize(name, rank)
             self.factors[name, rank] = {link: factor.to(self._weight.dtype) for link, factor in factors.items()}
         return self._errors[name, rank]
@@ -91,7 +89,10 @@ class OptionErrors:
         errors = np.log([max(measured[name, rank], TINY) for rank in samples])
         sample_bounds = self.bounds(name, samples) if samples else None  # pairs of ranks are ordered by the weights' errors
         x, targets = (abscissa(*pair) for pair in ((samples, sample_bounds), (ranks, bounds)))
-        return np.exp(interpolate(x, errors, targets)).clip(0.0, 1.0).tolist()
+        estimates = np.exp(interpolate(x, errors, targets)).clip(0.0, 1.0)
+        if samples and samples[-1] != self._sample_ranks[name][-1]:  # larger ranks have better rivals, so nothing is measured there
+            estimates = estimates.clip(measured[name, samples[-1]])
+        return estimates.tolist()
 
     @property
     def sampled(self) -> bool:
@@ -133,6 +134,7 @@ class OptionErrors:
     def _sample_ranks(self) -> dict[str, list[Rank]]:
         """The ranks at which errors are measured: the cheapest, and the best below some fractions of the layer's MACs."""
         result: dict[str, list[Rank]] = {}
+        wide = is_wide(self._weight)
         for name in self._applicable:
             scheme = schemes.get_scheme(name)
             ranks: list[tuple[Rank, float]] = []
@@ -144,7 +146,7 @@ class OptionErrors:
                     break
             bounds = None if isinstance(ranks[0][0], int) else self.bounds(name, [rank for rank, _ in ranks])
             samples = {ranks[0][0]}
-            for limit in CLOSED_FRACTIONS if schemes.has_optimum(scheme) and self._weight[0].numel() <= WIDE else SAMPLE_FRACTIONS:
+            for limit in WIDE_SAMPLE_FRACTIONS if wide else CLOSED_FRACTIONS if schemes.has_optimum(scheme) else SAMPLE_FRACTIONS:
                 within = [k for k, (_, fraction) in enumerate(ranks) if fraction <= limit]
                 if within:
                     samples.add(ranks[within[-1] if bounds is None else min(within, key=bounds.__getitem__)][0])
@@ -176,7 +178,7 @@ class OptionErrors:
         """
         self._require_weights()
         self.on_measure()
-        fits, ranks = _Fits(self._site, self._layer, self._estimator), self._sample_ranks
+        fits, ranks = OptionFits(self._site, self._layer, self._estimator), self._sample_ranks
         errors: dict[Sample, float] = {}
         for name, group in ranks.items():
             if self.calibrated or name not in self._truncation_errors:  # otherwise known at all ranks
@@ -184,14 +186,16 @@ class OptionErrors:
                 errors |= {(name, rank): value for rank, value in zip(group, values, strict=True)}
         if not self.calibrated:
             return Curves(errors, [])
-        promising = [sample for sample in errors if not self._is_beaten(sample, errors, SKIP_RATIO)]
+        promising = [
+            sample for sample in errors if not self._is_beaten(sample, errors, WIDE_SKIP_RATIO if is_wide(self._weight) else SKIP_RATIO)
+        ]
         rough = {s: self._cached("outputs", s[0], [s[1]], partial(fits.output_error, *s, ranks[s[0]])) for s in promising}
         errors = dict(rough)
         for name in {name: None for name, _ in promising}:
-            if fitted := [sample for sample in promising if sample[0] == name and not fits.last_solve_is_slow(*sample)]:
+            if fitted := [sample for sample in promising if sample[0] == name and fits.is_fitted(*sample)]:
                 middle = fitted[len(fitted) // 2]
-                gain = self._cached("gain", name, [middle[1]], partial(fits.gain, *middle, ranks[name]))
-                errors |= {sample: gain * rough[sample] for sample in fitted}
+                factor, power = self._cached("gain", name, [middle[1]], partial(fits.gain, *middle, ranks[name]))
+                errors |= {sample: rough[sample] * min(1.0, factor * rough[sample] ** power) for sample in fitted}
         candidates = [sample for sample in errors if not self._is_beaten(sample, errors, DAMAGE_SKIP_RATIO)]
         chosen = {min(candidates, key=lambda s: abs(np.log(max(rough[s], TINY) / target))): None for target in DAMAGE_ERRORS}
         damages = [self._cached("damage", s[0], [s[1]], partial(fits.damage, *s, ranks[s[0]])) for s in chosen]
@@ -216,82 +220,3 @@ class OptionErrors:
                 f"{self._site.name}: its weights are on the meta device, so errors of options cannot be measured. Plan on a model with "
                 "weights; the plan also fits this one, with apply_plan(model, plan, init='empty')."
             )
-
-
-class _Fits:
-    """Fits of one layer's options. What does not come from the cache is computed, with the factors that it needs."""
-
-    def __init__(self, site: ConvSite, layer: nn.Module, estimator: DamageEstimator) -> None:
-        self._site, self._spec, self._layer, self._weight = site, site.spec, layer, layer.get_parameter("weight")
-        self._estimator = estimator
-        self._starts: dict[Sample, Factors] = {}  # factors of the weights
-        self._factors: dict[Sample, Factors] = {}  # with the last link fitted
-
-    @cached_property
-    def _objectives(self) -> tuple[schemes.Objective, schemes.Objective, Tensor]:
-        return self._estimator.objectives(self._site.name)
-
-    def factorize(self, name: str, rank: Rank) -> tuple[float, Factors]:
-        """The error of factors of the weights, and the factors."""
-        scheme = schemes.get_scheme(name)
-        factors = next(schemes.factorize(scheme, self._spec, self._weight, [rank]))
-        return schemes.relative_error(self._weight, schemes.kernel_of(scheme, self._spec, factors)), factors
-
-    def fit(self, name: str, rank: Rank, start: Factors | None = None, iterations: int | None = None) -> tuple[float, Factors]:
-        """The error of factors fitted to the images, and the factors."""
-        if iterations is None:
-            iterations = WIDE_ITERATIONS if self._is_wide else ITERATIONS
-        scheme, (fit, judge, _) = schemes.get_scheme(name), self._objectives
-        with schemes.naming_layer(self._site.name):
-            factors = schemes.fit(scheme, self._spec, self._weight, rank, fit, start=start, iterations=iterations)
-        return judge.value(scheme.kernel(self._spec.one_group(), factors)), factors
-
-    @property
-    def _is_wide(self) -> bool:
-        return self._weight[0].numel() > WIDE
-
-    def last_solve_is_slow(self, name: str, rank: Rank) -> bool:
-        """In a wide layer: whether the last link combines more features than twice the input channels, or other ones for each output."""
-        *_, last = schemes.chain_of(schemes.get_scheme(name), self._spec, rank).values()
-        many = last.in_channels // last.groups > 2 * self._spec.in_channels // self._spec.groups
-        return self._is_wide and (many or last.groups > self._spec.groups)
-
-    def weight_errors(self, name: str, ranks: Sequence[Rank]) -> list[float]:
-        """The errors of rough factors of the weights at a scheme's sampled ranks."""
-        scheme, errors = schemes.get_scheme(name), []
-        for rank, factors in zip(ranks, schemes.factorize(scheme, self._spec, self._weight, ranks, rough=True), strict=True):
-            errors.append(schemes.relative_error(self._weight, schemes.kernel_of(scheme, self._spec, factors)))
-            self._starts[name, rank] = factors
-        return errors
-
-    def output_error(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> float:
-        """The error of outputs at one of the sampled ranks, `ranks`, after a fit of the last link where that is not slow."""
-        if (name, rank) not in self._starts:  # the factors depend on the smaller ranks, so all are computed
-            self.weight_errors(name, ranks)
-        scheme, start = schemes.get_scheme(name), self._starts[name, rank]
-        if self.last_solve_is_slow(name, rank):
-            self._factors[name, rank] = start
-            return self._objectives[1].value(scheme.kernel(self._spec.one_group(), start))
-        error, self._factors[name, rank] = self.fit(name, rank, start, 1 if schemes.has_optimum(scheme) else 0)
-        return error
-
-    def gain(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> float:
-        """What a fit of all links makes of the error with a fitted last link, as a factor."""
-        if schemes.has_optimum(schemes.get_scheme(name)):
-            return 1.0
-        if not self._is_wide:
-            return FIT_GAIN
-        error = self.output_error(name, rank, ranks)
-        fitted, _ = self.fit(name, rank, self._factors[name, rank])
-        return min(1.0, LONGER_FIT_GAIN * fitted / error) if error > TINY else 1.0
-
-    def damage(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> float:
-        """The damage of the factors with a fitted last link, at one of the sampled ranks."""
-        if (name, rank) not in self._factors:
-            self.output_error(name, rank, ranks)
-        scheme, factors, (_, judge, mean) = schemes.get_scheme(name), self._factors[name, rank], self._objectives
-        links, shift = schemes.build(schemes.chain_of(scheme, self._spec, rank), self._layer, factors), None
-        if judge.centred:  # a bias or a BatchNorm will take up the mean of the error
-            kernel = scheme.kernel(self._spec.one_group(), factors).flatten(2)
-            shift = ((judge.weight.double() - kernel.double()) @ mean.unsqueeze(2)).flatten()
-        return self._estimator.divergence(self._site.name, links, shift)

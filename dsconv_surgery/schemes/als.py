@@ -15,6 +15,8 @@ from torch.nn.functional import one_hot
 
 SWEEPS = 200  # limit of sweeps
 ROUGH_SWEEPS, WIDE_ROUGH_SWEEPS = 10, 4  # limits for the start of a search on data, which ends lower from here than after more sweeps
+ROUGH_SWEEPS_ON_DATA = 40  # the limit where errors are estimated
+WORK, ROUGH_WORK = 10**11, 10**10  # limits on data: multiply-accumulates of one large product, added up over the sweeps
 WIDE_SWEEPS = 20  # limit in wide layers, which run in float32
 WIDE = 2 * 10**7  # a layer is wide if one of the two large products of a sweep needs more multiply-accumulates
 STALL = 3e-4  # stop when the last ten sweeps lowered the squared error by less than this share of it per sweep
@@ -32,7 +34,13 @@ Terms = tuple[Tensor, ...]
 
 def sum_of_terms(inputs: Tensor, taps: Tensor, outputs: Tensor) -> Tensor:
     """The kernel (g, o, i, k) of inputs (g, r, i), taps (g, r, k) and outputs (g, o, r)."""
-    return (outputs @ torch.einsum("gri,grk->grik", inputs, taps).flatten(2)).unflatten(2, (inputs.shape[2], taps.shape[2]))
+    features = terms_of(inputs, taps)
+    return (outputs @ features.flatten(2)).unflatten(2, features.shape[2:])
+
+
+def terms_of(inputs: Tensor, taps: Tensor) -> Tensor:
+    """The outer products (g, r, i, k) of inputs (g, r, i) and taps (g, r, k)."""
+    return inputs.unsqueeze(3) * taps.unsqueeze(2)
 
 
 def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full_rank: int, rough: bool = False) -> Iterator[Terms]:
@@ -64,15 +72,24 @@ def decompose(tensor: Tensor, tap_shape: tuple[int, ...], ranks: list[int], full
             rest = tensor - _kernel(_in_precision(tensor, result)).double()
             further = _slice_terms(rest, tap_shape, rank - result[1].shape[-1])
             start = tuple(torch.cat(pair, -1) for pair in zip(result, further, strict=True))
-        swept = _sweep_until_stalled(weighted, _balanced(_scale_input_mean(start, strength)), rough)
+        wide = tensor.numel() * rank > WIDE
+        limit = (WIDE_ROUGH_SWEEPS if rough else WIDE_SWEEPS) if wide else (ROUGH_SWEEPS if rough else SWEEPS)
+        swept = _sweep_until_stalled(weighted, _balanced(_scale_input_mean(start, strength)), limit)
         candidate = _balanced(_scale_input_mean(swept, 1 / strength))
         if not rough and len(ranks) > 1:  # the plain error, which reports show, must not grow
             previous, error = error, _error(tensor, candidate)
             if error > previous:
-                candidate = _sweep_until_stalled(tensor, _balanced(start), rough)
+                candidate = _sweep_until_stalled(tensor, _balanced(start), limit)
                 error = _error(tensor, candidate)
         result = candidate
         yield result
+
+
+def decompose_whitened(tensor: Tensor, tap_shape: tuple[int, ...], rank: int, rough: bool = False) -> Terms:
+    """The CP terms of a kernel (g, o, i, k) in coordinates where its plain error counts; `rough` stops earlier."""
+    most, work = (ROUGH_SWEEPS_ON_DATA, ROUGH_WORK) if rough else (SWEEPS, WORK)
+    limit = min(most, max(WIDE_ROUGH_SWEEPS, work // (tensor.numel() * rank)))
+    return _sweep_until_stalled(tensor, _balanced(_slice_terms(tensor, tap_shape, rank)), limit)
 
 
 def _in_precision(tensor: Tensor, terms: Terms) -> Terms:
@@ -155,16 +172,16 @@ def _components(slices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scaled, torch.linalg.vector_norm(scaled, dim=-1), right
 
 
-def _sweep_until_stalled(tensor: Tensor, start: Terms, rough: bool) -> Terms:
+def _sweep_until_stalled(tensor: Tensor, start: Terms, limit: int) -> Terms:
     """Extrapolated alternating least squares; the error of the result, with the penalty, is not above that of the start."""
     norm = float(tensor.square().sum())
     if norm == 0:
         return start
-    terms, error = _search(tensor, norm, start, rough, PENALTY)
-    return _search(tensor, norm, terms, rough, 0.0)[0] if error - PENALTY * _term_energy(terms) / norm < NEARLY_EXACT else terms
+    terms, error = _search(tensor, norm, start, limit, PENALTY)
+    return _search(tensor, norm, terms, limit, 0.0)[0] if error - PENALTY * _term_energy(terms) / norm < NEARLY_EXACT else terms
 
 
-def _search(tensor: Tensor, norm: float, start: Terms, rough: bool, penalty: float) -> tuple[Terms, float]:
+def _search(tensor: Tensor, norm: float, start: Terms, limit: int, penalty: float) -> tuple[Terms, float]:
     """The terms, and their error with the penalty, relative to the norm."""
     best = _in_precision(tensor, start)
     wide = tensor.numel() * start[1].shape[-1] > WIDE
@@ -172,7 +189,6 @@ def _search(tensor: Tensor, norm: float, start: Terms, rough: bool, penalty: flo
     by_output, by_input = tensor.permute(0, 3, 1, 2).contiguous(), tensor.permute(0, 3, 2, 1).contiguous()  # g k o i, g k i o
     best_error = (_error(tensor, best) + penalty * _term_energy(best)) / norm
     point, momentum, history = best, MOMENTUM_START, [best_error]
-    limit = (WIDE_ROUGH_SWEEPS if rough else WIDE_SWEEPS) if wide else (ROUGH_SWEEPS if rough else SWEEPS)
     for _ in range(limit):
         terms, explained = _sweep(by_output, by_input, point, 1 if wide else 2, penalty)
         error = 1 - explained / norm

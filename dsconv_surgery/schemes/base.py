@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from dsconv_surgery.network.geometry import ConvSpec, Pair, Rank
@@ -28,6 +29,8 @@ class Scheme(ABC):
 
     name: str
     general: str | None = None  # a scheme that can write every kernel of this one at the same rank
+    # Where ten iterations of a search multiply an error e1 by g, the whole search multiplies an error e by `g^a (e1 / e)^(b log g)`.
+    slow_search: tuple[float, float] = (1.0, 0.0)  # (a, b)
 
     def refuses(self, spec: ConvSpec) -> str | None:
         """Why the scheme does not apply to this geometry, as a sentence; None if it applies."""
@@ -58,8 +61,20 @@ class Scheme(ABC):
     def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
         """The dense kernel of the factors, (groups, out, in, height, width): linear in each factor, and differentiable."""
 
+    def features(self, spec: ConvSpec, factors: Factors) -> Tensor:
+        """The kernels that the last link combines, (groups, features, in, height, width), one for each of its inputs and taps.
+
+        They do not depend on the last factor's values. Not for schemes whose last link is depthwise.
+        """
+        *_, last = factors
+        return self.kernel(spec, {**factors, last: identity_like(factors[last])})
+
     def optimum(self, spec: ConvSpec, objective: Objective, rank: Rank) -> Factors | None:
         """The factors of least error on data, if there is a closed form; None leaves it to the search in `fitting`."""
+        return None
+
+    def approximate(self, spec: ConvSpec, objective: Objective, rank: Rank, rough: bool = False) -> Factors | None:
+        """Factors near those of least error on data, where an iterative scheme can find them faster than the search; else None."""
         return None
 
     def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor | None:
@@ -73,6 +88,12 @@ class Scheme(ABC):
     def term_energy(self, factors: Factors) -> float | None:
         """The sum of the squared norms of the terms whose sum is the kernel; None if terms cannot cancel each other."""
         return None
+
+
+def identity_like(last: Tensor) -> Tensor:
+    """A weight of the last link that makes each of its inputs, at each tap, an output."""
+    eye = torch.eye(last[0, 0].numel(), dtype=last.dtype, device=last.device)
+    return eye.unflatten(1, last.shape[2:]).expand(last.shape[0], *(-1,) * 4)
 
 
 def single_rank(rank: Rank) -> int:

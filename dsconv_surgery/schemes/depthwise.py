@@ -9,6 +9,8 @@ from torch import Tensor
 from dsconv_surgery.network.geometry import ConvSpec, Rank
 from dsconv_surgery.schemes.base import Factors, single_rank
 from dsconv_surgery.schemes.low_rank import LowRank
+from dsconv_surgery.schemes.objective import Objective
+from dsconv_surgery.schemes.whitening import approximate_whitened
 
 
 class Depthwise(LowRank):
@@ -58,6 +60,9 @@ class PointwiseDepthwise(LowRank):
     def chain(self, spec: ConvSpec, rank: Rank) -> dict[str, ConvSpec]:
         width = spec.out_channels * single_rank(rank)
         return {"pointwise": ConvSpec(spec.in_channels, width), "depthwise": replace(spec, in_channels=width, groups=spec.out_channels)}
+
+    def approximate(self, spec: ConvSpec, objective: Objective, rank: Rank, rough: bool = False) -> Factors:
+        return approximate_whitened(self, spec, objective, rank, rough)
 
     def unfold(self, weight: Tensor) -> Tensor:
         return weight.flatten(3)  # g, o, i, k

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from dsconv_surgery.network.geometry import ConvSpec, Rank
-from dsconv_surgery.schemes.base import Factors, Scheme
+from dsconv_surgery.schemes.base import Factors, Scheme, identity_like
 from dsconv_surgery.schemes.chain import factorize
 from dsconv_surgery.schemes.objective import RIDGE, SINGLE_RIDGE, LinAlgError, Objective, ridged_cholesky
 
 ROUND = 10  # iterations between two checks of convergence
-STALL = 5e-3  # stop when a round lowered the error by less than this share of it
-ITERATIONS = 100  # limit
+STALL = 1e-3  # stop when a round lowered the error by less than this share of it
+ITERATIONS = 300  # limit
 WIDE_ITERATIONS = 16  # limit in wide layers
 HISTORY = 20  # pairs of steps and gradients that L-BFGS keeps
 WIDE = 2**31  # a layer is wide if its product with the second moment needs more multiply-accumulates
@@ -47,21 +47,26 @@ def fit(
 
     Args:
         objective: the target outputs.
-        start: initial factors; by default those of the weights alone. The penalized error of the result is never above theirs.
+        start: initial factors; by default the scheme's approximation on data, or the factors of the weights alone. The penalized error
+            of the result is never above that of factors that are passed.
         metric: (groups, out, out). The directions to keep are chosen by `|M (t - V p)|^2`, then the last link by `|t - V p|^2`.
         iterations: limit of the search; 0 solves for the last link only.
     """
     block = spec.one_group()
-    start = start or next(factorize(scheme, spec, weight, [rank], rough=True))
-    if rank == scheme.full_rank(block):
-        iterations = 0  # exact for every kernel
-    weighted = objective.weighted(metric.to(objective.cross)) if metric is not None and last_is_shared(start) else objective
+    *_, last = scheme.chain(block, rank).values()
+    weighted = objective.weighted(metric.to(objective.cross)) if metric is not None and last.groups == 1 else objective
+    exact = rank == scheme.full_rank(block)
+    approximation = scheme.approximate(block, weighted, rank) if start is None and not exact and can_approximate(scheme) else None
+    start = start or approximation or next(factorize(scheme, spec, weight, [rank], rough=True))
+    iterations = 0 if exact else iterations
     optimum = scheme.optimum(block, weighted, rank) if iterations != 0 else None
     best = optimum or refine(scheme, block, start, weighted, iterations)
     if weighted is not objective:
         best = refine(scheme, block, best, objective, 0)
     elif optimum is not None or iterations == 0:
         return best  # a solution in closed form, for all links or for the last
+    if approximation is not None:  # its last link is of the weighted objective
+        return best
     return best if penalized_error(scheme, block, best, objective) <= penalized_error(scheme, block, start, objective) else start
 
 
@@ -125,6 +130,11 @@ def has_optimum(scheme: Scheme) -> bool:
     return type(scheme).optimum is not Scheme.optimum
 
 
+def can_approximate(scheme: Scheme) -> bool:
+    """Whether a scheme has factors near those of least error on data, without a search."""
+    return type(scheme).approximate is not Scheme.approximate and not has_optimum(scheme)
+
+
 def penalized_error(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objective) -> float:
     """The error that `refine` lowers: the objective, and a penalty on terms that cancel each other."""
     factors = {link: factor.to(objective.cross) for link, factor in factors.items()}
@@ -132,7 +142,7 @@ def penalized_error(scheme: Scheme, spec: ConvSpec, factors: Factors, objective:
     *_, last = factors
     if not last_is_shared(factors):
         return error
-    features = scheme.kernel(spec, {**factors, last: _identity_like(factors[last])}).flatten(2)
+    features = scheme.features(spec, factors).flatten(2)
     norms = (factors[last].flatten(2).square().sum(1) * features.square().sum(2)).sum(dtype=torch.float64)
     return error + PENALTY * objective.size * float(norms) / objective.unit
 
@@ -143,12 +153,6 @@ def last_is_shared(factors: Factors) -> bool:
     return last.shape[2] == previous.shape[1]
 
 
-def _identity_like(last: Tensor) -> Tensor:
-    """A weight of the last link that makes each of its inputs, at each tap, an output."""
-    eye = torch.eye(last[0, 0].numel(), dtype=last.dtype, device=last.device)
-    return eye.unflatten(1, last.shape[2:]).expand(last.shape[0], *(-1,) * 4)
-
-
 def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, initial: Tensor, objective: Objective) -> tuple[Tensor, float]:
     """The last link's best weight and the error, if all outputs combine the same features f; the gradient goes to `free`.
 
@@ -156,17 +160,18 @@ def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, init
     in growing amounts (the degeneracy of CP; Phan et al. 2020 bound the same sum).
     """
     with torch.enable_grad():
-        features = scheme.kernel(spec, {**free, last: _identity_like(initial)}).flatten(2)  # g p n
+        features = scheme.features(spec, {**free, last: initial}).flatten(2)  # g p n
     with torch.no_grad():
-        products = objective.product(features)
-        gram, matched = products @ features.mT, objective.cross @ features.mT
+        projected = objective.projected(features)
+        gram, matched = objective.moment(features, projected), objective.cross @ features.mT
         penalty = PENALTY * objective.size * features.square().sum(2)
         solved = _regular_solve(gram + torch.diag_embed(penalty), matched)
         change = ((solved @ gram - 2 * matched) * solved).sum(dtype=torch.float64)
         norms = solved.square().sum(1)
         error = objective.energy + float(change + (penalty * norms).sum(dtype=torch.float64))
-        slope = solved.mT @ (solved @ products - objective.cross) + PENALTY * objective.size * norms.unsqueeze(2) * features
     if features.requires_grad:
+        slope = solved.mT @ objective.slope(solved, features.detach(), projected)
+        slope += PENALTY * objective.size * norms.unsqueeze(2) * features.detach()
         features.backward(2 * slope / objective.unit)
     return solved.reshape(initial.shape), error / objective.unit
 
@@ -174,7 +179,7 @@ def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, init
 def _solve_each(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, initial: Tensor, objective: Objective) -> tuple[Tensor, float]:
     """The same if the last link is depthwise, so that each output combines other features."""
     with torch.no_grad():
-        units = _identity_like(initial).unsqueeze(2).expand(-1, -1, *initial.shape[1:])  # g p o ...
+        units = identity_like(initial).unsqueeze(2).expand(-1, -1, *initial.shape[1:])  # g p o ...
         features = [scheme.kernel(spec, {**free, last: unit}).flatten(2) for unit in units.unbind(1)]  # g o n
         feature, product = torch.stack(features, 2), torch.stack([_sparse_product(objective, f) for f in features], 2)  # g o p n
         gram, matched = product @ feature.mT, feature @ objective.cross.unsqueeze(-1)  # g o p p, g o p 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +35,7 @@ class Objective:
     rows: bool = False
     centred: bool = False  # whether the means of p and t were subtracted
     floor: float = 0.0  # energies and errors up to this are rounding errors of p and t
+    whitened: dict[tuple[int, ...], Any] = field(init=False, repr=False, compare=False, default_factory=dict)  # kept by `Whitening`
 
     @cached_property
     def energy(self) -> float:
@@ -76,10 +80,53 @@ class Objective:
             return (kernels @ self.gram.mT) @ self.gram + self.ridge * kernels
         return kernels @ self.gram
 
+    def projected(self, kernels: Tensor) -> Tensor:
+        """What `moment` and `slope` need of kernels (g, any, n): `kernels @ S`, or with rows `kernels @ R^T`, which is shorter."""
+        return kernels @ (self.gram.mT if self.rows else self.gram)
+
+    def moment(self, kernels: Tensor, projected: Tensor) -> Tensor:
+        """`kernels @ S @ kernels^T`."""
+        if not self.rows:
+            return projected @ kernels.mT
+        moment = projected @ projected.mT
+        return moment + self.ridge * (kernels @ kernels.mT) if self.ridge else moment
+
+    def slope(self, mixing: Tensor, kernels: Tensor, projected: Tensor) -> Tensor:
+        """Half the gradient of the error at the kernel V = `mixing @ kernels`: `V S - B`."""
+        product = mixing @ projected
+        if self.rows:
+            product = product @ self.gram
+            product = product + self.ridge * (mixing @ kernels) if self.ridge else product
+        return product - self.cross
+
+    def kronecker_factors(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Second moments (g, size, size) along the axes of a patch, whose Kronecker product is close to S.
+
+        The axes are the input channels and the taps, (in, height x width) or (in, height, width). Each moment is the mean of S over the
+        other axes; all but the first are divided by their mean diagonal.
+        """
+        axes, moments = "abc"[: len(sizes)], []
+        blocks = self.gram.unflatten(-1, sizes) if self.rows else self.gram.unflatten(2, sizes).unflatten(1, sizes)
+        for axis, letter in enumerate(axes):
+            if self.rows:
+                rows = blocks.movedim(axis + 2, -1).flatten(1, -2)
+                moment = rows.mT @ rows
+            else:
+                moment = torch.einsum(f"g{axes}{axes.replace(letter, 'z')}->g{letter}z", blocks)
+            moment = moment.double() * (sizes[axis] / math.prod(sizes))
+            if self.rows:
+                moment = moment + self.ridge * torch.eye(sizes[axis], dtype=moment.dtype, device=moment.device)
+            moments.append(moment / moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] if axis else moment)
+        return moments
+
     def value(self, kernel: Tensor) -> float:
         """The error of a kernel (g, o, ...), relative to the energy: never negative, and 0 or 1 if the energy is zero."""
         v = kernel.flatten(2).to(self.cross.dtype)
-        error = float((self.product(v) * v).sum(dtype=torch.float64) - 2 * (v * self.cross).sum(dtype=torch.float64)) + self.energy
+        projected = self.projected(v)
+        square = (projected * (projected if self.rows else v)).sum(dtype=torch.float64)
+        if self.rows and self.ridge:
+            square = square + self.ridge * v.square().sum(dtype=torch.float64)
+        error = float(square - 2 * (v * self.cross).sum(dtype=torch.float64)) + self.energy
         return relative_to_energy(error, self.energy, self.floor)
 
     @cached_property

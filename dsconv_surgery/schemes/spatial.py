@@ -9,6 +9,8 @@ from torch import Tensor
 from dsconv_surgery.network.geometry import ConvSpec, Rank
 from dsconv_surgery.schemes.base import Factors, single_rank, split_taps
 from dsconv_surgery.schemes.low_rank import LowRank
+from dsconv_surgery.schemes.objective import Objective
+from dsconv_surgery.schemes.whitening import approximate_whitened
 
 
 class Spatial(LowRank):
@@ -23,6 +25,9 @@ class Spatial(LowRank):
         r = single_rank(rank)
         vertical, horizontal = split_taps(spec)
         return {"vertical": replace(vertical, out_channels=r), "horizontal": replace(horizontal, in_channels=r)}
+
+    def approximate(self, spec: ConvSpec, objective: Objective, rank: Rank, rough: bool = False) -> Factors:
+        return approximate_whitened(self, spec, objective, rank, rough)
 
     def unfold(self, weight: Tensor) -> Tensor:
         return weight.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dsconv_surgery.network.geometry import ConvSpec, Pair, Rank
 from dsconv_surgery.schemes.base import Factors, Scheme, rank_pair
+from dsconv_surgery.schemes.objective import Objective
+from dsconv_surgery.schemes.whitening import approximate_whitened
 
 OFFERED = 24  # ranks per side that the planner may choose: 24 x 24 pairs
 
@@ -51,6 +53,9 @@ class Tucker(Scheme):
     def kernel(self, spec: ConvSpec, factors: Factors) -> Tensor:
         reduce, core, expand = factors["reduce"].flatten(2), factors["core"].flatten(3), factors["expand"].flatten(2)
         return torch.einsum("gpi,gqpk,goq->goik", reduce, core, expand).unflatten(3, factors["core"].shape[3:])
+
+    def approximate(self, spec: ConvSpec, objective: Objective, rank: Rank, rough: bool = False) -> Factors:
+        return approximate_whitened(self, spec, objective, rank, rough)
 
     def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor:
         from dsconv_surgery.schemes.hooi import hosvd

@@ -29,7 +29,8 @@ from dsconv_surgery.planning import cut_latency, layer_latency, option_errors
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.knapsack import choose
 from dsconv_surgery.planning.layer_latency import LayerTimer
-from dsconv_surgery.planning.option_errors import SKIP_RATIO, _Fits
+from dsconv_surgery.planning.option_errors import SKIP_RATIO
+from dsconv_surgery.planning.option_fits import OptionFits
 from dsconv_surgery.planning.planner import Planner
 from dsconv_surgery.planning.rules import DAMAGE_POWER, RULES, NamedRule, evbmf_rank, least_damage
 from dsconv_surgery.planning.settings import PlanSettings
@@ -255,7 +256,7 @@ def test_the_options_that_estimates_prefer_are_nearly_the_best(net: Net, x: Tens
     decision = Planner(net, Inputs(x), PlanSettings(budget=Budget(macs=0.5)), Images(Calibration(batches), SHAPES))
     for layer in ("wide", "grouped"):
         working, table = decision._errors[layer], decision._tables[layer]
-        fits = _Fits(working._site, working._layer, working._estimator)
+        fits = OptionFits(working._site, working._layer, working._estimator)
         rows: list[tuple[float, float, float]] = []  # cost, estimated and true error
         for name, options in table.options.items():
             few = options[:: max(1, len(options) // 12)]
@@ -304,8 +305,8 @@ def test_a_second_plan_comes_from_the_cache(net: Net, x: Tensor, batches: list[T
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Fits, "fit", refuse)
-        patch.setattr(_Fits, "weight_errors", refuse)
+        patch.setattr(OptionFits, "fit", refuse)
+        patch.setattr(OptionFits, "weight_errors", refuse)
         patch.setattr(DamageEstimator, "divergence", refuse)
 
         def plan_again() -> Plan:  # errors of what is chosen are measured anew: not asked for here
