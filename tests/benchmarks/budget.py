@@ -7,6 +7,7 @@ python tests/benchmarks/budget.py resnet18 --data ../shared/data     torchvision
 python tests/benchmarks/budget.py latency                            half the time at 224 px: a latency budget against a MACs budget
 python tests/benchmarks/budget.py torchvision                        the recipes for torchvision's networks: cost and time
     ... --channels-last                                              `resnet18` and `torchvision` in this memory format, see `timed`
+    ... --recover                                                    `accuracy` and `resnet18` with recovery on the same images
 python tests/benchmarks/budget.py recipes                            copy rows of `accuracy` and `torchvision` beside each recipe
 
 Nothing is trained. Calibration images are training images. Accuracies are on the whole test set (`weightings`: on held-out training
@@ -102,14 +103,17 @@ def compressed(model: nn.Module, x: Tensor, budget: Budget, batches: Any, **keyw
 def run_accuracy(options: argparse.Namespace, add: Add, rivals: Sequence[str] = ("ours",)) -> None:
     train, (test, labels) = cifar10(options.data / "cifar10", "train")[0], cifar10(options.data / "cifar10", "test")
     x, y = to_input(test), torch.from_numpy(labels)
+    recovered = {"recover": options.recover}
     for depth in options.depth:
         model = network(options.data, depth)
         target = outputs(model, x)
         for seed in options.seeds if len(rivals) == 1 else (0,):
             for measure, fractions in (GOALS[depth] if len(rivals) == 1 else RIVAL_GOALS).items():
                 for fraction in fractions:
+                    if options.goals and f"{measure}={fraction}" not in options.goals:
+                        continue
                     for rival in rivals:
-                        key = {"network": f"ResNet-{depth}", "measure": measure, "keep": fraction, "seed": seed, "rule": rival}
+                        key = {"network": f"ResNet-{depth}", "measure": measure, "keep": fraction, "seed": seed, "rule": rival, **recovered}
 
                         def run(
                             seed: int = seed,
@@ -120,7 +124,7 @@ def run_accuracy(options: argparse.Namespace, add: Add, rivals: Sequence[str] = 
                             target: Tensor = target,
                         ) -> dict[str, Any]:
                             batches = Calibration(draw(train, options.images, seed).split(128), seed=seed)
-                            cut, measured = compressed(model, x, Budget(**{measure: fraction}), batches, **RIVALS[rival])
+                            cut, measured = compressed(model, x, Budget(**{measure: fraction}), batches, **RIVALS[rival], **recovered)
                             output = outputs(cut, x)
                             before, now = (round(100 * float((logits.argmax(1) == y).float().mean()), 2) for logits in (target, output))
                             drop, divergence_ = round(before - now, 2), divergence(target, output)
@@ -137,7 +141,7 @@ def run_accuracy(options: argparse.Namespace, add: Add, rivals: Sequence[str] = 
 
 
 def run_rivals(options: argparse.Namespace, add: Add) -> None:
-    run_accuracy(options, add, list(RIVALS))
+    run_accuracy(options, add, options.rules or list(RIVALS))
 
 
 def run_weightings(options: argparse.Namespace, add: Add) -> None:
@@ -181,12 +185,13 @@ def run_resnet18(options: argparse.Namespace, add: Add) -> None:
             classes = [model(enlarged(part)).argmax(1) for part in to_input(test).split(250)]
         return 100 * float((torch.cat(classes) == y).double().mean())
 
+    recovered = {"recover": options.recover}
     for measure, fractions in (("macs", (0.5, 0.25, 0.15)), ("latency", (0.5, 0.35))):
-        if options.measures and measure not in options.measures:
-            continue
         model = resnet18(options.data) if measure == "macs" else fold_batchnorm(resnet18(options.data), torch.zeros(1, 3, 64, 64))
         kind = form(options) if measure == "latency" else {}
         for fraction in fractions:
+            if options.goals and f"{measure}={fraction}" not in options.goals:
+                continue
 
             def run(model: Any = model, measure: str = measure, fraction: float = fraction, kind: Any = kind) -> dict[str, Any]:
                 x = enlarged(draw(train, 512, 0))
@@ -195,7 +200,7 @@ def run_resnet18(options: argparse.Namespace, add: Add) -> None:
                 if kind and options.channels_last:
                     model, example, fraction = for_channels_last(model, example, fraction)
                 try:
-                    small = compress(model, example, budget=Budget(**{measure: fraction}), calibration=x.split(64))
+                    small = compress(model, example, budget=Budget(**{measure: fraction}), calibration=x.split(64), **recovered)
                 except ValueError as error:
                     if "out of reach" not in str(error):
                         raise
@@ -207,7 +212,7 @@ def run_resnet18(options: argparse.Namespace, add: Add) -> None:
                 schemes = dict(Counter(cut.scheme for cut in small.plan.cuts))
                 return {"dense": round(dense, 2), "cut": round(now, 2), "drop": round(dense - now, 2), "schemes": schemes, **measured}
 
-            add({"network": "resnet18, 64 px", "measure": measure, "keep": fraction, **kind}, run)
+            add({"network": "resnet18, 64 px", "measure": measure, "keep": fraction, **kind, **recovered}, run)
 
 
 def form(options: argparse.Namespace) -> dict[str, Any]:
@@ -355,6 +360,8 @@ def run_recipes(_options: argparse.Namespace, _: Add) -> None:
         path = RESULTS / f"budget_{source}.json"
         measured = json.loads(path.read_text()) if path.exists() else {"rows": [], "settings": {}}
         for row in measured["rows"]:
+            if row.get("recover"):
+                continue
             network_name = row.get("network", "").lower().replace("-", "")
             name = row.get("recipe") or f"{network_name}-cifar10-{row['measure']}-{round(100 * row['keep'])}"
             rows.setdefault(name, []).append({key: value for key, value in row.items() if key not in ("recipe", "rule")})
@@ -380,7 +387,9 @@ def main() -> None:
     parser.add_argument("--depth", type=int, nargs="*", choices=(20, 56), default=[20, 56])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=1024)
-    parser.add_argument("--measures", nargs="*")
+    parser.add_argument("--goals", nargs="*", help="only these budgets, such as macs=0.5")
+    parser.add_argument("--rules", nargs="*", choices=list(RIVALS), help="for rivals: only these")
+    parser.add_argument("--recover", action="store_true", help="for accuracy and resnet18: rows after recovery on the calibration images")
     parser.add_argument("--network")
     parser.add_argument("--batches", type=int, nargs="*", default=[1])
     parser.add_argument("--channels-last", action="store_true")

@@ -25,8 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -74,11 +76,15 @@ def cut(options: argparse.Namespace, case: str, seed: int, held_out: bool) -> tu
         images = draw(cifar10(options.data / "cifar10", "train")[0], 1024, seed)
         small = replace(recipe, fine_tune=None, seed=seed).run(dense, images[:1], calibration=images.split(128), progress=True)
         save(small, folder)
-    return dense, load(dense, folder), read_plan(folder)
+    return dense.to(options.device), load(dense, folder).to(options.device), read_plan(folder)
 
 
-def training(options: argparse.Namespace, held_out: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def training(options: argparse.Namespace, held_out: bool) -> tuple[Tensor, ...]:
     """Training images and labels, then images and labels for the score: 5,000 held-out training images, or the test images."""
+    return tuple(values.to(options.device) for values in _training(options, held_out))
+
+
+def _training(options: argparse.Namespace, held_out: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     images, labels = cifar10(options.data / "cifar10", "train")
     x, y = to_input(images), torch.from_numpy(labels)
     if held_out:
@@ -155,27 +161,71 @@ ABLATION: dict[str, dict[str, Any]] = {
     "AdamW, decay of factors 1e-2": {"optimizer": partial(torch.optim.AdamW, weight_decay=1e-2)},
     "float32": {"precision": "float32"},
     "bfloat16": {"precision": "bfloat16"},
+    "stronger views": {"views": "strong"},
+    "momentum of BatchNorms 0.01": {"momentum": 0.01},
+    "average of the weights as second teacher": {"average": True},
 }
+
+
+class StrongBatches(Batches):
+    """Batches whose images are also changed in contrast, saturation and brightness, and lose a square of 8 x 8 pixels."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for x, *labels in super().__iter__():
+            contrast, saturation = (0.6 + 0.8 * torch.rand(len(x), 1, 1, 1, device=x.device) for _ in range(2))
+            x = x.mean((1, 2, 3), keepdim=True) + contrast * (x - x.mean((1, 2, 3), keepdim=True))
+            x = x.mean(1, keepdim=True) + saturation * (x - x.mean(1, keepdim=True))
+            x = x + 0.6 * torch.rand(len(x), 1, 1, 1, device=x.device) - 0.3
+            top, left = torch.randint(0, 25, (2, len(x), 1), device=x.device)
+            pixels = torch.arange(32, device=x.device)
+            rows, columns = ((pixels >= start) & (pixels < start + 8) for start in (top, left))
+            yield (x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0), *labels)
+
+
+class TwoTeachers(nn.Module):
+    """The mean of the outputs of the dense network and of a moving average of the trained network."""
+
+    def __init__(self, dense: nn.Module, model: nn.Module) -> None:
+        super().__init__()
+        decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+        self.dense, self.average = dense, torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.dense(x) + self.average(x)) / 2
 
 
 def run_ablation(options: argparse.Namespace, add: Add) -> None:
     x, y, test, labels = training(options, held_out=True)
     for case in options.cases or ["resnet20-alds"]:
-        for name, change in ABLATION.items():
+        for seed, (name, change) in product(options.seeds, ABLATION.items()):
             if options.only and not any(part in name for part in options.only):
                 continue
 
-            def run(case: str = case, change: dict[str, Any] = change) -> dict[str, Any]:
+            def run(case: str = case, change: dict[str, Any] = change, seed: int = seed) -> dict[str, Any]:
                 dense, model, plan = cut(options, case, 0, held_out=True)
-                change = {**options.settings, **change}
+                change = {"seed": seed, **options.settings, **change}
                 teacher = dense if change.pop("teacher", True) else None
                 optimizer = change.pop("optimizer") if callable(change.get("optimizer")) else None
                 if change.pop("unbalanced", False):
                     unbalance(model, plan)
+                views = StrongBatches if change.pop("views", None) else Batches
+                momentum = change.pop("momentum", None)
+                for module in model.modules():
+                    if momentum is not None and isinstance(module, nn.BatchNorm2d):
+                        module.momentum = momentum
+                average = TwoTeachers(dense, model) if change.pop("average", False) else None
                 settings = FineTune(**{"epochs": 3, **change})
                 before = accuracy(model, test, labels)
-                batches, start = Batches(x, y, options.batch), time.perf_counter()
-                history = fine_tune(model, batches, teacher=teacher, settings=settings, optimizer=optimizer, progress=True)
+                batches, start = views(x, y, options.batch), time.perf_counter()
+                history = fine_tune(
+                    model,
+                    batches,
+                    teacher=average or teacher,
+                    settings=settings,
+                    optimizer=optimizer,
+                    callback=average and (lambda *_: average.average.update_parameters(model)),
+                    progress=True,
+                )
                 seconds = round(time.perf_counter() - start, 1)
                 return {
                     "dense": accuracy(dense, test, labels),
@@ -186,7 +236,7 @@ def run_ablation(options: argparse.Namespace, add: Add) -> None:
                     "seconds": seconds,
                 }
 
-            add({"case": case, "change": name, **base_settings(options)}, run)
+            add({"case": case, "change": name, "seed": seed, **base_settings(options)}, run)
 
 
 def base_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -403,6 +453,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=1, help="for accuracy: number of cuts that reach the budget, each with all epochs")
     parser.add_argument("--batch", type=int, default=128, help="for accuracy and ablation: images per step")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--device", default="cpu", help="where networks are trained; cuts are made on the CPU")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
