@@ -32,7 +32,7 @@ class OptionFits:
         self._site, self._spec, self._layer, self._weight = site, site.spec, layer, layer.get_parameter("weight")
         self._estimator = estimator
         self._starts: dict[Sample, Factors] = {}  # factors of the weights
-        self._factors: dict[Sample, Factors] = {}  # with the last link fitted
+        self._factors: dict[Sample, Factors] = {}  # those whose error is `output_error`
 
     @cached_property
     def _objectives(self) -> tuple[schemes.Objective, schemes.Objective, Tensor]:
@@ -72,8 +72,11 @@ class OptionFits:
         return errors
 
     def output_error(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> float:
-        """The error of outputs at one of the sampled ranks, `ranks`, after a fit of the last link where that is not slow."""
-        scheme, start, block = schemes.get_scheme(name), self.approximate(name, rank, ranks), self._spec.one_group()
+        """The error of outputs at one of the sampled ranks, `ranks`, after a fit of the last link, or a short one of all links.
+
+        Where that is slow, the factors to start from are judged as they are.
+        """
+        scheme, start, block = schemes.get_scheme(name), self.start(name, rank, ranks), self._spec.one_group()
         if self.last_solve_is_slow(name, rank):
             self._factors[name, rank] = start
             return self._objectives[1].value(scheme.kernel(block, start))
@@ -81,7 +84,7 @@ class OptionFits:
         error, self._factors[name, rank] = self.fit(name, rank, start, iterations)
         return error
 
-    def approximate(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> Factors:
+    def start(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> Factors:
         """Factors to start a fit from: on data where the scheme has an approximation, else those of the weights."""
         scheme, block = schemes.get_scheme(name), self._spec.one_group()
         if schemes.can_approximate(scheme) and rank != scheme.full_rank(block):
@@ -93,20 +96,20 @@ class OptionFits:
         return self._starts[name, rank]
 
     def gain(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> tuple[float, float]:
-        """What a fit of all links makes of the error e of `output_error`: `c e^s` times as much, as (c, s). It is measured at one rank."""
+        """(c, s), where a fit of all links makes an error e of `output_error` `min(1, c e^s)` times as large; measured at one rank."""
         scheme = schemes.get_scheme(name)
         if schemes.has_optimum(scheme):
             return 1.0, 0.0
         error = self.output_error(name, rank, ranks)
         fitted, _ = self.fit(name, rank, self._factors[name, rank])
-        gain = min(1.0, fitted / error) if fitted > TINY else 1.0
+        gain = min(1.0, max(fitted, TINY) / max(error, TINY))
         if is_wide(self._weight):
             return LONGER_FIT_GAIN * gain, 0.0
         whole, slope = (factor * math.log(gain) for factor in scheme.slow_search)
         return math.exp(whole + slope * math.log(max(error, TINY))), -slope
 
     def damage(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> float:
-        """The damage of the factors with a fitted last link, at one of the sampled ranks."""
+        """The damage of the factors whose error is `output_error`, at one of the sampled ranks."""
         if (name, rank) not in self._factors:
             self.output_error(name, rank, ranks)
         scheme, factors, (_, judge, mean) = schemes.get_scheme(name), self._factors[name, rank], self._objectives

@@ -102,8 +102,8 @@ class Objective:
     def kronecker_factors(self, sizes: Sequence[int]) -> list[Tensor]:
         """Second moments (g, size, size) along the axes of a patch, whose Kronecker product is close to S.
 
-        The axes are the input channels and the taps, (in, height x width) or (in, height, width). Each moment is the mean of S over the
-        other axes; all but the first are divided by their mean diagonal.
+        The axes are the input channels and the taps, (in, height x width) or (in, height, width). Each moment is the mean of the diagonal
+        blocks of S along the other axes; all but the first are divided by their mean diagonal.
         """
         axes, moments = "abc"[: len(sizes)], []
         blocks = self.gram.unflatten(-1, sizes) if self.rows else self.gram.unflatten(2, sizes).unflatten(1, sizes)
@@ -116,7 +116,7 @@ class Objective:
             moment = moment.double() * (sizes[axis] / math.prod(sizes))
             if self.rows:
                 moment = moment + self.ridge * torch.eye(sizes[axis], dtype=moment.dtype, device=moment.device)
-            moments.append(moment / moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] if axis else moment)
+            moments.append(moment / moment.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)[:, None, None] if axis else moment)
         return moments
 
     def value(self, kernel: Tensor) -> float:

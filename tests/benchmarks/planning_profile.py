@@ -41,7 +41,7 @@ PHASES = {
     ("planning/option_fits", "weight_errors"): "errors of weights",
     ("planning/option_errors", "_truncation_errors"): "errors of weights",
     ("planning/option_fits", "fit"): "fits of the last link",
-    ("planning/option_fits", "approximate"): "approximations",
+    ("planning/option_fits", "start"): "approximations",
     ("planning/damage", "divergence"): "probes",
     ("planning/damage", "digest"): "digest",
     ("planning/layer_latency", "time"): "clock",

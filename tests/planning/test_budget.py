@@ -274,6 +274,22 @@ def test_the_options_that_estimates_prefer_are_nearly_the_best(net: Net, x: Tens
         assert max(regret for _, regret in chosen) < 0.02
 
 
+@pytest.mark.parametrize(("error", "fitted"), [(0.0, 2e-9), (0.1, 0.0), (0.0, 0.0), (0.1, 0.2)])
+def test_a_gain_is_finite_and_no_loss(
+    error: float, fitted: float, net: Net, x: Tensor, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a decomposition or a fit is exact: kernels of the form of a chain are common in tests and in networks cut before."""
+    decision = Planner(net, Inputs(x), PlanSettings(budget=Budget(macs=0.5)), Images(Calibration(batches), SHAPES))
+    working = decision._errors["wide"]
+    fits = OptionFits(working._site, working._layer, working._estimator)
+    fits._factors["cp", 4] = {}
+    monkeypatch.setattr(OptionFits, "output_error", lambda *_: error)
+    monkeypatch.setattr(OptionFits, "fit", lambda *_: (fitted, {}))
+    factor, power = fits.gain("cp", 4, [4])
+    assert 0 < factor * max(error, 1e-6) ** power <= 1
+    assert power >= 0
+
+
 @pytest.mark.parametrize("scales", [(1.0, 0.02), (0.02, 1.0)], ids=["loud first", "faint first"])
 def test_sensitive_layers_are_spared(scales: tuple[float, float], x: Tensor, batches: list[Tensor]) -> None:
     """Of two equal layers, the one that the output hardly depends on is cut, whichever comes first."""

@@ -78,3 +78,8 @@ def test_kronecker_factors_are_recovered() -> None:
             for factor in others:
                 product = torch.kron(product, factor)
             torch.testing.assert_close(product, plain.gram[0])
+
+
+def test_inputs_of_zero_give_finite_moments() -> None:
+    nothing = Objective(*(torch.zeros(1, *shape, dtype=torch.float64) for shape in ((12, 90), (12, 90), (90, 90), (12, 12))))
+    assert all(bool(factor.isfinite().all()) for factor in nothing.kronecker_factors((10, 3, 3)))
