@@ -91,7 +91,7 @@ class OptionErrors:
         x, targets = (abscissa(*pair) for pair in ((samples, sample_bounds), (ranks, bounds)))
         estimates = np.exp(interpolate(x, errors, targets)).clip(0.0, 1.0)
         if samples and samples[-1] != self._sample_ranks[name][-1]:  # larger ranks have better rivals, so nothing is measured there
-            estimates = estimates.clip(measured[name, samples[-1]])
+            estimates = estimates.clip(min(measured[name, rank] for rank in samples))
         return estimates.tolist()
 
     @property
@@ -170,11 +170,11 @@ class OptionErrors:
     def _curves(self) -> Curves:
         """Errors and damages of sampled options, from the cache where it has them.
 
-        Without calibration images, the errors of factors of the weights. With them, errors of outputs after a fit of the last link, times
-        the gain of a whole fit; in wide layers where that fit is slow, those of factors of the weights. They are measured for promising
-        options only: others have, in each measure of cost, a rival with a much smaller error of the weights. Damage is measured for
-        options with errors near DAMAGE_ERRORS, with a fitted last link, of those only that a plan may choose: options with the same error
-        differ in damage by a third.
+        Without calibration images, the errors of factors of the weights. With them, errors of outputs: of approximations on data, or of
+        factors of the weights, with the last link fitted where that is not slow, times the gain of a whole fit. They are measured for
+        promising options only: others have, in each measure of cost, a rival with a much smaller error of the weights. Damage is measured
+        for options with errors near DAMAGE_ERRORS, of those only that a plan may choose: options with the same error differ in damage by
+        a third.
         """
         self._require_weights()
         self.on_measure()
