@@ -28,7 +28,7 @@ CALIBRATE = "calibrate"  # a phase
 # error on held-out images falls; without held-out images the first is used.
 RIDGES = (1.0, 0.1, 0.01)
 WIDE_LENGTH = 1024  # layers with longer patches are wide: a fit takes long
-TRIAL, WIDE_TRIAL, WIDE_FINAL = 30, 6, 10  # iterations of a fit that held-out images judge, and of the last fit of a wide layer
+TRIAL, WIDE_TRIAL, WIDE_FINAL = 30, 6, 10  # iterations of a fit that chooses the ridge, and of the last fit of a wide layer
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,8 @@ class _LayerFit:
             target = torch.where(dense > 0, dense, cut.clamp(max=0)) - offset - added
             self.moments.add(call.cut_input, _divided(target, gain, call.target), call.first_image)
         self.moments.all_reduce()
-        trial = self._fit(self.moments.objective("fit", self.centred), ridge, factors, 0)
+        iterations = 1 if schemes.has_optimum(self.scheme) else 0
+        trial = self._fit(self.moments.objective("fit", self.centred), ridge, factors, iterations)
         outputs = [output, self._cut_before_relu(trial)]
         errors = self.moments.weight.new_zeros(2)
         for call in pair.calls([self.cut.name]):

@@ -29,7 +29,8 @@ class Scheme(ABC):
 
     name: str
     general: str | None = None  # a scheme that can write every kernel of this one at the same rank
-    # Where ten iterations of a search multiply an error e1 by g, the whole search multiplies an error e by `g^a (e1 / e)^(b log g)`.
+    # What plans expect of a whole search in a layer that is not wide: where ten iterations multiply an error e1 by g, it multiplies an
+    # error e by `g^a (e1 / e)^(b log g)`.
     slow_search: tuple[float, float] = (1.0, 0.0)  # (a, b)
 
     def refuses(self, spec: ConvSpec) -> str | None:
@@ -74,7 +75,10 @@ class Scheme(ABC):
         return None
 
     def approximate(self, spec: ConvSpec, objective: Objective, rank: Rank, rough: bool = False) -> Factors | None:
-        """Factors near those of least error on data, where an iterative scheme can find them faster than the search; else None."""
+        """Factors near those of least error on data, for a search to start from; None to start from those of the weights.
+
+        It is not called for the full rank. With `rough`, which plans pass, an iterative scheme may stop early.
+        """
         return None
 
     def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor | None:

@@ -65,7 +65,7 @@ def fit(
         best = refine(scheme, block, best, objective, 0)
     elif optimum is not None or iterations == 0:
         return best  # a solution in closed form, for all links or for the last
-    if approximation is not None:  # its last link is of the weighted objective
+    if approximation is not None and weighted is not objective:  # its last link is of the weighted objective
         return best
     return best if penalized_error(scheme, block, best, objective) <= penalized_error(scheme, block, start, objective) else start
 
