@@ -41,11 +41,11 @@ def as_rows(plain: Objective, ridge: float) -> Objective:
 def test_approximations_are_close_to_the_best(scheme: str) -> None:
     """A search from them gains little; and nothing, but for the ridge, where the decomposition is optimal."""
     plain = objective()
-    found = get_scheme(scheme).approximate(SPEC, plain, RANKS[scheme])
-    assert found is not None
+    approximation = get_scheme(scheme).approximate(SPEC, plain, RANKS[scheme])
+    assert approximation is not None
     errors = [
         plain.value(get_scheme(scheme).kernel(SPEC, factors))
-        for factors in (found, refine(get_scheme(scheme), SPEC, found, plain, 200), next(weights(scheme, plain)))
+        for factors in (approximation, refine(get_scheme(scheme), SPEC, approximation, plain, 200), next(weights(scheme, plain)))
     ]
     assert errors[1] > (0.99 if scheme in EXACT else 0.7) * errors[0]
     assert errors[0] < 0.8 * errors[2]
@@ -63,7 +63,7 @@ def test_rows_stand_for_the_second_moment(scheme: str) -> None:
     factors = [get_scheme(scheme).approximate(SPEC, each, RANKS[scheme]) for each in pair]
     assert factors[0] is not None
     assert factors[1] is not None
-    kernels = [get_scheme(scheme).kernel(SPEC, found) for found in factors if found is not None]
+    kernels = [get_scheme(scheme).kernel(SPEC, each) for each in factors if each is not None]
     torch.testing.assert_close(kernels[0], kernels[1], rtol=1e-6, atol=1e-6)
     fitted = [get_scheme(scheme).kernel(SPEC, refine(get_scheme(scheme), SPEC, factors[0], each, 5)) for each in pair]
     torch.testing.assert_close(fitted[0], fitted[1], rtol=1e-5, atol=1e-5)
