@@ -32,6 +32,7 @@ class OptionFits:
         self._site, self._spec, self._layer, self._weight = site, site.spec, layer, layer.get_parameter("weight")
         self._estimator = estimator
         self._starts: dict[Sample, Factors] = {}  # factors of the weights
+        self._errors: dict[Sample, float] = {}  # results of `output_error`
         self._factors: dict[Sample, Factors] = {}  # those whose error is `output_error`
 
     @cached_property
@@ -76,13 +77,16 @@ class OptionFits:
 
         Where that is slow, the factors to start from are judged as they are.
         """
+        if (name, rank) in self._errors:
+            return self._errors[name, rank]
         scheme, start, block = schemes.get_scheme(name), self.start(name, rank, ranks), self._spec.one_group()
         if self.last_solve_is_slow(name, rank):
             self._factors[name, rank] = start
-            return self._objectives[1].value(scheme.kernel(block, start))
+            self._errors[name, rank] = self._objectives[1].value(scheme.kernel(block, start))
+            return self._errors[name, rank]
         iterations = 1 if schemes.has_optimum(scheme) else 0 if is_wide(self._weight) or schemes.can_approximate(scheme) else ITERATIONS
-        error, self._factors[name, rank] = self.fit(name, rank, start, iterations)
-        return error
+        self._errors[name, rank], self._factors[name, rank] = self.fit(name, rank, start, iterations)
+        return self._errors[name, rank]
 
     def start(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> Factors:
         """Factors to start a fit from: on data where the scheme has an approximation, else those of the weights."""
