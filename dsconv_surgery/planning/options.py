@@ -98,7 +98,7 @@ def _is_superseded(name: str, others: Sequence[str], site: ConvSite) -> bool:
     general = schemes.get_scheme(name).general
     if general is None or not {name, general} <= set(others):
         return False
-    special, whole = (chain_cost(schemes.chain_of(schemes.get_scheme(s), site.spec, 1), site.sizes) for s in (name, general))
+    special, whole = (schemes.option_cost(schemes.get_scheme(s), site.spec, 1, site.sizes) for s in (name, general))
     return all(getattr(whole, m) < (1 + SPECIAL_SAVING) * getattr(special, m) for m in ("macs", "params"))
 
 
@@ -107,7 +107,7 @@ def _options_up_to_dense(name: str, site: ConvSite, dense: Cost, measures: Seque
     scheme = schemes.get_scheme(name)
     result: list[Option] = []
     for rank in scheme.ranks(site.spec.one_group()):
-        result.append(Option(name, rank, chain_cost(schemes.chain_of(scheme, site.spec, rank), site.sizes)))
+        result.append(Option(name, rank, schemes.option_cost(scheme, site.spec, rank, site.sizes)))
         if isinstance(rank, int) and not _saves(result[-1], dense, measures):
             break
     return result

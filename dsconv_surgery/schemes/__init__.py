@@ -12,16 +12,17 @@ from dsconv_surgery.schemes.chain import (
     kernel_tensor,
     links_of,
     make_layer,
+    option_cost,
     refusal,
     relative_error,
     spectrum,
 )
-from dsconv_surgery.schemes.fitting import can_approximate, fit, has_optimum, last_is_shared, naming_layer
+from dsconv_surgery.schemes.fitting import can_approximate, fit, has_optimum, naming_layer
 from dsconv_surgery.schemes.objective import LinAlgError, Objective
 from dsconv_surgery.schemes.registry import get_scheme, register_scheme, scheme_names
 
 __all__ = [
     "Factors", "LinAlgError", "Objective", "Scheme", "build", "can_approximate", "chain_of", "check_rank", "degeneracy", "factorize",
-    "fit", "get_scheme", "has_optimum", "is_channels_last", "kernel_of", "kernel_tensor", "last_is_shared", "links_of", "make_layer",
-    "naming_layer", "rank_pair", "refusal", "register_scheme", "relative_error", "scheme_names", "single_rank", "spectrum", "split_taps",
+    "fit", "get_scheme", "has_optimum", "is_channels_last", "kernel_of", "kernel_tensor", "links_of", "make_layer", "naming_layer",
+    "option_cost", "rank_pair", "refusal", "register_scheme", "relative_error", "scheme_names", "single_rank", "spectrum", "split_taps",
 ]  # fmt: skip

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsconv_surgery.network.geometry import ConvSpec, Rank
+from dsconv_surgery.network.geometry import ConvSpec, Cost, Rank, Size, chain_cost
 from dsconv_surgery.network.layers import take_place
 from dsconv_surgery.schemes.base import Factors, Scheme
 
@@ -50,6 +51,12 @@ def chain_of(scheme: Scheme, spec: ConvSpec, rank: Rank) -> dict[str, ConvSpec]:
     last = next(reversed(chain))  # the padding of later links would not see the bias of an earlier one
     chain[last] = replace(chain[last], bias=spec.bias)
     return chain
+
+
+@lru_cache(2**16)
+def option_cost(scheme: Scheme, spec: ConvSpec, rank: Rank, sizes: tuple[Size, ...]) -> Cost:
+    """The cost of a whole layer's chain, called once for each input size; kept, as networks repeat layers and plans ask twice."""
+    return chain_cost(chain_of(scheme, spec, rank), sizes)
 
 
 def kernel_tensor(spec: ConvSpec, weight: Tensor) -> Tensor:
