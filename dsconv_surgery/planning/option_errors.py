@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsconv_surgery import schemes
 from dsconv_surgery.network.discovery import ConvSite
-from dsconv_surgery.network.geometry import Rank, chain_cost
+from dsconv_surgery.network.geometry import Rank
 from dsconv_surgery.planning.curves import TINY, abscissa, damage_curve, interpolate, truncation_errors
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.option_fits import OptionFits, Sample, is_wide
@@ -23,9 +23,8 @@ from dsconv_surgery.support.cache import Cache, digest
 SAMPLE_FRACTIONS = (0.1, 0.3, 0.5, 0.7)  # of a layer's MACs: errors are measured at ranks near them, and at the cheapest rank
 WIDE_SAMPLE_FRACTIONS = (0.1, 0.3, 0.7)  # the same in wide layers
 CLOSED_FRACTIONS = tuple(k / 16 for k in range(1, 16))  # the same for closed forms in layers that are not wide: they cost little
-# Options whose weights' error is this many times that of others that cost no more are not fitted; in wide layers fits take long.
-SKIP_RATIO, WIDE_SKIP_RATIO = 6.0, 1.5
-DAMAGE_SKIP_RATIO = 1.3  # the same for measurements of damage, with errors of outputs
+# Damage is not measured for options whose error is this many times that of others that cost no more.
+DAMAGE_SKIP_RATIO = 1.3
 DAMAGE_ERRORS = (0.35, 0.1, 0.03, 0.01, 0.004)  # damage is measured for options with errors near these
 Unfolding = tuple[list[float], tuple[int, int]]  # a matrix's singular values, and its shape
 
@@ -84,15 +83,11 @@ class OptionErrors:
         bounds = self.bounds(name, ranks)
         if bounds is not None and not self.calibrated:
             return bounds
-        measured = self._curves.errors
-        samples = [rank for rank in self._sample_ranks[name] if (name, rank) in measured]
+        measured, samples = self._curves.errors, self._sample_ranks[name]
         errors = np.log([max(measured[name, rank], TINY) for rank in samples])
-        sample_bounds = self.bounds(name, samples) if samples else None  # pairs of ranks are ordered by the weights' errors
-        x, targets = (abscissa(*pair) for pair in ((samples, sample_bounds), (ranks, bounds)))
-        estimates = np.exp(interpolate(x, errors, targets)).clip(0.0, 1.0)
-        if samples and samples[-1] != self._sample_ranks[name][-1]:  # larger ranks have better rivals, so nothing is measured there
-            estimates = estimates.clip(min(measured[name, rank] for rank in samples))
-        return estimates.tolist()
+        # pairs of ranks are ordered by the weights' errors
+        x, targets = (abscissa(*pair) for pair in ((samples, self.bounds(name, samples)), (ranks, bounds)))
+        return np.exp(interpolate(x, errors, targets)).clip(0.0, 1.0).tolist()
 
     @property
     def sampled(self) -> bool:
@@ -139,7 +134,7 @@ class OptionErrors:
             scheme = schemes.get_scheme(name)
             ranks: list[tuple[Rank, float]] = []
             for rank in scheme.ranks(self._spec.one_group()):
-                fraction = chain_cost(schemes.chain_of(scheme, self._spec, rank), self._site.sizes).macs / max(self._site.cost.macs, 1)
+                fraction = schemes.option_cost(scheme, self._spec, rank, self._site.sizes).macs / max(self._site.cost.macs, 1)
                 if fraction < 1 or not ranks:
                     ranks.append((rank, fraction))
                 elif isinstance(rank, int):
@@ -159,7 +154,7 @@ class OptionErrors:
         costs: dict[Sample, list[float]] = {}
         for name, ranks in self._sample_ranks.items():
             for rank in ranks:
-                cost = chain_cost(schemes.chain_of(schemes.get_scheme(name), self._spec, rank), self._site.sizes)
+                cost = schemes.option_cost(schemes.get_scheme(name), self._spec, rank, self._site.sizes)
                 costs[name, rank] = [float(cost.macs), float(cost.params)]
                 if self.latencies:
                     timed = self.latencies.get(name)
@@ -171,39 +166,35 @@ class OptionErrors:
         """Errors and damages of sampled options, from the cache where it has them.
 
         Without calibration images, the errors of factors of the weights. With them, errors of outputs: of approximations on data, or of
-        factors of the weights, with the last link fitted where that is not slow, times the gain of a whole fit. They are measured for
-        promising options only: others have, in each measure of cost, a rival with a much smaller error of the weights. Damage is measured
-        for options with errors near DAMAGE_ERRORS, of those only that a plan may choose: options with the same error differ in damage by
-        a third.
+        factors of the weights with the last link fitted, times the gain of a whole fit. Damage is measured for options with errors near
+        DAMAGE_ERRORS, of those only that a plan may choose: options with the same error differ in damage by a third.
         """
         self._require_weights()
         self.on_measure()
         fits, ranks = OptionFits(self._site, self._layer, self._estimator), self._sample_ranks
         errors: dict[Sample, float] = {}
-        for name, group in ranks.items():
-            if self.calibrated or name not in self._truncation_errors:  # otherwise known at all ranks
-                values = self._cached("weights", name, group, partial(fits.weight_errors, name, group))
-                errors |= {(name, rank): value for rank, value in zip(group, values, strict=True)}
         if not self.calibrated:
+            for name, group in ranks.items():
+                if name not in self._truncation_errors:  # otherwise known at all ranks
+                    values = self._cached("weights", name, group, partial(fits.weight_errors, name, group))
+                    errors |= {(name, rank): value for rank, value in zip(group, values, strict=True)}
             return Curves(errors, [])
-        promising = [
-            sample for sample in errors if not self._is_beaten(sample, errors, WIDE_SKIP_RATIO if is_wide(self._weight) else SKIP_RATIO)
-        ]
-        rough = {s: self._cached("outputs", s[0], [s[1]], partial(fits.output_error, *s, ranks[s[0]])) for s in promising}
-        errors = dict(rough)
-        for name in {name: None for name, _ in promising}:
-            if fitted := [sample for sample in promising if sample[0] == name and fits.is_fitted(*sample)]:
+        samples = [(name, rank) for name, group in ranks.items() for rank in group]
+        rough = {s: self._cached("outputs", s[0], [s[1]], partial(fits.output_error, *s, ranks[s[0]])) for s in samples}
+        errors |= rough
+        for name, group in ranks.items():
+            if fitted := [rank for rank in group if not fits.last_solve_is_slow(name, rank)]:
                 middle = fitted[len(fitted) // 2]
-                factor, power = self._cached("gain", name, [middle[1]], partial(fits.gain, *middle, ranks[name]))
-                errors |= {sample: rough[sample] * min(1.0, factor * rough[sample] ** power) for sample in fitted}
-        candidates = [sample for sample in errors if not self._is_beaten(sample, errors, DAMAGE_SKIP_RATIO)]
+                factor, power = self._cached("gain", name, [middle], partial(fits.gain, name, middle, group))
+                errors |= {(name, rank): rough[name, rank] * min(1.0, factor * rough[name, rank] ** power) for rank in fitted}
+        candidates = [sample for sample in samples if not self._is_beaten(sample, errors)]
         chosen = {min(candidates, key=lambda s: abs(np.log(max(rough[s], TINY) / target))): None for target in DAMAGE_ERRORS}
         damages = [self._cached("damage", s[0], [s[1]], partial(fits.damage, *s, ranks[s[0]])) for s in chosen]
         return Curves(errors, [(rough[sample], damage) for sample, damage in zip(chosen, damages, strict=True)])
 
-    def _is_beaten(self, sample: Sample, errors: dict[Sample, float], ratio: float) -> bool:
-        """Whether in each measure another option has an error that is smaller by a ratio, at no more cost."""
-        better = [self._costs[other] for other, error in errors.items() if error * ratio < errors[sample]]
+    def _is_beaten(self, sample: Sample, errors: dict[Sample, float]) -> bool:
+        """Whether in each measure another option has a much smaller error, at no more cost."""
+        better = [self._costs[other] for other, error in errors.items() if error * DAMAGE_SKIP_RATIO < errors[sample]]
         return all(any(costs[m] <= cost for costs in better) for m, cost in enumerate(self._costs[sample]))
 
     def _cached(self, kind: str, name: str, ranks: Sequence[Rank], compute: Callable[[], Any]) -> Any:

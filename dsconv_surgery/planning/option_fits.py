@@ -16,7 +16,8 @@ from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.schemes import Factors
 
 ITERATIONS, WIDE_ITERATIONS, WIDE = 10, 5, 1024  # of a fit, and of one in layers with more weights per output channel than WIDE
-LONGER_FIT_GAIN = 0.95  # what a longer fit than the measured one makes of its error
+# What a fit of all links makes of the error in wide layers: from approximations on data, and from factors of the weights.
+WIDE_GAIN, WIDE_GAIN_FROM_WEIGHTS = 0.9, 0.65
 Sample = tuple[str, Rank]  # a scheme at a sampled rank
 
 
@@ -60,10 +61,6 @@ class OptionFits:
         many = last.in_channels // last.groups > 2 * self._spec.in_channels // self._spec.groups
         return is_wide(self._weight) and (many or last.groups > self._spec.groups)
 
-    def is_fitted(self, name: str, rank: Rank) -> bool:
-        """Whether `output_error` fits an option to the images."""
-        return schemes.can_approximate(schemes.get_scheme(name)) or not self.last_solve_is_slow(name, rank)
-
     def weight_errors(self, name: str, ranks: Sequence[Rank]) -> list[float]:
         """The errors of rough factors of the weights at a scheme's sampled ranks."""
         scheme, errors = schemes.get_scheme(name), []
@@ -100,15 +97,18 @@ class OptionFits:
         return self._starts[name, rank]
 
     def gain(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> tuple[float, float]:
-        """(c, s), where a fit of all links makes an error e of `output_error` `min(1, c e^s)` times as large; measured at one rank."""
+        """(c, s), where a fit of all links makes an error e of `output_error` `min(1, c e^s)` times as large.
+
+        It is measured at one rank, and in wide layers not at all.
+        """
         scheme = schemes.get_scheme(name)
         if schemes.has_optimum(scheme):
             return 1.0, 0.0
+        if is_wide(self._weight):  # a fit takes long
+            return WIDE_GAIN if schemes.can_approximate(scheme) else WIDE_GAIN_FROM_WEIGHTS, 0.0
         error = self.output_error(name, rank, ranks)
         fitted, _ = self.fit(name, rank, self._factors[name, rank])
         gain = min(1.0, max(fitted, TINY) / max(error, TINY))
-        if is_wide(self._weight):
-            return LONGER_FIT_GAIN * gain, 0.0
         whole, slope = (factor * math.log(gain) for factor in scheme.slow_search)
         return math.exp(whole + slope * math.log(max(error, TINY))), -slope
 

@@ -25,11 +25,10 @@ from dsconv_surgery.budget import BudgetError
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.network.discovery import ConvSite, survey_model
 from dsconv_surgery.network.geometry import ConvSpec, Cost
-from dsconv_surgery.planning import cut_latency, layer_latency, option_errors
+from dsconv_surgery.planning import cut_latency, layer_latency
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.knapsack import choose
 from dsconv_surgery.planning.layer_latency import LayerTimer
-from dsconv_surgery.planning.option_errors import SKIP_RATIO
 from dsconv_surgery.planning.option_fits import OptionFits
 from dsconv_surgery.planning.planner import Planner
 from dsconv_surgery.planning.rules import DAMAGE_POWER, RULES, NamedRule, evbmf_rank, least_damage
@@ -373,25 +372,6 @@ def test_registered_schemes_are_not_cached(net: Net, x: Tensor, tmp_path: Path, 
     assert not list((tmp_path / "one").rglob("*.json"))
     make_plan(net, x, schemes="channel", calibration=batches, cache=tmp_path / "two")
     assert list((tmp_path / "two").rglob("*.json"))
-
-
-def test_unpromising_options_are_not_fitted(net: Net, x: Tensor, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options with a multiple of a cheaper option's error of the weights are not fitted; plans are the same as with all fitted."""
-    plans, fitted, fit = [], [], schemes.fit
-    for ratio in (SKIP_RATIO, 1e9):
-        count = [0]
-
-        def counted(*args: Any, count: list[int] = count, **keywords: Any) -> Any:
-            count[0] += 1
-            return fit(*args, **keywords)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(option_errors, "SKIP_RATIO", ratio)
-            patch.setattr(schemes, "fit", counted)
-            plans.append(make_plan(net, x, budget=Budget(macs=0.4), calibration=batches, cache=False))
-        fitted.append(count[0])
-    assert 0 < fitted[0] < fitted[1]
-    assert [(c.name, c.scheme, c.rank) for c in plans[0].cuts] == [(c.name, c.scheme, c.rank) for c in plans[1].cuts]
 
 
 def test_damaged_entries_are_noticed_and_made_anew(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_plans_with_parts_of_a_cache_are_equal(planned: tuple[Plan, Path, Tensor
     assert plan.cuts
     everything = {path: path.read_bytes() for path in entries(folder)}
     kinds = {path.parent.name for path in everything}
-    assert kinds >= ({"weights", "outputs", "damage"} if plan.calibrated else {"weights"})
+    assert kinds >= ({"outputs", "gain", "damage"} if plan.calibrated else {"weights"})
     assert plan_with(folder, batch) == plan == plan_with(False, batch)
     halves = [random.Random(seed).sample(sorted(everything), len(everything) // 2) for seed in range(2)]
     for lost in (*halves, *([path for path in everything if path.parent.name == kind] for kind in sorted(kinds))):
