@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -105,7 +106,7 @@ def refine(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objectiv
             jac=True,
             method="L-BFGS-B",
             callback=_until_stalled(),
-            options={"maxcor": HISTORY, "maxiter": iterations, "maxfun": 2 * iterations, "ftol": 0.0, "gtol": 0.0},
+            options={"maxcor": min(HISTORY, iterations), "maxiter": iterations, "maxfun": 2 * iterations, "ftol": 0.0, "gtol": 0.0},
         )
         flat = torch.from_numpy(search.x).to(flat)
     free = unflattened(flat)
@@ -162,18 +163,49 @@ def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, init
     with torch.enable_grad():
         features = scheme.features(spec, {**free, last: initial}).flatten(2)  # g p n
     with torch.no_grad():
-        projected = objective.projected(features)
-        gram, matched = objective.moment(features, projected), objective.cross @ features.mT
+        parts = _Parts.of(features, 1 if objective.rows else initial[0, 0, 0].numel())
+        projected = parts.join(1, lambda part, columns: objective.projected(part, columns))
+        gram = parts.join(2, lambda part, columns: objective.moment(part, columns, projected))
+        matched = parts.join(2, lambda part, columns: objective.cross[..., columns] @ part.mT)
         penalty = PENALTY * objective.size * features.square().sum(2)
         solved = _regular_solve(gram + torch.diag_embed(penalty), matched)
         change = ((solved @ gram - 2 * matched) * solved).sum(dtype=torch.float64)
         norms = solved.square().sum(1)
         error = objective.energy + float(change + (penalty * norms).sum(dtype=torch.float64))
     if features.requires_grad:
-        slope = solved.mT @ objective.slope(solved, features.detach(), projected)
+        slope = parts.gradient(solved, objective.slope(solved, features.detach(), projected))
         slope += PENALTY * objective.size * norms.unsqueeze(2) * features.detach()
         features.backward(2 * slope / objective.unit)
     return solved.reshape(initial.shape), error / objective.unit
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Features (g, p, n) by the tap of the last link that they belong to, and where each part is not zero: products leave out the rest."""
+
+    parts: list[tuple[Tensor, Any]]  # features (g, p / taps, some of n), and which of n
+
+    @classmethod
+    def of(cls, features: Tensor, taps: int) -> _Parts:
+        features = features.detach()
+        if taps == 1:
+            return cls([(features, slice(None))])
+        columns = [features[:, tap::taps].abs().amax((0, 1)).nonzero().squeeze(1) for tap in range(taps)]
+        return cls([(features[:, tap::taps][..., used], used) for tap, used in enumerate(columns)])
+
+    def join(self, dim: int, product: Callable[[Tensor, Any], Tensor]) -> Tensor:
+        """The products of all parts, with their features in the original order along a dimension."""
+        return torch.stack([product(*part) for part in self.parts], dim + 1).flatten(dim, dim + 1)
+
+    def gradient(self, mixing: Tensor, slope: Tensor) -> Tensor:
+        """`mixing^T slope` at the entries that are not zero: (g, p, n)."""
+        taps = len(self.parts)
+        if taps == 1:
+            return mixing.mT @ slope
+        result = slope.new_zeros(mixing.shape[0], mixing.shape[2], slope.shape[2])
+        for tap, (_, columns) in enumerate(self.parts):
+            result[:, tap::taps, columns] = mixing[..., tap::taps].mT @ slope[..., columns]
+        return result
 
 
 def _solve_each(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, initial: Tensor, objective: Objective) -> tuple[Tensor, float]:

@@ -19,6 +19,9 @@ RIDGE, SINGLE_RIDGE = 1e-9, 1e-6
 RIDGE_GROWTH, RIDGE_TRIES = 1e3, 6  # a ridge grows until rounding errors leave the matrix positive definite
 
 
+ALL = slice(None)
+
+
 @dataclass(frozen=True)
 class Objective:
     """The error of a kernel V against the target outputs of a layer: `E |t - V p|^2 + ridge |V - W|^2`, a quadratic in V.
@@ -80,14 +83,17 @@ class Objective:
             return (kernels @ self.gram.mT) @ self.gram + self.ridge * kernels
         return kernels @ self.gram
 
-    def projected(self, kernels: Tensor) -> Tensor:
-        """What `moment` and `slope` need of kernels (g, any, n): `kernels @ S`, or with rows `kernels @ R^T`, which is shorter."""
-        return kernels @ (self.gram.mT if self.rows else self.gram)
+    def projected(self, kernels: Tensor, columns: Any = ALL) -> Tensor:
+        """What `moment` and `slope` need of kernels (g, any, n): `kernels @ S`, or with rows `kernels @ R^T`, which is shorter.
 
-    def moment(self, kernels: Tensor, projected: Tensor) -> Tensor:
-        """`kernels @ S @ kernels^T`."""
+        With `columns`, the kernels have only these of n entries, and zeros elsewhere.
+        """
+        return kernels @ (self.gram[..., columns].mT if self.rows else self.gram[:, columns])
+
+    def moment(self, kernels: Tensor, columns: Any, projected: Tensor) -> Tensor:
+        """`V @ S @ kernels^T`, for `projected` of V; with rows, V and the kernels are the same."""
         if not self.rows:
-            return projected @ kernels.mT
+            return projected[..., columns] @ kernels.mT
         moment = projected @ projected.mT
         return moment + self.ridge * (kernels @ kernels.mT) if self.ridge else moment
 
