@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -85,7 +85,9 @@ def refine(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objectiv
     start = {link: factors[link] / factors[link].square().mean().sqrt().clamp(min=1e-30) for link in others}
     if iterations is None:
         iterations = WIDE_ITERATIONS if objective.cross.numel() * objective.gram.shape[1] > WIDE else ITERATIONS
-    eliminate = _solve_shared if last_is_shared(factors) else _solve_each
+    eliminate: Callable[..., tuple[Tensor, float]] = _solve_each
+    if last_is_shared(factors):
+        eliminate = partial(_solve_shared, supports=_supports(scheme, spec, factors, objective))
 
     def unflattened(values: Tensor) -> Factors:
         parts = values.split([start[link].numel() for link in others])
@@ -154,7 +156,21 @@ def last_is_shared(factors: Factors) -> bool:
     return last.shape[2] == previous.shape[1]
 
 
-def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, initial: Tensor, objective: Objective) -> tuple[Tensor, float]:
+def _supports(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objective) -> list[Any]:
+    """For each tap of the last link, the entries of a patch that the features at this tap read; products leave out the others."""
+    *_, last = factors.values()
+    taps = last[0, 0, 0].numel()
+    if taps == 1 or objective.rows:
+        return [slice(None)]
+    generator = torch.Generator("cpu").manual_seed(0)
+    some = {link: torch.rand(factor[:1].shape, generator=generator, device="cpu").to(factor) for link, factor in factors.items()}
+    features = scheme.features(spec, some).flatten(2)
+    return [features[:, tap::taps].abs().amax((0, 1)).nonzero().squeeze(1) for tap in range(taps)]
+
+
+def _solve_shared(
+    scheme: Scheme, spec: ConvSpec, free: Factors, last: str, initial: Tensor, objective: Objective, supports: list[Any]
+) -> tuple[Tensor, float]:
     """The last link's best weight and the error, if all outputs combine the same features f; the gradient goes to `free`.
 
     The error includes a penalty on `sum_p |a_p|^2 |f_p|^2`, a being the weight: without it, the terms of a kernel cancel each other
@@ -163,49 +179,27 @@ def _solve_shared(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, init
     with torch.enable_grad():
         features = scheme.features(spec, {**free, last: initial}).flatten(2)  # g p n
     with torch.no_grad():
-        parts = _Parts.of(features, 1 if objective.rows else initial[0, 0, 0].numel())
-        projected = parts.join(1, lambda part, columns: objective.projected(part, columns))
-        gram = parts.join(2, lambda part, columns: objective.moment(part, columns, projected))
-        matched = parts.join(2, lambda part, columns: objective.cross[..., columns] @ part.mT)
+        parts = [(features[:, tap :: len(supports)][..., columns], columns) for tap, columns in enumerate(supports)]
+        projected = _joined([objective.projected(part, columns) for part, columns in parts], 1)
+        gram = _joined([objective.moment(part, columns, projected) for part, columns in parts], 2)
+        matched = _joined([objective.cross[..., columns] @ part.mT for part, columns in parts], 2)
         penalty = PENALTY * objective.size * features.square().sum(2)
         solved = _regular_solve(gram + torch.diag_embed(penalty), matched)
         change = ((solved @ gram - 2 * matched) * solved).sum(dtype=torch.float64)
         norms = solved.square().sum(1)
         error = objective.energy + float(change + (penalty * norms).sum(dtype=torch.float64))
     if features.requires_grad:
-        slope = parts.gradient(solved, objective.slope(solved, features.detach(), projected))
-        slope += PENALTY * objective.size * norms.unsqueeze(2) * features.detach()
-        features.backward(2 * slope / objective.unit)
+        slope, gradient = objective.slope(solved, features.detach(), projected), torch.zeros_like(features)
+        for tap, columns in enumerate(supports):
+            gradient[:, tap :: len(supports), columns] = solved[..., tap :: len(supports)].mT @ slope[..., columns]
+        gradient += PENALTY * objective.size * norms.unsqueeze(2) * features.detach()
+        features.backward(2 * gradient / objective.unit)
     return solved.reshape(initial.shape), error / objective.unit
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Features (g, p, n) by the tap of the last link that they belong to, and where each part is not zero: products leave out the rest."""
-
-    parts: list[tuple[Tensor, Any]]  # features (g, p / taps, some of n), and which of n
-
-    @classmethod
-    def of(cls, features: Tensor, taps: int) -> _Parts:
-        features = features.detach()
-        if taps == 1:
-            return cls([(features, slice(None))])
-        columns = [features[:, tap::taps].abs().amax((0, 1)).nonzero().squeeze(1) for tap in range(taps)]
-        return cls([(features[:, tap::taps][..., used], used) for tap, used in enumerate(columns)])
-
-    def join(self, dim: int, product: Callable[[Tensor, Any], Tensor]) -> Tensor:
-        """The products of all parts, with their features in the original order along a dimension."""
-        return torch.stack([product(*part) for part in self.parts], dim + 1).flatten(dim, dim + 1)
-
-    def gradient(self, mixing: Tensor, slope: Tensor) -> Tensor:
-        """`mixing^T slope` at the entries that are not zero: (g, p, n)."""
-        taps = len(self.parts)
-        if taps == 1:
-            return mixing.mT @ slope
-        result = slope.new_zeros(mixing.shape[0], mixing.shape[2], slope.shape[2])
-        for tap, (_, columns) in enumerate(self.parts):
-            result[:, tap::taps, columns] = mixing[..., tap::taps].mT @ slope[..., columns]
-        return result
+def _joined(products: list[Tensor], dim: int) -> Tensor:
+    """Products with the features of each tap, in the features' order along a dimension."""
+    return torch.stack(products, dim + 1).flatten(dim, dim + 1)
 
 
 def _solve_each(scheme: Scheme, spec: ConvSpec, free: Factors, last: str, initial: Tensor, objective: Objective) -> tuple[Tensor, float]:

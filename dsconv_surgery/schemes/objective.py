@@ -19,9 +19,6 @@ RIDGE, SINGLE_RIDGE = 1e-9, 1e-6
 RIDGE_GROWTH, RIDGE_TRIES = 1e3, 6  # a ridge grows until rounding errors leave the matrix positive definite
 
 
-ALL = slice(None)
-
-
 @dataclass(frozen=True)
 class Objective:
     """The error of a kernel V against the target outputs of a layer: `E |t - V p|^2 + ridge |V - W|^2`, a quadratic in V.
@@ -83,15 +80,15 @@ class Objective:
             return (kernels @ self.gram.mT) @ self.gram + self.ridge * kernels
         return kernels @ self.gram
 
-    def projected(self, kernels: Tensor, columns: Any = ALL) -> Tensor:
-        """What `moment` and `slope` need of kernels (g, any, n): `kernels @ S`, or with rows `kernels @ R^T`, which is shorter.
+    def projected(self, kernels: Tensor, columns: Any = slice(None)) -> Tensor:
+        """What `moment` and `slope` need of kernels: `kernels @ S`, or with rows `kernels @ R^T`, which is shorter.
 
-        With `columns`, the kernels have only these of n entries, and zeros elsewhere.
+        Kernels are (g, any, n) without the entries that `columns` leaves out, which are zeros.
         """
         return kernels @ (self.gram[..., columns].mT if self.rows else self.gram[:, columns])
 
     def moment(self, kernels: Tensor, columns: Any, projected: Tensor) -> Tensor:
-        """`V @ S @ kernels^T`, for `projected` of V; with rows, V and the kernels are the same."""
+        """`V @ S @ kernels^T` for kernels as above and `projected` of V; with rows, V and the kernels are the same, with all entries."""
         if not self.rows:
             return projected[..., columns] @ kernels.mT
         moment = projected @ projected.mT
