@@ -7,6 +7,7 @@ from dsconv_surgery.schemes.chain import (
     check_rank,
     degeneracy,
     factorize,
+    is_built_in,
     is_channels_last,
     kernel_of,
     kernel_tensor,
@@ -23,6 +24,7 @@ from dsconv_surgery.schemes.registry import get_scheme, register_scheme, scheme_
 
 __all__ = [
     "Factors", "LinAlgError", "Objective", "Scheme", "build", "can_approximate", "chain_of", "check_rank", "degeneracy", "factorize",
-    "fit", "get_scheme", "has_optimum", "is_channels_last", "kernel_of", "kernel_tensor", "links_of", "make_layer", "naming_layer",
-    "option_cost", "rank_pair", "refusal", "register_scheme", "relative_error", "scheme_names", "single_rank", "spectrum", "split_taps",
+    "fit", "get_scheme", "has_optimum", "is_built_in", "is_channels_last", "kernel_of", "kernel_tensor", "links_of", "make_layer",
+    "naming_layer", "option_cost", "rank_pair", "refusal", "register_scheme", "relative_error", "scheme_names", "single_rank", "spectrum",
+    "split_taps",
 ]  # fmt: skip

@@ -53,10 +53,21 @@ def chain_of(scheme: Scheme, spec: ConvSpec, rank: Rank) -> dict[str, ConvSpec]:
     return chain
 
 
-@lru_cache(2**16)
 def option_cost(scheme: Scheme, spec: ConvSpec, rank: Rank, sizes: tuple[Size, ...]) -> Cost:
-    """The cost of a whole layer's chain, called once for each input size; kept, as networks repeat layers and plans ask twice."""
+    """The cost of a whole layer's chain, called once for each input size; kept for built-in schemes, as networks repeat layers."""
+    return (_kept_cost if is_built_in(scheme) else _cost)(scheme, spec, rank, sizes)
+
+
+def _cost(scheme: Scheme, spec: ConvSpec, rank: Rank, sizes: tuple[Size, ...]) -> Cost:
     return chain_cost(chain_of(scheme, spec, rank), sizes)
+
+
+_kept_cost = lru_cache(2**16)(_cost)
+
+
+def is_built_in(scheme: Scheme) -> bool:
+    """Whether a scheme is of this package. What is kept of others could be wrong: another may have the same name in the next run."""
+    return type(scheme).__module__.startswith("dsconv_surgery.")
 
 
 def kernel_tensor(spec: ConvSpec, weight: Tensor) -> Tensor:

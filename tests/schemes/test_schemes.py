@@ -321,6 +321,7 @@ class Duck:
     """The methods of a scheme, without its base class."""
 
     name = "duck"
+    __hash__ = None  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("_") or name == "term_energy":
@@ -338,6 +339,8 @@ def test_any_object_with_the_methods_of_a_scheme_is_accepted(monkeypatch: pytest
     conv = nn.Conv2d(6, 8, 3).double()
     x = torch.randn(2, 6, 9, 9, dtype=torch.float64)
     assert relative(cut("duck", conv)(x), conv(x)) <= 1e-10
+    costs = [schemes.option_cost(schemes.get_scheme(name), ConvSpec.of(conv), 2, ((2, 9, 9),)) for name in ("duck", "channel")]
+    assert costs[0] == costs[1]
 
 
 class Dense(Scheme):
