@@ -28,7 +28,7 @@ CALIBRATE = "calibrate"  # a phase
 # error on held-out images falls; without held-out images the first is used.
 RIDGES = (1.0, 0.1, 0.01)
 WIDE_LENGTH = 1024  # layers with longer patches are wide: a fit takes long
-TRIAL, WIDE_ITERATIONS = 30, 6  # iterations of a fit that chooses the ridge, and of the last fit of a wide layer
+TRIAL, WIDE_FIT = 30, 6  # iterations of a fit that chooses the ridge, and of fits in wide layers
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _LayerFit:
         ridge, factors = self._choose_ridge(start, held)
         if self.following.relu and held is not None and factors is not None:
             factors = self._fit_behind_relu(pair, ridge, factors)
-        iterations = WIDE_ITERATIONS if self.wide and held is not None else None
+        iterations = WIDE_FIT if self.wide and held is not None else None
         factors = self._fit(self.moments.objective("all", self.centred), ridge, factors, iterations)
         bias, chain = self._bias(factors), schemes.build(self.cut.chain, self.layer, factors)
         batchnorm = None if self.cut.spec.bias else copy.deepcopy(self.batchnorm)
@@ -147,7 +147,7 @@ class _LayerFit:
         if not self.wide:
             return best_ridge, best_factors
         # a few iterations gain little on an approximation, and take longer
-        return best_ridge, self._fit(objective, best_ridge, start, 0 if schemes.can_approximate(self.scheme) else WIDE_ITERATIONS)
+        return best_ridge, self._fit(objective, best_ridge, start, 0 if schemes.can_approximate(self.scheme) else WIDE_FIT)
 
     def _bias(self, factors: Factors) -> Tensor | None:
         """The vector that added to the chain's output makes the mean error zero, (out,); None if nothing takes it up."""

@@ -34,13 +34,13 @@ def abscissa(ranks: Sequence[Rank], bounds: Sequence[float] | None) -> Any:
 
 
 def interpolate(x: Any, y: Any, targets: Any) -> Any:
-    """Falling values through (x, y), by monotonic cubic pieces (PCHIP), extended by lines; zero below a single x, and without any."""
+    """Falling values through (x, y), by monotonic cubic pieces (PCHIP), extended by lines; zero below a single x."""
     from scipy.interpolate import PchipInterpolator  # here, as it takes long to import
 
     x, first = np.unique(x, return_index=True)
     y = np.minimum.accumulate(y[first])
     if len(x) < 2:
-        return np.where(targets >= x[0], y[0], 0.0) if len(x) else np.zeros(np.shape(targets))
+        return np.where(targets >= x[0], y[0], 0.0)
     curve, inside = PchipInterpolator(x, y), np.clip(targets, x[0], x[-1])
     slopes = [(y[1] - y[0]) / (x[1] - x[0]), (y[-1] - y[-2]) / (x[-1] - x[-2])]
     return curve(inside) + np.where(targets < x[0], slopes[0], slopes[1]) * (targets - inside)

@@ -165,15 +165,15 @@ class OptionErrors:
     def _curves(self) -> Curves:
         """Errors and damages of sampled options, from the cache where it has them.
 
-        Without calibration images, the errors of factors of the weights. With them, errors of outputs: of approximations on data, or of
-        factors of the weights with the last link fitted, times the gain of a whole fit. Damage is measured for options with errors near
+        Without calibration images, the errors of factors of the weights. With them, those of `OptionFits.output_error`, times the gain
+        of a whole fit. Damage is measured for options with errors near
         DAMAGE_ERRORS, of those only that a plan may choose: options with the same error differ in damage by a third.
         """
         self._require_weights()
         self.on_measure()
         fits, ranks = OptionFits(self._site, self._layer, self._estimator), self._sample_ranks
-        errors: dict[Sample, float] = {}
         if not self.calibrated:
+            errors: dict[Sample, float] = {}
             for name, group in ranks.items():
                 if name not in self._truncation_errors:  # otherwise known at all ranks
                     values = self._cached("weights", name, group, partial(fits.weight_errors, name, group))
@@ -181,9 +181,9 @@ class OptionErrors:
             return Curves(errors, [])
         samples = [(name, rank) for name, group in ranks.items() for rank in group]
         rough = {s: self._cached("outputs", s[0], [s[1]], partial(fits.output_error, *s, ranks[s[0]])) for s in samples}
-        errors |= rough
+        errors = dict(rough)
         for name, group in ranks.items():
-            if fitted := [rank for rank in group if not fits.last_solve_is_slow(name, rank)]:
+            if fitted := [rank for rank in group if fits.has_gain(name, rank)]:
                 middle = fitted[len(fitted) // 2]
                 factor, power = self._cached("gain", name, [middle], partial(fits.gain, name, middle, group))
                 errors |= {(name, rank): rough[name, rank] * min(1.0, factor * rough[name, rank] ** power) for rank in fitted}
@@ -198,8 +198,7 @@ class OptionErrors:
         return all(any(costs[m] <= cost for costs in better) for m, cost in enumerate(self._costs[sample]))
 
     def _cached(self, kind: str, name: str, ranks: Sequence[Rank], compute: Callable[[], Any]) -> Any:
-        # Results of registered schemes are not cached: another scheme may have the same name in the next run.
-        built_in = all(type(schemes.get_scheme(name)).__module__.startswith("dsconv_surgery.") for name in self._names)
+        built_in = all(schemes.is_built_in(schemes.get_scheme(name)) for name in self._names)
         cache = self._estimator.cache if built_in else Cache(False)
         source = self._estimator.digest if self.calibrated else digest(self._weight)
         key = [source, self._site.name, str(self._spec), [list(size) for size in self._site.sizes], name]

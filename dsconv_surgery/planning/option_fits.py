@@ -16,8 +16,6 @@ from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.schemes import Factors
 
 ITERATIONS, WIDE_ITERATIONS, WIDE = 10, 5, 1024  # of a fit, and of one in layers with more weights per output channel than WIDE
-# What a fit of all links makes of the error in wide layers: from approximations on data, and from factors of the weights.
-WIDE_GAIN, WIDE_GAIN_FROM_WEIGHTS = 0.9, 0.65
 Sample = tuple[str, Rank]  # a scheme at a sampled rank
 
 
@@ -61,13 +59,15 @@ class OptionFits:
         many = last.in_channels // last.groups > 2 * self._spec.in_channels // self._spec.groups
         return is_wide(self._weight) and (many or last.groups > self._spec.groups)
 
+    def has_gain(self, name: str, rank: Rank) -> bool:
+        """Whether a fit is taken to lower `output_error` by the scheme's gain: not where factors of the weights were judged as they are."""
+        return schemes.can_approximate(schemes.get_scheme(name)) or not self.last_solve_is_slow(name, rank)
+
     def weight_errors(self, name: str, ranks: Sequence[Rank]) -> list[float]:
         """The errors of rough factors of the weights at a scheme's sampled ranks."""
-        scheme, errors = schemes.get_scheme(name), []
-        for rank, factors in zip(ranks, schemes.factorize(scheme, self._spec, self._weight, ranks, rough=True), strict=True):
-            errors.append(schemes.relative_error(self._weight, schemes.kernel_of(scheme, self._spec, factors)))
-            self._starts[name, rank] = factors
-        return errors
+        scheme = schemes.get_scheme(name)
+        factors = schemes.factorize(scheme, self._spec, self._weight, ranks, rough=True)
+        return [schemes.relative_error(self._weight, schemes.kernel_of(scheme, self._spec, each)) for each in factors]
 
     def output_error(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> float:
         """The error of outputs at one of the sampled ranks, `ranks`, after a fit of the last link, or a short one of all links.
@@ -90,25 +90,27 @@ class OptionFits:
         scheme, block = schemes.get_scheme(name), self._spec.one_group()
         if schemes.can_approximate(scheme) and rank != scheme.full_rank(block):
             with schemes.naming_layer(self._site.name):
-                if factors := scheme.approximate(block, self._objectives[0], rank, rough=True):
-                    return factors
+                return scheme.approximate(block, self._objectives[0], rank, rough=True)
         if (name, rank) not in self._starts:  # the factors depend on the smaller ranks, so all are computed
-            self.weight_errors(name, ranks)
+            factors = schemes.factorize(scheme, self._spec, self._weight, ranks, rough=True)
+            self._starts |= {(name, each): result for each, result in zip(ranks, factors, strict=True)}
         return self._starts[name, rank]
 
     def gain(self, name: str, rank: Rank, ranks: Sequence[Rank]) -> tuple[float, float]:
         """(c, s), where a fit of all links makes an error e of `output_error` `min(1, c e^s)` times as large.
 
-        It is measured at one rank, and in wide layers not at all.
+        It is measured at one rank, except in wide layers if the scheme says what it is there.
         """
         scheme = schemes.get_scheme(name)
         if schemes.has_optimum(scheme):
             return 1.0, 0.0
-        if is_wide(self._weight):  # a fit takes long
-            return WIDE_GAIN if schemes.can_approximate(scheme) else WIDE_GAIN_FROM_WEIGHTS, 0.0
+        if is_wide(self._weight) and scheme.wide_search is not None:
+            return scheme.wide_search, 0.0
         error = self.output_error(name, rank, ranks)
         fitted, _ = self.fit(name, rank, self._factors[name, rank])
         gain = min(1.0, max(fitted, TINY) / max(error, TINY))
+        if is_wide(self._weight):
+            return gain, 0.0
         whole, slope = (factor * math.log(gain) for factor in scheme.slow_search)
         return math.exp(whole + slope * math.log(max(error, TINY))), -slope
 

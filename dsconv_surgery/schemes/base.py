@@ -32,6 +32,7 @@ class Scheme(ABC):
     # What plans expect of a whole search in a layer that is not wide: where ten iterations multiply an error e1 by g, it multiplies an
     # error e by `g^a (e1 / e)^(b log g)`.
     slow_search: tuple[float, float] = (1.0, 0.0)  # (a, b)
+    wide_search: float | None = None  # by what a search multiplies the error in wide layers; None to measure it in each of them
 
     def refuses(self, spec: ConvSpec) -> str | None:
         """Why the scheme does not apply to this geometry, as a sentence; None if it applies."""
@@ -74,12 +75,12 @@ class Scheme(ABC):
         """The factors of least error on data, if there is a closed form; None leaves it to the search in `fitting`."""
         return None
 
-    def approximate(self, spec: ConvSpec, objective: Objective, rank: Rank, rough: bool = False) -> Factors | None:
-        """Factors near those of least error on data, for a search to start from; None to start from those of the weights.
+    def approximate(self, spec: ConvSpec, objective: Objective, rank: Rank, rough: bool = False) -> Factors:
+        """Factors near those of least error on data, for a search to start from; without this method, it starts from those of the weights.
 
         It is not called for the full rank. With `rough`, which plans pass, an iterative scheme may stop early.
         """
-        return None
+        raise NotImplementedError
 
     def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor | None:
         """The squared norm that each further rank explains, summed over groups: (full rank,), or (first, second) for pairs.

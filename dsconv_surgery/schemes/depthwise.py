@@ -20,6 +20,7 @@ class Depthwise(LowRank):
     """
 
     name = "depthwise"
+    wide_search = 0.65
 
     def full_rank(self, spec: ConvSpec) -> int:
         return min(spec.taps, spec.out_channels)
@@ -53,6 +54,7 @@ class PointwiseDepthwise(LowRank):
     """
 
     name = "pointwise_depthwise"
+    wide_search = 0.4
 
     def full_rank(self, spec: ConvSpec) -> int:
         return min(spec.taps, spec.in_channels)

@@ -17,6 +17,7 @@ class Spatial(LowRank):
     """`V[o,i,y,x] = sum_r X[o,r,x] Y[r,i,y]`: the SVD of the (I Ky) x (O Kx) unfolding (Jaderberg et al. 2014)."""
 
     name = "spatial"
+    wide_search = 0.9
 
     def full_rank(self, spec: ConvSpec) -> int:
         return min(spec.in_channels * spec.kernel[0], spec.out_channels * spec.kernel[1])

@@ -25,6 +25,7 @@ class Tucker(Scheme):
     """
 
     name = "tucker"
+    wide_search = 0.9
 
     def full_rank(self, spec: ConvSpec) -> Pair:
         return spec.in_channels, spec.out_channels
