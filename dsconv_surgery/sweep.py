@@ -31,7 +31,7 @@ from dsconv_surgery.support.runtimes import find_runtime
 
 MEASURE = "measure the result"  # a phase
 FRACTIONS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-COLUMNS = ("keep", "params", "MACs", "ms", "score", "same top class", "divergence", "output error")
+COLUMNS = ("fraction", "params", "MACs", "ms", "score", "same top class", "divergence", "output error")
 QUALITIES = {"score": "score", "agreement": "same top class as the dense network", "error": "output error (lower is better)"}
 
 

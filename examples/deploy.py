@@ -1,6 +1,6 @@
 """Plan for onnxruntime, cut, save, load, fold BatchNorm, and deploy by ONNX, torch.export and torch.compile.
 
-python examples/deploy.py [--out FOLDER] [--keep FRACTION]
+python examples/deploy.py [--out FOLDER] [--latency FRACTION]
 
 Everything it needs is in examples/assets, and the extra `onnx`. It downloads nothing and takes about a minute on two CPU cores.
 """
@@ -52,14 +52,14 @@ def as_exported(model: nn.Module, x: Tensor, file: Path) -> Callable[[Tensor], T
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder to write to; a temporary one if not given")
-    parser.add_argument("--keep", type=float, default=0.8, help="fraction of the time in onnxruntime to keep")
+    parser.add_argument("--latency", type=float, default=0.8, help="fraction of the time in onnxruntime to keep")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter about itself
     model, (images, _) = demo_resnet20(), demo_images("test")
     x = images[:1]
 
     # Plan for the time in onnxruntime. The options and the networks are timed there.
-    small = compress(model, x, budget=Budget(latency=arguments.keep), runtime="onnxruntime", schemes=["spatial", "channel"])
+    small = compress(model, x, budget=Budget(latency=arguments.latency), runtime="onnxruntime", schemes=["spatial", "channel"])
     print(str(compare(model, small.model, x, plan=small.plan, latency=True, data=images.split(250))).partition("whole network")[2])
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -156,7 +156,7 @@ def test_recipes_in_the_readme_exist() -> None:
 
 def test_deployment_example(tmp_path: Path) -> None:
     """With a budget that is met on a busy machine, too."""
-    printed = run(sys.executable, "examples/deploy.py", "--keep", "0.9", "--out", str(tmp_path))
+    printed = run(sys.executable, "examples/deploy.py", "--latency", "0.9", "--out", str(tmp_path))
     assert re.search(r"latency [\d.]+ -> [\d.]+ ms, .*, predicted [\d.]+ ms.*, onnxruntime [\d.]+, BatchNorms folded\)", printed)
     for way in ("BatchNorm folded", "onnxruntime, any batch size", "torch.export, any batch size", "torch.compile"):
         assert f"{way}: " in printed
