@@ -4,7 +4,7 @@ python tests/benchmarks/scaling.py           measure, and draw
 python tests/benchmarks/scaling.py --draw    draw again from results/scaling.json
 
 A plain stack of convolutions with BatchNorm and ReLU is cut to half its MACs. From a network of 8 layers with 64 channels and 128
-images of 32 x 32 pixels, each quantity is halved, doubled and multiplied by four, the others staying the same.
+images of 32 x 32 pixels, each quantity is halved and doubled, the others staying the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dsconv_surgery import Budget, apply_plan, make_plan
 
 RESULT = Path(__file__).resolve().with_name("results") / "scaling.json"
 BASE = {"layers": 8, "width": 64, "images": 128, "pixels": 32}  # pixels: the side of an image
-FACTORS = (0.5, 1, 2, 4)
+FACTORS = (0.5, 1, 2)
 
 
 def network(layers: int, width: int) -> nn.Sequential:
