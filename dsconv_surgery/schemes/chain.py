@@ -55,14 +55,14 @@ def chain_of(scheme: Scheme, spec: ConvSpec, rank: Rank) -> dict[str, ConvSpec]:
 
 def option_cost(scheme: Scheme, spec: ConvSpec, rank: Rank, sizes: tuple[Size, ...]) -> Cost:
     """The cost of a whole layer's chain, called once for each input size; kept for built-in schemes, as networks repeat layers."""
-    return (_kept_cost if is_built_in(scheme) else _cost)(scheme, spec, rank, sizes)
+    return (_cached_cost if is_built_in(scheme) else _cost)(scheme, spec, rank, sizes)
 
 
 def _cost(scheme: Scheme, spec: ConvSpec, rank: Rank, sizes: tuple[Size, ...]) -> Cost:
     return chain_cost(chain_of(scheme, spec, rank), sizes)
 
 
-_kept_cost = lru_cache(2**16)(_cost)
+_cached_cost = lru_cache(2**16)(_cost)
 
 
 def is_built_in(scheme: Scheme) -> bool:

@@ -163,8 +163,8 @@ def _supports(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objec
     if taps == 1 or objective.rows:
         return [slice(None)]
     generator = torch.Generator("cpu").manual_seed(0)
-    some = {link: torch.rand(factor[:1].shape, generator=generator, device="cpu").to(factor) for link, factor in factors.items()}
-    features = scheme.features(spec, some).flatten(2)
+    values = {link: torch.rand(factor[:1].shape, generator=generator, device="cpu").to(factor) for link, factor in factors.items()}
+    features = scheme.features(spec, values).flatten(2)
     return [features[:, tap::taps].abs().amax((0, 1)).nonzero().squeeze(1) for tap in range(taps)]
 
 
