@@ -163,7 +163,10 @@ def _supports(scheme: Scheme, spec: ConvSpec, factors: Factors, objective: Objec
     if taps == 1 or objective.rows:
         return [slice(None)]
     generator = torch.Generator("cpu").manual_seed(0)
-    values = {link: torch.rand(factor[:1].shape, generator=generator, device="cpu").to(factor) for link, factor in factors.items()}
+    values = {
+        link: torch.rand(factor[:1].shape, generator=generator, dtype=torch.float64, device="cpu").to(factor)
+        for link, factor in factors.items()
+    }
     features = scheme.features(spec, values).flatten(2)
     return [features[:, tap::taps].abs().amax((0, 1)).nonzero().squeeze(1) for tap in range(taps)]
 
