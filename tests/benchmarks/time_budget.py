@@ -2,8 +2,8 @@
 
 python tests/benchmarks/time_budget.py [NETWORK ...] [--fraction 0.5]
 
-The other process runs while the plan is made, and not while both networks are timed. Warnings of the planner are recorded. Networks of
-torchvision have random weights, and plans are made from the weights alone.
+The other process runs while the plan is made, and not while both networks are timed. Warnings of the planner, and budgets out of reach, are
+recorded. Networks of torchvision have random weights, and plans are made from the weights alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch  # noqa: E402
 import torchvision  # noqa: E402
 
 from dsconv_surgery import Budget, apply_plan, make_plan  # noqa: E402
+from dsconv_surgery.budget import BudgetError  # noqa: E402
 from dsconv_surgery.support.inputs import Inputs  # noqa: E402
 from dsconv_surgery.support.latency import measure_latency  # noqa: E402
 
@@ -51,7 +52,10 @@ def measure(name: str, fraction: float, busy: bool) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught, other_load(busy):
         warnings.simplefilter("always")
         start, cpu = time.perf_counter(), time.process_time()
-        plan = make_plan(model, x, budget=Budget(latency=fraction), cache=False)
+        try:
+            plan = make_plan(model, x, budget=Budget(latency=fraction), cache=False)
+        except BudgetError as error:
+            return {"network": name, "busy": busy, "refused": str(error), "warnings": [str(item.message) for item in caught]}
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     small = apply_plan(model, plan, x)
     dense, cut = measure_latency([model, small], Inputs(x), rounds=31)
