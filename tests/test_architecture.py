@@ -167,6 +167,11 @@ def test_the_package_and_the_command_line_do_not_load_torch(statement: str) -> N
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
 
 
+def test_public_names_do_not_load_what_few_calls_need() -> None:
+    code = "import sys\nfrom dsconv_surgery import *\nassert not {'scipy', 'tensorly', 'matplotlib', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
 def test_only_few_modules_write_files() -> None:
     """Writing calls, and `open` with a mode that writes, are in the files that may."""
     for name in set(FILES) - WRITERS:

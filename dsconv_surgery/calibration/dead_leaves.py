@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 FEWEST, MOST = 60, 400  # shapes in an image
@@ -27,6 +26,8 @@ def dead_leaves(count: int, channels: int, height: int, width: int, rng: np.rand
 
 
 def _image(channels: int, height: int, width: int, rng: np.random.Generator) -> Array:
+    from scipy.ndimage import gaussian_filter  # here, as it takes long to import
+
     side = max(height, width)
     base = rng.normal(0.47, 0.16) + rng.normal(0, 0.05, channels)
     contrast, chroma = _between(rng, 0.08, 0.3), rng.uniform(0, 0.6)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import least_squares
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -156,6 +155,8 @@ def _fitted_range(moments: BatchNormMoments, pool: Tensor, example: Inputs) -> t
 
     Least squares over its channels, with a weak pull towards the same gain and shift for all channels of the image.
     """
+    from scipy.optimize import least_squares  # here, as it takes long to import
+
     channels = pool.shape[1]
 
     def scaled(parameters: Any) -> tuple[Tensor, Tensor]:
