@@ -27,6 +27,7 @@ CHUNK_VALUES = 2**24  # patch values processed at a time (64 MiB in float32)
 BLOCK = 512  # side of the blocks in which symmetric products are summed
 PLAN_VALUES = 2**23  # values of patches that a layer's errors are measured on before a plan
 DOUBLE_LENGTH = 640  # fits run in float64 for patches up to this length, in float32 for longer ones
+WIDE_LENGTH = 1024  # layers with longer patches are wide: a fit takes long, so plans and cuts search less
 FOLDS = {"fit": slice(0, 1), "held": slice(1, 2), "all": slice(0, 2)}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dsconv_surgery import schemes
 from dsconv_surgery.calibration.hooks import Following, LayerCall
 from dsconv_surgery.calibration.images import Images, held_out
-from dsconv_surgery.calibration.moments import moments_for
+from dsconv_surgery.calibration.moments import WIDE_LENGTH, moments_for
 from dsconv_surgery.calibration.output_metric import output_metrics
 from dsconv_surgery.calibration.side_by_side import NetworkPair, network_pair
 from dsconv_surgery.plan import Cut
@@ -27,7 +27,6 @@ CALIBRATE = "calibrate"  # a phase
 # Strengths of the pull towards the weights, in units of the inputs' mean square. They are tried in this order for as long as the
 # error on held-out images falls; without held-out images the first is used.
 RIDGES = (1.0, 0.1, 0.01)
-WIDE_LENGTH = 1024  # layers with longer patches are wide: a fit takes long
 TRIAL, WIDE_FIT = 30, 6  # iterations of a fit that chooses the ridge, and of fits in wide layers
 
 

@@ -9,19 +9,20 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from dsconv_surgery import schemes
+from dsconv_surgery.calibration.moments import WIDE_LENGTH
 from dsconv_surgery.network.discovery import ConvSite
 from dsconv_surgery.network.geometry import Rank
 from dsconv_surgery.planning.curves import TINY
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.schemes import Factors
 
-ITERATIONS, WIDE_ITERATIONS, WIDE = 10, 5, 1024  # of a fit, and of one in layers with more weights per output channel than WIDE
+ITERATIONS, WIDE_ITERATIONS = 10, 5  # of a fit, and of one in a wide layer
 Sample = tuple[str, Rank]  # a scheme at a sampled rank
 
 
 def is_wide(weight: Tensor) -> bool:
     """Whether a layer's patches are so long that fits take long."""
-    return weight[0].numel() > WIDE
+    return weight[0].numel() > WIDE_LENGTH
 
 
 class OptionFits:
