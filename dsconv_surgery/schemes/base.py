@@ -80,7 +80,7 @@ class Scheme(ABC):
 
         It is not called for the full rank. With `rough`, which plans pass, an iterative scheme may stop early.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} has no factors on data without a search. Ask can_approximate first.")
 
     def spectrum(self, spec: ConvSpec, weight: Tensor) -> Tensor | None:
         """The squared norm that each further rank explains, summed over groups: (full rank,), or (first, second) for pairs.

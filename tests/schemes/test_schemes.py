@@ -374,6 +374,10 @@ def test_defaults_of_the_base_class() -> None:
     assert torch.equal(schemes.kernel_of(scheme, spec, factors).float(), conv.weight)
     assert schemes.spectrum(scheme, spec, conv.weight) is None
     assert schemes.degeneracy(scheme, spec, factors) is None
+    assert not schemes.can_approximate(scheme)
+    nothing = torch.zeros(1, 3, 18)
+    with pytest.raises(NotImplementedError, match="has no factors on data"):
+        scheme.approximate(spec.one_group(), schemes.Objective(nothing, nothing, torch.eye(18)[None], torch.zeros(1, 3, 3)), (1, 1))
     with pytest.raises(TypeError, match="abstract"):
         Scheme()  # type: ignore[abstract]
 
