@@ -25,7 +25,7 @@ from dsconv_surgery.budget import BudgetError
 from dsconv_surgery.calibration.images import Images
 from dsconv_surgery.network.discovery import ConvSite, survey_model
 from dsconv_surgery.network.geometry import ConvSpec, Cost
-from dsconv_surgery.planning import cut_latency, layer_latency
+from dsconv_surgery.planning import cut_latency, layer_latency, option_fits
 from dsconv_surgery.planning.damage import DamageEstimator
 from dsconv_surgery.planning.knapsack import choose
 from dsconv_surgery.planning.layer_latency import LayerTimer
@@ -287,6 +287,23 @@ def test_a_gain_is_finite_and_no_loss(
     factor, power = fits.gain("cp", 4, [4])
     assert 0 < factor * max(error, 1e-6) ** power <= 1
     assert power >= 0
+
+
+@pytest.mark.parametrize("known", [0.9, None])
+def test_gains_in_wide_layers_are_measured_unless_the_scheme_says_them(
+    known: float | None, net: Net, x: Tensor, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decision = Planner(net, Inputs(x), PlanSettings(budget=Budget(macs=0.5)), Images(Calibration(batches), SHAPES))
+    working = decision._errors["wide"]
+    fits = OptionFits(working._site, working._layer, working._estimator)
+    fits._factors["cp", 4] = {}
+    calls: list[Any] = []
+    monkeypatch.setattr(option_fits, "WIDE_LENGTH", 100)
+    monkeypatch.setattr(type(schemes.get_scheme("cp")), "wide_search", known)
+    monkeypatch.setattr(OptionFits, "output_error", lambda *_: 0.1)
+    monkeypatch.setattr(OptionFits, "fit", lambda *arguments: (0.07, calls.append(arguments) or {}))
+    assert fits.gain("cp", 4, [4]) == (pytest.approx(known or 0.7), 0.0)
+    assert len(calls) == (known is None)
 
 
 @pytest.mark.parametrize("scales", [(1.0, 0.02), (0.02, 1.0)], ids=["loud first", "faint first"])
