@@ -166,8 +166,8 @@ class OptionErrors:
         """Errors and damages of sampled options, from the cache where it has them.
 
         Without calibration images, the errors of factors of the weights. With them, those of `OptionFits.output_error`, times the gain
-        of a whole fit. Damage is measured for options with errors near
-        DAMAGE_ERRORS, of those only that a plan may choose: options with the same error differ in damage by a third.
+        of a whole fit. Damage is measured for options with errors near DAMAGE_ERRORS, of those only that a plan may choose: options with
+        the same error differ in damage by a third.
         """
         self._require_weights()
         self.on_measure()
