@@ -20,7 +20,7 @@ NO_MEASUREMENTS = ("Run a recipe", "Write a recipe")
 NOT_YET_CHECKED: dict[str, tuple[str, ...]] = {
     MAIN: ("**How long it takes, and how to resume.**",),
     RECIPES: (),
-    BENCHMARKS: ("planning.py", "planning_profile.py", "scaling.py", "time_budget.py"),
+    BENCHMARKS: ("planning.py", "planning_profile.py"),
 }
 
 # The keys of the table in README.md.
@@ -201,6 +201,30 @@ def faster_than_eager_plans() -> list[float]:
     return [100 * min(ratios) - 100, 100 * max(ratios) - 100]
 
 
+def seconds_to_cut(changed: str) -> Callable[[], list[float]]:
+    """CPU seconds to plan and cut with half of a quantity, with all of it and with twice as much."""
+
+    def numbers() -> list[float]:
+        measured = json.loads((RESULTS / "scaling.json").read_text())["rows"]
+        own = sorted((row["factor"], row["plan"] + row["cut"]) for row in measured if row["changed"] in (changed, None))
+        return [seconds for _, seconds in own]
+
+    return numbers
+
+
+def refused_budget(name: str, busy: bool) -> Callable[[], list[float]]:
+    """What a budget on time that is out of reach would keep and, beside a busy process, how much longer runs took."""
+
+    def numbers() -> list[float]:
+        measured = json.loads((RESULTS / "time_budget.json").read_text())
+        (row,) = [row for row in measured if (row["network"], row["busy"]) == (name, busy)]
+        texts = [row["refused"], *row["warnings"]]
+        matches = [re.findall(r"still keeps latency=([\d.]+)|Interruptions made runs ([\d.]+) times", text) for text in texts]
+        return [float(share or longer) for pairs in matches for share, longer in pairs]
+
+    return numbers
+
+
 def off_in_onnxruntime(*names: str) -> float:
     return max(timed_in_onnxruntime(name, threads)[1] for name in names for threads in (1, 2))
 
@@ -245,6 +269,13 @@ CLAIMS: dict[str, dict[str, Callable[[], list[float]]]] = {
         "at most {} % off for resnet18 and resnet50": lambda: [off_in_onnxruntime("resnet18", "resnet50")],
         "at most {} % for the small networks": lambda: [off_in_onnxruntime("resnet20", "mobilenet_v2")],
         "of no more error, by {} to {} %": faster_than_eager_plans,
+        "| layers | {} | {} | {} |": seconds_to_cut("layers"),
+        "| width | {} | {} | {} |": seconds_to_cut("width"),
+        "| images | {} | {} | {} |": seconds_to_cut("images"),
+        "| pixels along a side | {} | {} | {} |": seconds_to_cut("pixels"),
+        "| resnet18 | a busy process | out of reach: {} of the time; a warning: runs took {} times": refused_budget("resnet18", True),
+        "| resnet50 | nothing | out of reach: {} of the time": refused_budget("resnet50", False),
+        "| resnet50 | a busy process | out of reach: {} of the time; a warning: runs took {} times": refused_budget("resnet50", True),
         "{} of {} runs killed": record("finetune_kills", "identical", "runs"),
         "gives {} % (loss {}, divergence {})": one_epoch,
         "takes {} to {} times as long as a plain loop (ResNet-20 and resnet18, float32 and bfloat16; {} to {} in": steps_on_gpu,
